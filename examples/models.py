@@ -1,0 +1,372 @@
+"""Makes the ONNX models that the examples, tests and benchmarks run.
+
+Networks come from a seed, so nothing large is stored and the same arguments give the same bytes.
+Weights are random: a classifier tells pictures apart, but its class names mean nothing.
+
+    python examples/models.py classifier DIR   # classifier.onnx, classes.txt
+    python examples/models.py text DIR         # text models out of the installed rapidocr package
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+Dim: TypeAlias = "int | str"
+
+OPSET = 17
+IR_VERSION = 8
+# Part of every recipe: raise it when a generator's output changes, so that old files are remade.
+GENERATION = 1
+BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
+# Measured on photographs: brings the standard deviation of a picture's logits to about 2.
+HEAD_GAIN = {18: 0.55, 50: 0.045}
+# The standard deviation over inputs of relu(x) for a standard normal x.
+RELU_STD = math.sqrt(0.5 - 0.5 / math.pi)
+TEXT_MODELS = {
+    "text_detection.onnx": "*_det_*.onnx",
+    "text_recognition.onnx": "*_rec_*.onnx",
+    "text_orientation.onnx": "*_cls_*.onnx",
+}
+
+
+class Network:
+    """A growing list of ONNX nodes and their seeded weights; methods return the new tensor's name."""
+
+    def __init__(self, seed: int) -> None:
+        import numpy as np
+
+        self._random = np.random.default_rng(seed)
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: list[onnx.TensorProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, shape: Sequence[Dim]) -> str:
+        """Declare a float32 input."""
+        self._inputs.append(_float_port(name, shape))
+        return name
+
+    def output(self, name: str, shape: Sequence[Dim]) -> None:
+        """Declare the tensor `name` as a float32 output."""
+        self._outputs.append(_float_port(name, shape))
+
+    def node(self, op: str, inputs: Sequence[str], name: str = "", **attributes: Any) -> str:
+        """Append one node; `name` names its result."""
+        from onnx import helper
+
+        result = name or f"{op.lower()}_{len(self._nodes)}"
+        self._nodes.append(helper.make_node(op, list(inputs), [result], **attributes))
+        return result
+
+    def conv(self, source: str, cin: int, cout: int, kernel: int, stride: int = 1) -> str:
+        """Append a convolution with bias, as batch normalisation leaves one when folded."""
+        weight = self._balanced((cout, cin, kernel, kernel))
+        bias = self._random.standard_normal(cout, dtype="float32") * 0.05
+        inputs = (source, self._weight("w", weight), self._weight("b", bias))
+        pads = [kernel // 2] * 4
+        return self.node(
+            "Conv", inputs, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=pads
+        )
+
+    def dense(self, source: str, cin: int, cout: int, name: str = "", gain: float = 1.0) -> str:
+        """Append a fully connected layer; `gain` scales its result."""
+        weight = self._balanced((cout, cin)) * gain
+        bias = self._random.standard_normal(cout, dtype="float32") * 0.05
+        inputs = (source, self._weight("w", weight), self._weight("b", bias))
+        return self.node("Gemm", inputs, name, transB=1)
+
+    def relu(self, source: str) -> str:
+        """Append a rectifier."""
+        return self.node("Relu", [source])
+
+    def pooled(self, source: str) -> str:
+        """Append an average over height and width: [N, C, H, W] -> [N, C]."""
+        return self.node("Flatten", [self.node("GlobalAveragePool", [source])], axis=1)
+
+    def model(self, recipe: str) -> onnx.ModelProto:
+        """Close the graph; `recipe` goes into the model's doc string."""
+        from onnx import helper
+
+        graph = helper.make_graph(
+            self._nodes, "examples", self._inputs, self._outputs, initializer=self._weights
+        )
+        return helper.make_model(
+            graph,
+            producer_name="flowlang-examples",
+            doc_string=recipe,
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+        )
+
+    def _weight(self, prefix: str, array: np.ndarray[Any, Any]) -> str:
+        from onnx import numpy_helper
+
+        name = f"{prefix}_{len(self._nodes)}"
+        self._weights.append(numpy_helper.from_array(array.astype("float32"), name))
+        return name
+
+    def _balanced(self, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        """He's initialisation with every filter summing to zero.
+
+        Rectified inputs share a positive mean, which random filters carry to the head until all
+        pictures score alike; a filter that sums to zero removes it, as batch normalisation would.
+        """
+        weight = self._random.standard_normal(shape, dtype="float32")
+        axes = tuple(range(1, len(shape)))
+        weight -= weight.mean(axis=axes, keepdims=True)
+        return weight / (RELU_STD * math.sqrt(math.prod(shape[1:])))
+
+
+def resnet(
+    path: str | Path,
+    *,
+    depth: int = 18,
+    width: int = 16,
+    classes: int = 1000,
+    size: int = 224,
+    seed: int = 0,
+    batch: Dim = "N",
+    input_name: str = "data",
+    output_name: str = "logits",
+) -> Path:
+    """Write a ResNet: float32 [batch, 3, size, size], normalised RGB -> float32 [batch, classes].
+
+    `depth` is 18 or 50; `width` is the first stage's channel count (64 in the paper).
+    Raises ValueError for another depth.
+    """
+    if depth not in BLOCKS:
+        raise ValueError(f"depth must be one of {sorted(BLOCKS)}, not {depth}")
+    recipe = _recipe("resnet", depth, width, classes, size, seed, batch, input_name, output_name)
+
+    def build() -> onnx.ModelProto:
+        network = Network(seed)
+        source = network.input(input_name, (batch, 3, size, size))
+        features, channels = _residual_stages(network, source, depth, width)
+        pooled = network.pooled(features)
+        network.dense(pooled, channels, classes, output_name, gain=HEAD_GAIN[depth])
+        network.output(output_name, (batch, classes))
+        return network.model(recipe)
+
+    return _write(path, recipe, build)
+
+
+def _residual_stages(network: Network, source: str, depth: int, width: int) -> tuple[str, int]:
+    """Append the stem and four stages; return the features' name and channel count."""
+    features = network.relu(network.conv(source, 3, width, 7, stride=2))
+    features = network.node(
+        "MaxPool", [features], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]
+    )
+    block = _plain_block if depth == 18 else _bottleneck
+    channels = width
+    for stage, count in enumerate(BLOCKS[depth]):
+        for index in range(count):
+            stride = 2 if stage > 0 and index == 0 else 1
+            features, channels = block(network, features, channels, width << stage, stride)
+    return features, channels
+
+
+def _plain_block(
+    network: Network, source: str, cin: int, width: int, stride: int
+) -> tuple[str, int]:
+    branch = network.relu(network.conv(source, cin, width, 3, stride))
+    branch = network.conv(branch, width, width, 3)
+    return _joined(network, source, branch, cin, width, stride)
+
+
+def _bottleneck(
+    network: Network, source: str, cin: int, width: int, stride: int
+) -> tuple[str, int]:
+    branch = network.relu(network.conv(source, cin, width, 1))
+    branch = network.relu(network.conv(branch, width, width, 3, stride))
+    branch = network.conv(branch, width, width * 4, 1)
+    return _joined(network, source, branch, cin, width * 4, stride)
+
+
+def _joined(
+    network: Network, source: str, branch: str, cin: int, cout: int, stride: int
+) -> tuple[str, int]:
+    if stride != 1 or cin != cout:
+        source = network.conv(source, cin, cout, 1, stride)
+    return network.relu(network.node("Add", [branch, source])), cout
+
+
+def mlp(
+    path: str | Path, *, inputs: int, hidden: int, layers: int, outputs: int, seed: int = 0
+) -> Path:
+    """Write a perceptron with `layers` hidden layers: `data` [N, inputs] -> `logits` [N, outputs].
+
+    Its time goes into reading weights, so it gains from batching on a CPU; ResNets do not.
+    """
+    recipe = _recipe("mlp", inputs, hidden, layers, outputs, seed)
+
+    def build() -> onnx.ModelProto:
+        network = Network(seed)
+        features, width = network.input("data", ("N", inputs)), inputs
+        for _ in range(layers):
+            features, width = network.relu(network.dense(features, width, hidden)), hidden
+        network.dense(features, width, outputs, "logits")
+        network.output("logits", ("N", outputs))
+        return network.model(recipe)
+
+    return _write(path, recipe, build)
+
+
+def identity(path: str | Path, shape: Sequence[Dim]) -> Path:
+    """Write a model that answers its float32 input `data` unchanged as `result`."""
+    recipe = _recipe("identity", *shape)
+
+    def build() -> onnx.ModelProto:
+        network = Network(0)
+        network.node("Identity", [network.input("data", shape)], "result")
+        network.output("result", shape)
+        return network.model(recipe)
+
+    return _write(path, recipe, build)
+
+
+def two_heads(path: str | Path, *, size: int = 64, seed: int = 0) -> Path:
+    """Write `data` [N, 3, size, size] -> `scores` [N, 10] and `embedding` [N, 16]."""
+    recipe = _recipe("two_heads", size, seed)
+
+    def build() -> onnx.ModelProto:
+        network = Network(seed)
+        source = network.input("data", ("N", 3, size, size))
+        pooled = network.pooled(network.relu(network.conv(source, 3, 32, 3, stride=2)))
+        network.dense(pooled, 32, 10, "scores", gain=2.0)
+        network.dense(pooled, 32, 16, "embedding")
+        network.output("scores", ("N", 10))
+        network.output("embedding", ("N", 16))
+        return network.model(recipe)
+
+    return _write(path, recipe, build)
+
+
+def two_inputs(path: str | Path, *, size: int = 64, seed: int = 0) -> Path:
+    """Write `image` [N, 3, size, size] and `features` [N, 8] -> `scores` [N, 10]."""
+    recipe = _recipe("two_inputs", size, seed)
+
+    def build() -> onnx.ModelProto:
+        network = Network(seed)
+        image = network.input("image", ("N", 3, size, size))
+        features = network.input("features", ("N", 8))
+        pooled = network.pooled(network.relu(network.conv(image, 3, 32, 3, stride=2)))
+        both = network.node("Concat", [pooled, features], axis=1)
+        network.dense(both, 40, 10, "scores", gain=2.0)
+        network.output("scores", ("N", 10))
+        return network.model(recipe)
+
+    return _write(path, recipe, build)
+
+
+def labels(path: str | Path, count: int = 1000) -> Path:
+    """Write `count` class names, one a line: `class 0`, `class 1` and so on."""
+    text = "".join(f"class {number}\n" for number in range(count))
+    return _replace(path, text.encode())
+
+
+def classifier(folder: str | Path) -> list[Path]:
+    """Write what `classify.flow` needs: `classifier.onnx` and `classes.txt`."""
+    root = Path(folder)
+    return [resnet(root / "classifier.onnx"), labels(root / "classes.txt")]
+
+
+def text(folder: str | Path) -> list[Path]:
+    """Copy the text models of the installed `rapidocr` package, and write `text_keys.txt`.
+
+    Line k (from 1) of `text_keys.txt` is the character of class k. Class 0 of the recogniser is
+    the CTC blank and has no line; its last class is the space, which is the file's last line.
+    Raises RuntimeError if rapidocr is missing or carries other models.
+    """
+    source = _rapidocr_models()
+    copied = []
+    for name, pattern in TEXT_MODELS.items():
+        found = sorted(source.glob(pattern))
+        if len(found) != 1:
+            raise RuntimeError(f"expected one {pattern} in {source}, found {len(found)}")
+        copied.append(_replace(Path(folder) / name, found[0].read_bytes()))
+    keys = "".join(f"{key}\n" for key in recogniser_keys(Path(folder) / "text_recognition.onnx"))
+    return [*copied, _replace(Path(folder) / "text_keys.txt", keys.encode())]
+
+
+def recogniser_keys(path: str | Path) -> list[str]:
+    """Read a recogniser's characters out of its metadata, and append the space."""
+    import onnx
+
+    for entry in onnx.load(path).metadata_props:
+        if entry.key == "character":
+            # Not splitlines: the list holds characters which that counts as line ends.
+            return [*entry.value.rstrip("\n").split("\n"), " "]
+    raise RuntimeError(f"{path} has no `character` entry in its metadata")
+
+
+def _rapidocr_models() -> Path:
+    # Found without importing it: rapidocr pulls in packages that copying files does not need.
+    import importlib.util
+
+    spec = importlib.util.find_spec("rapidocr")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("rapidocr is not installed: pip install --no-deps rapidocr")
+    return Path(spec.origin).parent / "models"
+
+
+def _float_port(name: str, shape: Sequence[Dim]) -> onnx.ValueInfoProto:
+    from onnx import TensorProto, helper
+
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
+
+
+def _recipe(kind: str, *arguments: Dim) -> str:
+    return "flowlang-examples " + json.dumps([GENERATION, kind, *arguments])
+
+
+def _write(path: str | Path, recipe: str, build: Callable[[], onnx.ModelProto]) -> Path:
+    """Write the model unless `path` already holds one with this recipe."""
+    target = Path(path)
+    if target.is_file():
+        with target.open("rb") as file:
+            # The doc string is serialised ahead of the graph, so the weights need not be read.
+            if recipe.encode() in file.read(1024):
+                return target
+    return _replace(target, build().SerializeToString(deterministic=True))
+
+
+def _replace(path: str | Path, content: bytes) -> Path:
+    """Write through a temporary file, so that no reader sees half of one."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return target
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Make the models of the examples.")
+    parser.add_argument("what", choices=("classifier", "text"))
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    made = classifier(arguments.folder) if arguments.what == "classifier" else text(arguments.folder)
+    for path in made:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""What a model file says of itself: its inputs, outputs and opset.
+
+Layer 2, and the only file importing onnx. Weights are never loaded: the file is walked by the
+protobuf wire format (protobuf.dev, "Encoding"), initializers are stepped over, and only what is
+left goes to onnx.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from flowlang.plan.types import Record, Shape, Tensor, Type
+
+# Field numbers of onnx.proto
+MODEL_GRAPH = 7
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
+TENSOR_NAME = 8
+MODEL_SMALL = (1, 8)  # ir_version, opset_import
+
+# onnx.TensorProto.DataType
+DTYPE = {
+    1: "f32", 2: "u8", 3: "i8", 4: "u16", 5: "i16", 6: "i32", 7: "i64", 9: "bool", 10: "f16",
+    11: "f64",
+}  # fmt: skip
+
+
+class NotAModel(Exception):
+    """The file is not an ONNX model that can be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A model's input or output; `shape` includes the batch dimension where there is one."""
+
+    name: str
+    dtype: str
+    shape: Shape | None
+
+    @property
+    def item(self) -> Tensor:
+        """The type of one item of the batch."""
+        return Tensor(self.dtype, self.shape[1:] if self.shape else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model file's header."""
+
+    path: Path
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch dimension all inputs are fixed to, or None where it is free."""
+        sizes = {p.shape[0] for p in self.inputs if p.shape}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    @property
+    def output(self) -> Type:
+        """The type one item gives: a tensor, or a record of them by name."""
+        if len(self.outputs) == 1:
+            return self.outputs[0].item
+        return Record(tuple((p.name, p.item) for p in self.outputs))
+
+
+def read_model(path: str | os.PathLike[str]) -> Model:
+    """Read a model's header. Raises OSError, or NotAModel where the file is no ONNX model."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise NotAModel("the file is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            view = memoryview(mapped)
+            try:
+                header, initializers = _header(view)
+            finally:
+                view.release()
+    return _model(Path(path), header, initializers)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _varint(view: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = view[at]
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise NotAModel("it is no protobuf message")
+
+
+def _fields(view: memoryview) -> Iterator[tuple[int, int, int, int]]:
+    """(field number, start of the field, start of its payload, end) of each field of a message."""
+    at = 0
+    while at < len(view):
+        start = at
+        key, at = _varint(view, at)
+        wire = key & 7
+        if wire == 0:
+            _, end = _varint(view, at)
+        elif wire == 1:
+            end = at + 8
+        elif wire == 2:
+            length, at = _varint(view, at)
+            end = at + length
+        elif wire == 5:
+            end = at + 4
+        else:
+            raise NotAModel("it is no protobuf message")
+        if end > len(view):
+            raise NotAModel("it is cut short, or it is no protobuf message")
+        yield key >> 3, start, at, end
+        at = end
+
+
+def _header(view: memoryview) -> tuple[bytes, frozenset[str]]:
+    """A ModelProto without weights and nodes, and the names of its initializers."""
+    out = bytearray()
+    initializers: set[str] = set()
+    has_graph = False
+    try:
+        for number, start, payload, end in _fields(view):
+            if number in MODEL_SMALL:
+                out += view[start:end]
+            elif number == MODEL_GRAPH:
+                has_graph = True
+                graph = _graph(view[payload:end], initializers)
+                out += bytes([MODEL_GRAPH << 3 | 2]) + _as_varint(len(graph)) + graph
+    except IndexError:
+        raise NotAModel("it is cut short, or it is no protobuf message") from None
+    if not has_graph:
+        raise NotAModel("it holds no graph")
+    return bytes(out), frozenset(initializers)
+
+
+def _graph(view: memoryview, initializers: set[str]) -> bytes:
+    out = bytearray()
+    nodes = 0
+    for number, start, payload, end in _fields(view):
+        if number == GRAPH_INITIALIZER:
+            for inner, _, at, stop in _fields(view[payload:end]):
+                if inner == TENSOR_NAME:
+                    initializers.add(bytes(view[payload + at : payload + stop]).decode())
+        elif number in (GRAPH_INPUT, GRAPH_OUTPUT):
+            out += view[start:end]
+        nodes += number == GRAPH_NODE
+    return bytes(out)
+
+
+def _as_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+@functools.cache
+def _messages() -> ModuleType:
+    """onnx's generated protobuf messages.
+
+    They are loaded as a module of their own: `import onnx` brings numpy and the whole of onnx's
+    tooling (0.2 s), and a header needs none of it.
+    """
+    found = importlib.util.find_spec("onnx")
+    if found is None or found.origin is None:
+        raise NotAModel("the package `onnx`, which reads models, is not installed")
+    file = Path(found.origin).parent / "onnx_ml_pb2.py"
+    spec = importlib.util.spec_from_file_location("flowlang.plan._onnx_messages", file)
+    if spec is None or spec.loader is None:
+        raise NotAModel("the installed package `onnx` has no message definitions")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _model(path: Path, header: bytes, initializers: frozenset[str]) -> Model:
+    from google.protobuf.message import DecodeError
+
+    model = _messages().ModelProto()
+    try:
+        model.ParseFromString(header)
+    except DecodeError:
+        raise NotAModel("it is no ONNX model") from None
+
+    def port(value: Any) -> Port:
+        kind = value.type.tensor_type
+        if kind.elem_type not in DTYPE:
+            raise NotAModel(f"`{value.name}` is no tensor of a type flowlang knows")
+        shape = (
+            tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+            if kind.HasField("shape")
+            else None
+        )
+        return Port(value.name, DTYPE[kind.elem_type], shape)
+
+    # Before IR version 4 a graph lists its weights among its inputs.
+    inputs = tuple(port(v) for v in model.graph.input if v.name not in initializers)
+    outputs = tuple(port(v) for v in model.graph.output)
+    if not inputs or not outputs:
+        raise NotAModel("it has no inputs or no outputs")
+    return Model(path, inputs, outputs)

@@ -1,0 +1,260 @@
+"""The physical plan: which operators run together, where, how many at once.
+
+Layer 2. Runs of operators become stages. A stage is a chain of a region (image operators), at most
+one model, and what follows it on the host; a chain is cut where a result is used twice, where a
+named flow is mentioned more than once, and before a second model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flowlang.diagnostics import Diagnostic, Label
+from flowlang.plan import graph
+from flowlang.plan.check import Plan
+from flowlang.plan.graph import FlowPlan, Node, Site, consumers
+from flowlang.plan.onnx import Model
+from flowlang.plan.ops import OPS
+from flowlang.plan.rewrite import rewrite
+from flowlang.plan.schedule import COPIES
+from flowlang.plan.types import Type
+
+MAX_BYTES = 32 << 20  # of a picture file
+MAX_PIXELS = 64 << 20  # of a picture: three times a 24-megapixel camera's
+QUEUE = 256
+LIGHT_BATCH = 64  # stages without a model share out what waits; this bounds one hand-over
+HOST_OPS = frozenset(op.name for op in OPS.values() if op.kind == "host")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the plan is made for."""
+
+    cores: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagePlan:
+    """A chain of operators that each instance runs in one go."""
+
+    index: int
+    name: str
+    nodes: tuple[Node, ...]
+    device: str
+    instances: int
+    batch: tuple[int, int, int]
+    wait_s: float
+    timeout_s: float | None
+    settings: Mapping[str, Any]
+
+    @property
+    def model(self) -> Model | None:
+        return next((n.model for n in self.nodes if n.model is not None), None)
+
+    @property
+    def region(self) -> tuple[Node, ...]:
+        """The image operators and the packing, in front of the model."""
+        return tuple(n for n in self.nodes if _kind(n) == "image")
+
+    @property
+    def tail(self) -> tuple[Node, ...]:
+        """What runs on the host, behind the model."""
+        return tuple(n for n in self.nodes if _kind(n) == "host")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A step of a flow's program: a stage's work, or the joining and picking of values.
+
+    `inputs` and `output` are slots; slot 0 is the request's item.
+    """
+
+    stage: int | None
+    node: Node
+    inputs: tuple[int, ...]
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlowProgram:
+    """How a request walks through the stages."""
+
+    name: str
+    input: Type
+    output: Type
+    units: tuple[Unit, ...]
+    slots: int
+    queue: int
+    slo_s: float | None
+    plan: FlowPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalPlan:
+    machine: Machine
+    stages: tuple[StagePlan, ...]
+    programs: tuple[FlowProgram, ...]
+    remarks: tuple[Diagnostic, ...]
+
+
+def _kind(node: Node) -> str:
+    if node.op == graph.PACK:
+        return "image"
+    return OPS[node.op].kind if node.op in OPS else "glue"
+
+
+def lower(plan: Plan, machine: Machine) -> PhysicalPlan:
+    """A checked plan to a physical one for a machine."""
+    flows = [rewrite(flow) for flow in plan.flows]
+    chains = _chains(flows)
+    stages: list[StagePlan] = []
+    stage_of: dict[tuple[tuple[str, Site], ...], int] = {}
+    chain_at: dict[int, list[Node]] = {}
+    for chain in chains:
+        key = tuple((n.op, n.site) for n in chain)
+        if key not in stage_of:
+            stage_of[key] = len(stages)
+            stages.append(_stage(len(stages), chain, plan, machine))
+        chain_at[id(chain[-1])] = chain
+    programs = []
+    for flow in flows:
+        programs.append(_program(flow, chain_at, stage_of, plan))
+    return PhysicalPlan(machine, tuple(stages), tuple(programs), _remarks(stages, machine))
+
+
+def _chains(flows: Sequence[FlowPlan]) -> list[list[Node]]:
+    """All operators of all flows, in runs that can share a stage."""
+    uses: dict[tuple[str, Site], int] = {}
+    for flow in flows:
+        for node in flow.nodes():
+            uses[node.op, node.site] = uses.get((node.op, node.site), 0) + 1
+    chains: list[list[Node]] = []
+    for flow in flows:
+        users = consumers(flow)
+        ends: dict[int, list[Node]] = {}
+        for node in flow.nodes():
+            if _kind(node) == "glue":
+                continue
+            before = ends.get(id(node.inputs[0]))
+            alone = before is not None and len(users[id(before[-1])]) == 1
+            if before is not None and alone and _can_follow(before, node, uses):
+                before.append(node)
+                ends[id(node)] = before
+            else:
+                chains.append([node])
+                ends[id(node)] = chains[-1]
+    return chains
+
+
+def _can_follow(chain: list[Node], node: Node, uses: Mapping[tuple[str, Site], int]) -> bool:
+    last = chain[-1]
+    shared = (uses[last.op, last.site], uses[node.op, node.site])
+    if shared != (1, 1) and (shared[0] != shared[1] or last.site.flow != node.site.flow):
+        return False
+    has_model = any(n.model is not None for n in chain)
+    kind = _kind(node)
+    if kind == "image":
+        return _kind(last) == "image"
+    return kind == "host" or not (has_model or any(_kind(n) == "host" for n in chain))
+
+
+def _stage(index: int, chain: list[Node], plan: Plan, machine: Machine) -> StagePlan:
+    settings: dict[str, Any] = {}
+    for node in chain:
+        settings.update({n: g.value for n, g in plan.settings.at(node.site).items()})
+    models = [n for n in chain if n.model is not None]
+    named = next((n.site.flow for n in models), chain[-1].site.flow)
+    label = models[0].model.path.stem if models and models[0].model else chain[0].op
+    name = named if named != "main" else label
+    return StagePlan(
+        index,
+        name,
+        tuple(chain),
+        settings.get("device", machine.device),
+        _instances(chain, settings, machine),
+        _batch(models, settings),
+        settings.get("wait", 0.0),
+        settings.get("timeout"),
+        settings,
+    )
+
+
+def _instances(chain: list[Node], settings: Mapping[str, Any], machine: Machine) -> int:
+    if all(n.op in HOST_OPS for n in chain):
+        return 1  # Python alone: a second thread would only wait for the first
+    return min(settings.get(COPIES, machine.cores), machine.cores)
+
+
+def _batch(models: list[Node], settings: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(least, best, most) items at once."""
+    if not models:
+        return (1, LIGHT_BATCH, LIGHT_BATCH)
+    model = models[0].model
+    fixed = model.fixed_batch if model else None
+    # On a CPU a batch saves nothing for a convolutional network, so one is the default.
+    given = settings.get("batch") or ((fixed,) * 2 if fixed else (1, 1))
+    return (given[0], given[1] if len(given) == 3 else given[-1], given[-1])
+
+
+def _program(
+    flow: FlowPlan,
+    chain_at: Mapping[int, list[Node]],
+    stage_of: Mapping[tuple[tuple[str, Site], ...], int],
+    plan: Plan,
+) -> FlowProgram:
+    slots: dict[int, int] = {id(flow.input): 0}
+    units: list[Unit] = []
+    for node in flow.nodes():
+        chain = chain_at.get(id(node))
+        if node is flow.input or (chain is None and _kind(node) != "glue"):
+            continue
+        slots[id(node)] = len(slots)
+        sources = chain[0].inputs if chain else node.inputs
+        stage = stage_of[tuple((n.op, n.site) for n in chain)] if chain else None
+        units.append(Unit(stage, node, tuple(slots[id(s)] for s in sources), slots[id(node)]))
+    given = plan.settings.flows.get(flow.name, {})
+    queue, slo = given.get("queue"), given.get("slo")
+    return FlowProgram(
+        flow.name,
+        flow.input.type,
+        flow.output.type,
+        tuple(units),
+        len(slots),
+        queue.value if queue else QUEUE,
+        slo.value if slo else None,
+        flow,
+    )
+
+
+def _remarks(stages: Sequence[StagePlan], machine: Machine) -> tuple[Diagnostic, ...]:
+    """What the machine makes of settings that it cannot follow to the letter."""
+    found = []
+    for stage in stages:
+        copies = stage.settings.get(COPIES, 0)
+        for node in stage.nodes:
+            if node.model is None or stage.device != "cpu":
+                continue
+            if node.params["precision"] != "fp32":
+                precision = node.params["precision"]
+                found.append(
+                    Diagnostic(
+                        "runs-in-fp32",
+                        f"a CPU gains nothing from {precision}: `{node.model.name}` runs in fp32",
+                        Label(node.param_spans["precision"]),
+                        severity="hint",
+                    )
+                )
+            if copies > stage.instances:
+                found.append(
+                    Diagnostic(
+                        "fewer-instances",
+                        f"x{copies} is more than this machine's {machine.cores} cores can run at "
+                        f"once: {stage.instances} instances",
+                        Label(node.span),
+                        severity="hint",
+                    )
+                )
+    return tuple(found)

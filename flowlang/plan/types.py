@@ -1,0 +1,167 @@
+"""The types of items: images, tensors, lists, records, and the plain ones.
+
+Layer 2. Types describe one item; a batch never appears in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+SCALARS = ("bytes", "str", "int", "float", "bool", "path", "duration", "size", "box")
+COLOURS = ("rgb", "bgr", "gray")
+DTYPES = ("u8", "i8", "u16", "i16", "i32", "i64", "f16", "f32", "f64", "bool")
+
+Shape: TypeAlias = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """Height x width x channels. `colour` None is undecided, a side None is of any length."""
+
+    colour: str | None = None
+    dtype: str = "u8"
+    height: int | None = None
+    width: int | None = None
+
+    @property
+    def channels(self) -> int | None:
+        return None if self.colour is None else 1 if self.colour == "gray" else 3
+
+    @property
+    def is_sized(self) -> bool:
+        return self.height is not None and self.width is not None
+
+    def __str__(self) -> str:
+        sides = f", {shape_text((self.height, self.width))}" if self.height or self.width else ""
+        return f"image<{self.colour or 'undecided'}, {self.dtype}, hwc{sides}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An array; a dimension None is of any length, a shape None of any rank."""
+
+    dtype: str
+    shape: Shape | None
+
+    def __str__(self) -> str:
+        if self.shape is None:
+            return f"tensor<{self.dtype}>"
+        return f"tensor<{self.dtype}, {shape_text(self.shape)}>" if self.shape else self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ListOf:
+    item: Type
+
+    def __str__(self) -> str:
+        return f"list<{self.item}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Named fields in order; `name` is how the type was introduced, if it was."""
+
+    fields: tuple[tuple[str, Type], ...]
+    name: str | None = field(default=None, compare=False)
+
+    def get(self, name: str) -> Type | None:
+        return dict(self.fields).get(name)
+
+    def __str__(self) -> str:
+        if self.name:
+            return self.name
+        return "{ " + ", ".join(f"{n}: {t}" for n, t in self.fields) + " }"
+
+
+@dataclass(frozen=True, slots=True)
+class Optional:
+    item: Type
+
+    def __str__(self) -> str:
+        return f"{self.item}?"
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """The type of something already complained about: it fits everything and says no more."""
+
+    def __str__(self) -> str:
+        return "unknown"
+
+
+Type: TypeAlias = Scalar | Image | Tensor | ListOf | Record | Optional | Unknown
+
+BYTES = Scalar("bytes")
+STR = Scalar("str")
+INT = Scalar("int")
+FLOAT = Scalar("float")
+BOOL = Scalar("bool")
+UNKNOWN = Unknown()
+LABEL = Record((("index", INT), ("label", STR), ("score", FLOAT)), "label")
+NAMED: dict[str, Type] = {**{s: Scalar(s) for s in SCALARS}, "label": LABEL}
+
+
+def shape_text(shape: Iterable[int | None]) -> str:
+    return "x".join("?" if side is None else str(side) for side in shape)
+
+
+def describe(kind: Type) -> str:
+    """A type in words, to follow `gives`."""
+    if isinstance(kind, Image):
+        if kind.is_sized:
+            size = f"of {shape_text((kind.height, kind.width))}"
+        else:
+            size = "of any size"
+        if kind.colour is None:
+            return f"an image {size}, colour undecided"
+        article = "a" if kind.colour in ("bgr", "gray") else "an"
+        scaled = ", normalized" if kind.dtype != "u8" else ""
+        return f"{article} {kind.colour} image {size}{scaled}"
+    return str(kind)
+
+
+def fits(given: Type, wanted: Type) -> bool:
+    """Whether every value of `given` is one of `wanted`."""
+    if isinstance(given, Unknown) or isinstance(wanted, Unknown) or given == wanted:
+        return True
+    if isinstance(wanted, Optional):
+        return fits(given.item if isinstance(given, Optional) else given, wanted.item)
+    if isinstance(given, Image) and isinstance(wanted, Image):
+        return (
+            given.dtype == wanted.dtype
+            and wanted.colour in (None, given.colour)
+            and wanted.height in (None, given.height)
+            and wanted.width in (None, given.width)
+        )
+    if isinstance(given, Tensor) and isinstance(wanted, Tensor):
+        return given.dtype == wanted.dtype and _shape_fits(given.shape, wanted.shape)
+    if isinstance(given, ListOf) and isinstance(wanted, ListOf):
+        return fits(given.item, wanted.item)
+    if isinstance(given, Record) and isinstance(wanted, Record):
+        return len(given.fields) == len(wanted.fields) and all(
+            fits(t, w) if (w := wanted.get(n)) is not None else False for n, t in given.fields
+        )
+    return given == INT and wanted == FLOAT
+
+
+def _shape_fits(given: Shape | None, wanted: Shape | None) -> bool:
+    if wanted is None:
+        return True
+    if given is None or len(given) != len(wanted):
+        return False
+    return all(w is None or w == g for g, w in zip(given, wanted, strict=True))
+
+
+def sized(image: Image, height: int | None, width: int | None) -> Image:
+    """The same image with other sides."""
+    return replace(image, height=height, width=width)

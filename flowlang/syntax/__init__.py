@@ -1,0 +1,1 @@
+"""Text to tree and back. Layer 1: knows diagnostics, nothing of plans."""

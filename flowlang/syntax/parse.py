@@ -1,0 +1,537 @@
+"""Text to tree: lark reads `grammar/flow.lark`; its trees and its complaints become ours.
+
+Layer 1. All syntax errors of a file are found in one run: where one declaration cannot be read,
+reading goes on at the next declaration keyword.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+from flowlang.diagnostics import CompileError, Diagnostic, Label, Source, Span
+from flowlang.syntax import complaint, tree
+from flowlang.syntax.scan import RESERVED, Outline, outline
+
+if TYPE_CHECKING:
+    from lark import Lark, Token, Tree
+
+MAX_SOURCE_BYTES = 1 << 20
+MAX_DEPTH = 100
+EDITION = 1
+
+
+def grammar_text() -> str:
+    """The grammar, from the wheel or from the checkout."""
+    packaged = resources.files("flowlang") / "grammar" / "flow.lark"
+    if packaged.is_file():
+        return packaged.read_text("utf-8")
+    return (FilePath(__file__).parents[2] / "grammar" / "flow.lark").read_text("utf-8")
+
+
+def _cache_file(grammar: str) -> str | None:
+    """Where lark keeps its parse tables, or None where nothing can be written."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = FilePath(root) / "flowlang"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    return str(folder / f"tables-{hashlib.sha256(grammar.encode()).hexdigest()[:16]}.lark")
+
+
+@functools.cache
+def _lark() -> Lark:
+    from lark import Lark
+
+    grammar = grammar_text()
+    return Lark(
+        grammar,
+        parser="lalr",
+        lexer="contextual",
+        propagate_positions=True,
+        cache=_cache_file(grammar) or False,
+    )
+
+
+def read_source(path: str | os.PathLike[str], name: str | None = None) -> Source:
+    """Read a flow file as UTF-8; a byte-order mark is skipped.
+
+    Raises CompileError if the file is too large or no text, OSError if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(MAX_SOURCE_BYTES + 1)
+    return decode_source(raw, name or os.fspath(path))
+
+
+def decode_source(raw: bytes, name: str) -> Source:
+    """Bytes to Source, or CompileError where they are no program text."""
+    if len(raw) > MAX_SOURCE_BYTES:
+        start = Source(name, raw[:80].decode("utf-8", "replace"))
+        raise CompileError(
+            [
+                Diagnostic(
+                    "too-large",
+                    f"this is larger than a flow may be ({MAX_SOURCE_BYTES >> 10} KiB)",
+                    Label(Span(start, 0, 1)),
+                    note="a flow names its models and word lists as files; it does not hold them",
+                )
+            ]
+        )
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = raw[: error.start].decode("utf-8-sig", "replace")
+        return _no_text(Source(name, text + "\N{REPLACEMENT CHARACTER}"), len(text))
+    at = text.find("\0")
+    if at >= 0:
+        return _no_text(Source(name, text[: at + 1]), at)
+    return Source(name, text)
+
+
+def _no_text(source: Source, offset: int) -> Source:
+    raise CompileError(
+        [
+            Diagnostic(
+                "not-text",
+                "this is not text in UTF-8, so it is no flow",
+                Label(Span(source, offset, offset + 1), "the first byte that is no text"),
+            )
+        ]
+    )
+
+
+def parse(source: Source) -> tree.Program:
+    """Source to tree. Raises CompileError with every syntax error of the file."""
+    program, diagnostics, _ = parse_leniently(source)
+    if diagnostics:
+        raise CompileError(diagnostics)
+    return program
+
+
+def parse_leniently(
+    source: Source,
+) -> tuple[tree.Program, list[Diagnostic], frozenset[str]]:
+    """What could be read of a source, its syntax errors, and the names it failed to declare."""
+    found = outline(source)
+    if len(source.text) > MAX_SOURCE_BYTES:
+        decode_source(source.text.encode(), source.name)
+    if problem := _unreadable(source, found):
+        return _program(source, [], found), [problem], frozenset()
+    reader = _Reader(source)
+    try:
+        program = reader.program(_lark().parse(source.text), found)
+    except complaint.lark_errors() as error:
+        return _parse_by_declaration(source, found, error)
+    return program, reader.diagnostics, frozenset()
+
+
+def _unreadable(source: Source, found: Outline) -> Diagnostic | None:
+    if found.depth > MAX_DEPTH:
+        return Diagnostic(
+            "too-deep",
+            f"this is nested more than {MAX_DEPTH} deep",
+            Label(Span(source, found.deepest, found.deepest + 1)),
+            help="name the inner part: flow inner = ...",
+        )
+    return None
+
+
+def _parse_by_declaration(
+    source: Source, found: Outline, whole: Exception
+) -> tuple[tree.Program, list[Diagnostic], frozenset[str]]:
+    """Read each declaration on its own; the unreadable ones give a diagnostic each."""
+    starts = [d for d in found.declarations]
+    if not starts:
+        return _program(source, [], found), [complaint.explain(source, whole, found)], frozenset()
+    head = source.text[: starts[0]]
+    bounds = [*zip(starts, [*starts[1:], len(source.text)], strict=True)]
+    diagnostics: list[Diagnostic] = []
+    items: list[tree.Item] = []
+    lost: set[str] = set()
+    if not re.fullmatch(r"(\s|#[^\n]*\n?)*(flowlang\s+[0-9]+)?(\s|#[^\n]*\n?)*", head):
+        bounds.insert(0, (0, starts[0]))
+    for start, end in bounds:
+        # Blanks in front keep lark's offsets those of the whole file.
+        text = re.sub(r"[^\n]", " ", source.text[:start]) + source.text[start:end]
+        reader = _Reader(source)
+        try:
+            part = reader.program(_lark().parse(text), found)
+        except complaint.lark_errors() as error:
+            diagnostics.append(complaint.explain(source, error, found, end))
+            name = re.match(r"(?:export\s+)?\w+\s+(\w+)", source.text[start:end])
+            lost.add(name.group(1) if name else "")
+            continue
+        diagnostics.extend(reader.diagnostics)
+        items.extend(part.items)
+        if part.pipeline is not None:
+            diagnostics.append(_stray_pipeline(part.pipeline))
+    if not diagnostics:
+        diagnostics.append(complaint.explain(source, whole, found))
+    return _program(source, items, found), diagnostics, frozenset(lost)
+
+
+def _stray_pipeline(pipeline: tree.Expr) -> Diagnostic:
+    return Diagnostic(
+        "stray-pipeline",
+        "a bare pipeline is the whole file; beside declarations it needs a name",
+        Label(pipeline.span),
+        help=f"flow main = {' '.join(pipeline.span.text.split())}",
+        fix=pipeline.span,
+    )
+
+
+def _program(source: Source, items: list[tree.Item], found: Outline) -> tree.Program:
+    span = Span(source, 0, len(source.text))
+    return tree.Program(None, tuple(items), None, span, found.comments)
+
+
+_BINARY = {"or_expr": "or", "and_expr": "and"}
+
+
+class _Reader:
+    """lark's tree of one text to ours; collects what the grammar lets through and we do not."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.diagnostics: list[Diagnostic] = []
+        self.docs: dict[int, str] = {}
+
+    # Places and names
+
+    def span(self, node: Tree[Token] | Token) -> Span:
+        where: Any = node if hasattr(node, "start_pos") else node.meta
+        return Span(self.source, where.start_pos, where.end_pos)
+
+    def name(self, token: Token, *, may_be_x: bool = True) -> str:
+        """A declared name: reserved words are refused, and `x4` where it would read as a copy."""
+        text = str(token)
+        if text in RESERVED:
+            self.diagnostics.append(
+                Diagnostic(
+                    "reserved-word",
+                    f"`{text}` is a word of the language, so it cannot be a name",
+                    Label(self.span(token)),
+                    help=f"{text}_",
+                    fix=self.span(token),
+                )
+            )
+        elif not may_be_x and re.fullmatch(r"x[0-9]+", text):
+            self.diagnostics.append(
+                Diagnostic(
+                    "reserved-word",
+                    f"`{text}` after a stage means {text[1:]} copies, so it cannot name a flow",
+                    Label(self.span(token)),
+                    help=f"{text}_",
+                    fix=self.span(token),
+                )
+            )
+        return text
+
+    # Files and declarations
+
+    def program(self, node: Tree[Token], found: Outline) -> tree.Program:
+        self.docs = self._doc_comments(found)
+        rest: list[Any] = list(node.children)
+        edition = rest.pop(0) if getattr(rest[0], "data", "") == "version" else None
+        number = int(str(edition.children[0])) if edition is not None else None
+        if number is not None and number != EDITION:
+            self.diagnostics.append(
+                Diagnostic(
+                    "unknown-edition",
+                    f"this flowlang knows edition {EDITION} of the language, not {number}",
+                    Label(self.span(edition)),
+                    help=f"flowlang {EDITION}",
+                    fix=self.span(edition),
+                )
+            )
+        span = Span(self.source, 0, len(self.source.text))
+        first = rest[0]
+        if getattr(first, "data", None) in _ITEMS:
+            items = tuple(_ITEMS[str(c.data)](self, c) for c in rest)
+            return tree.Program(number, items, None, span, found.comments)
+        return tree.Program(number, (), self.expr(first), span, found.comments)
+
+    def _doc_comments(self, found: Outline) -> dict[int, str]:
+        """Offset of the line after a run of `##` comments, to their text."""
+        docs: dict[int, str] = {}
+        lines: list[str] = []
+        last_line = -1
+        for comment in found.comments:
+            if not comment.is_own_line or not comment.text.startswith("##"):
+                continue
+            line = comment.span.line
+            lines = [*lines, comment.text[2:].strip()] if line == last_line + 1 else [
+                comment.text[2:].strip()
+            ]
+            last_line = line
+            docs[line + 1] = "\n".join(lines)
+        return docs
+
+    def doc(self, node: Tree[Token]) -> str | None:
+        return self.docs.get(self.span(node).line)
+
+    def use(self, node: Any) -> tree.Use:
+        path, name = node.children
+        return tree.Use(
+            self.string(path), self.name(name), self.span(name), self.doc(node), self.span(node)
+        )
+
+    def param(self, node: Any) -> tree.Param:
+        name, kind, default = node.children
+        return tree.Param(
+            self.name(name),
+            self.type(kind) if kind is not None else None,
+            self.expr(default),
+            self.span(name),
+            self.doc(node),
+            self.span(node),
+        )
+
+    def type_def(self, node: Any) -> tree.TypeDef:
+        name, kind = node.children
+        return tree.TypeDef(
+            self.name(name), self.type(kind), self.span(name), self.doc(node), self.span(node)
+        )
+
+    def flow(self, node: Any) -> tree.Flow:
+        exported, name, inputs, given, gives, body = node.children
+        return tree.Flow(
+            self.name(name, may_be_x=False),
+            tuple(self.input(i) for i in inputs.children) if inputs is not None else (),
+            (self.type(given), self.type(gives)) if given is not None else None,
+            self.body(body) if getattr(body, "data", "") == "body" else self.expr(body),
+            exported is not None,
+            self.span(name),
+            self.doc(node),
+            self.span(node),
+        )
+
+    def input(self, node: Any) -> tree.Input:
+        name, kind, default = node.children
+        value = self.expr(default) if default is not None else None
+        return tree.Input(self.name(name), self.type(kind), value, self.span(node))
+
+    def body(self, node: Any) -> tree.Body:
+        *lets, result = node.children
+        return tree.Body(
+            tuple(
+                tree.Let(
+                    self.name(let.children[0]),
+                    self.expr(let.children[1]),
+                    self.span(let.children[0]),
+                    self.span(let),
+                )
+                for let in lets
+            ),
+            self.expr(result),
+            self.span(node),
+        )
+
+    def schedule(self, node: Any) -> tree.Schedule:
+        name, *entries = node.children
+        return tree.Schedule(
+            self.name(name) if name is not None else None,
+            tuple(self.entry(e) for e in entries),
+            self.doc(node),
+            self.span(node),
+        )
+
+    def entry(self, node: Any) -> tree.Entry:
+        path, args, count = node.children
+        return tree.Entry(
+            self.path(path),
+            self.args(args) if args is not None else None,
+            int(str(count)[1:]) if count is not None else None,
+            self.span(count) if count is not None else None,
+            self.span(node),
+        )
+
+    # Expressions
+
+    def expr(self, node: Any) -> tree.Expr:
+        if not hasattr(node, "data"):
+            return self.token(node)
+        return _EXPRESSIONS[str(node.data)](self, node)
+
+    def token(self, token: Token) -> tree.Expr:
+        if token.type == "STRING":
+            return self.string(token)
+        text = str(token)
+        digits = re.match(r"[0-9.]+([eE][+-]?[0-9]+)?", text)
+        split = digits.end() if digits and token.type != "QUANTITY" else len(text.rstrip("usmKiBMG%"))
+        return tree.Number(text[:split], text[split:], self.span(token))
+
+    def string(self, token: Token) -> tree.String:
+        text = str(token)
+        try:
+            value = json.loads(text, strict=False)
+        except ValueError:
+            self.diagnostics.append(
+                Diagnostic(
+                    "bad-escape",
+                    "this string has an escape that does not exist",
+                    Label(self.span(token)),
+                    help='write a backslash as "\\\\"',
+                )
+            )
+            value = text[1:-1]
+        return tree.String(value, self.span(token))
+
+    def path(self, node: Any) -> tree.Path:
+        first, *fields = node.children
+        return tree.Path((str(first), *(str(f)[1:] for f in fields)), self.span(node))
+
+    def args(self, node: Any) -> tuple[tree.Arg, ...]:
+        return tuple(
+            tree.Arg(
+                str(a.children[0]) if a.children[0] is not None else None,
+                self.expr(a.children[1]),
+                self.span(a),
+            )
+            for a in node.children
+        )
+
+    def bare(self, node: Any) -> tree.Call:
+        path = self.path(node)
+        head = path.names[0]
+        if head in RESERVED and head != "in":
+            self.name(node.children[0])
+        return tree.Call(path, None, self.span(node))
+
+    def call(self, node: Any) -> tree.Call:
+        path, args = node.children
+        return tree.Call(self.path(path), self.args(args), self.span(node))
+
+    def repeat(self, node: Any) -> tree.Repeat:
+        stage, count = node.children
+        return tree.Repeat(
+            self.expr(stage), int(str(count)[1:]), self.span(count), self.span(node)
+        )
+
+    def binary(self, node: Any) -> tree.Expr:
+        """`a op b op c`, left to right."""
+        first, *rest = node.children
+        left = self.expr(first)
+        word = _BINARY.get(str(node.data))
+        pairs = (
+            [(word, r) for r in rest]
+            if word
+            else [(str(o.children[0]), r) for o, r in zip(rest[::2], rest[1::2], strict=True)]
+        )
+        for operator, right in pairs:
+            value = self.expr(right)
+            left = tree.Binary(operator, left, value, left.span.to(value.span))
+        return left
+
+    def unary(self, node: Any) -> tree.Unary:
+        operator = "not" if node.data == "negate" else "-"
+        return tree.Unary(operator, self.expr(node.children[0]), self.span(node))
+
+    def record(self, node: Any) -> tree.Record:
+        fields = []
+        for child in node.children:
+            if child.data == "spread":
+                fields.append(tree.RecordField(None, None, self.span(child)))
+                continue
+            name, value = child.children
+            fields.append(
+                tree.RecordField(
+                    self.name(name),
+                    self.expr(value) if value is not None else None,
+                    self.span(child),
+                )
+            )
+        return tree.Record(tuple(fields), self.span(node))
+
+    def match(self, node: Any) -> tree.Match:
+        subject, *arms = node.children
+        return tree.Match(
+            self.subject(subject) if subject is not None else None,
+            tuple(self.arm(a) for a in arms),
+            self.span(node),
+        )
+
+    def subject(self, node: Any) -> tree.Expr:
+        first = node.children[0]
+        return self.bare(first) if hasattr(first, "data") else self.current(node)
+
+    def arm(self, node: Any) -> tree.Arm:
+        *patterns, value = node.children
+        is_else = getattr(patterns[0], "type", "") == "ELSE"
+        return tree.Arm(
+            () if is_else else tuple(self.expr(p) for p in patterns),
+            self.expr(value),
+            self.span(node),
+        )
+
+    def current(self, node: Any) -> tree.Current:
+        return tree.Current(tuple(str(f)[1:] for f in node.children), self.span(node))
+
+    # Types
+
+    def type(self, node: Any) -> tree.TypeExpr:
+        optional = getattr(node.children[-1], "type", "") == "OPTIONAL"
+        parts = [c for c in node.children if c is not None and hasattr(c, "data")]
+        tokens = [c for c in node.children if c is not None]
+        named = [c for c in parts if c.data == "tname"]
+        fields = tuple(
+            tree.TypeField(str(f.children[0]), self.type(f.children[1]), self.span(f))
+            for f in parts
+            if f.data == "tfield"
+        )
+        arguments = tuple(
+            self.type(c) if hasattr(c, "data") else str(c)
+            for c in tokens
+            if getattr(c, "type", "") in ("SHAPE", "INT") or getattr(c, "data", "") == "type"
+        )
+        name = self.path(named[0]) if named else None
+        return tree.TypeExpr(name, arguments, fields, optional, self.span(node))
+
+
+_ITEMS: dict[str, Callable[[_Reader, Any], tree.Item]] = {
+    "use": _Reader.use,
+    "param": _Reader.param,
+    "type_def": _Reader.type_def,
+    "flow": _Reader.flow,
+    "schedule": _Reader.schedule,
+}
+
+_EXPRESSIONS: dict[str, Callable[[_Reader, Any], tree.Expr]] = {
+    "pipeline": lambda r, n: tree.Pipeline(tuple(r.expr(c) for c in n.children), r.span(n)),
+    "fallback": lambda r, n: tree.Fallback(tuple(r.expr(c) for c in n.children), r.span(n)),
+    "ascribe": lambda r, n: tree.Ascribe(r.type(n.children[0]), r.span(n)),
+    "or_expr": _Reader.binary,
+    "and_expr": _Reader.binary,
+    "compare": _Reader.binary,
+    "sum": _Reader.binary,
+    "product": _Reader.binary,
+    "negate": _Reader.unary,
+    "minus": _Reader.unary,
+    "repeat": _Reader.repeat,
+    "cond": lambda r, n: tree.If(*(r.expr(c) for c in n.children), r.span(n)),
+    "path": _Reader.bare,
+    "call": _Reader.call,
+    "current": _Reader.current,
+    "list": lambda r, n: tree.ListOf(
+        tuple(r.expr(c) for c in n.children if c is not None), r.span(n)
+    ),
+    "record": _Reader.record,
+    "match": _Reader.match,
+    "group": lambda r, n: tree.Group(r.expr(n.children[0]), r.span(n)),
+    "true": lambda r, n: tree.Bool(True, r.span(n)),
+    "false": lambda r, n: tree.Bool(False, r.span(n)),
+    "range": lambda r, n: tree.Range(
+        tuple(r.token(c) for c in n.children if c is not None),  # type: ignore[misc]
+        r.span(n),
+    ),
+}
