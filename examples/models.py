@@ -41,7 +41,7 @@ TEXT_MODELS = {
 
 
 class Network:
-    """A growing list of ONNX nodes and their seeded weights; methods return the new tensor's name."""
+    """A growing graph with seeded weights; methods return the name of the tensor they add."""
 
     def __init__(self, seed: int) -> None:
         import numpy as np
@@ -75,9 +75,7 @@ class Network:
         bias = self._random.standard_normal(cout, dtype="float32") * 0.05
         inputs = (source, self._weight("w", weight), self._weight("b", bias))
         pads = [kernel // 2] * 4
-        return self.node(
-            "Conv", inputs, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=pads
-        )
+        return self.node("Conv", inputs, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=pads)
 
     def dense(self, source: str, cin: int, cout: int, name: str = "", gain: float = 1.0) -> str:
         """Append a fully connected layer; `gain` scales its result."""
@@ -363,7 +361,9 @@ def main() -> None:
     parser.add_argument("what", choices=("classifier", "text"))
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    made = classifier(arguments.folder) if arguments.what == "classifier" else text(arguments.folder)
+    made = (
+        classifier(arguments.folder) if arguments.what == "classifier" else text(arguments.folder)
+    )
     for path in made:
         print(path)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,7 +53,7 @@ _STORED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GoodPicture:
     """A file, and the upright RGB pixels it must show: uint8, height x width x 3.
 
@@ -89,14 +90,14 @@ def photograph(name: str) -> Image.Image:
         return opened.convert("RGB")
 
 
-def encode(image: Image.Image, form: str, **options: object) -> bytes:
+def encode(image: Image.Image, form: str, **options: Any) -> bytes:
     """The file Pillow writes for an image."""
     out = io.BytesIO()
-    image.save(out, form, **options)  # type: ignore[arg-type]
+    image.save(out, form, **options)
     return out.getvalue()
 
 
-def write_tiff(pixels: NDArray[np.generic], **options: object) -> bytes:
+def write_tiff(pixels: NDArray[np.generic], **options: Any) -> bytes:
     """The file tifffile writes for an array, in layouts that Pillow does not write."""
     out = io.BytesIO()
     tifffile.imwrite(out, pixels, metadata=None, **options)
@@ -137,7 +138,7 @@ def _jpegs() -> dict[str, GoodPicture]:
     image, gray = _subject(), _subject().convert("L")
     soft, sharp = 4.5, 2.5  # with halved and with full chroma
 
-    def jpeg(tolerance: float, **options: object) -> GoodPicture:
+    def jpeg(tolerance: float, **options: Any) -> GoodPicture:
         return _keep(image, encode(image, "JPEG", quality=95, **options), "jpeg", 3, tolerance)
 
     made = {
@@ -249,7 +250,7 @@ def _tiffs() -> dict[str, GoodPicture]:
     def tiff(shown: Image.Image, channels: int, data: bytes) -> GoodPicture:
         return _keep(shown, data, "tiff", channels)
 
-    def layout(**options: object) -> bytes:
+    def layout(**options: Any) -> bytes:
         return write_tiff(rgb, photometric="rgb", **options)
 
     separate = write_tiff(planes, photometric="rgb", planarconfig="separate")
@@ -335,12 +336,16 @@ def bad() -> Mapping[str, BadPicture]:
         "heic": BadPicture(b"\0\0\0\x18ftypheic" + bytes(400), "HEIF"),
         "jpeg-half": BadPicture(jpeg[: len(jpeg) // 2], "cut"),
         "jpeg-nine-tenths": BadPicture(jpeg[: len(jpeg) * 9 // 10], "cut"),
-        "jpeg-progressive-nine-tenths": BadPicture(progressive[: len(progressive) * 9 // 10], "cut"),
+        "jpeg-progressive-nine-tenths": BadPicture(
+            progressive[: len(progressive) * 9 // 10], "cut"
+        ),
         "jpeg-header-only": BadPicture(jpeg[:scan], "cut"),
         "jpeg-start-only": BadPicture(jpeg[:4], "cut"),
         "jpeg-0x0": BadPicture(_claim_jpeg(jpeg, 0, 0), "0x0"),
         "jpeg-30000x30000": BadPicture(_claim_jpeg(jpeg, 30000, 30000), "30000"),
-        "jpeg-12-bit": BadPicture(jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "12"),
+        "jpeg-12-bit": BadPicture(
+            jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "12"
+        ),
         "png-half": BadPicture(png[: len(png) // 2], "cut"),
         "png-30000x30000": BadPicture(_claim_png(png, 30000, 30000), "30000"),
         "png-0x0": BadPicture(_claim_png(png, 0, 0), "0x0"),

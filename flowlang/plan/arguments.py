@@ -263,7 +263,9 @@ class Binder:
         elif levels and not all(bound.params["std"]):
             bound.is_whole = False
             self.report(
-                Diagnostic("out-of-range", "`std` divides, so it is not 0", Label(bound.spans["std"]))
+                Diagnostic(
+                    "out-of-range", "`std` divides, so it is not 0", Label(bound.spans["std"])
+                )
             )
 
 

@@ -117,7 +117,9 @@ class _Checker:
     def _declare(self, program: tree.Program) -> None:
         if program.pipeline is not None:
             span = program.pipeline.span
-            self.flows["main"] = tree.Flow("main", (), None, program.pipeline, True, span, None, span)
+            self.flows["main"] = tree.Flow(
+                "main", (), None, program.pipeline, True, span, None, span
+            )
         for item in program.items:
             if isinstance(item, tree.Schedule):
                 self.schedules.append(item)
@@ -372,7 +374,9 @@ class _Checker:
             )
         elif not self.flows and not self.diagnostics and not self.elaborator.lost:
             end = len(self.source.text.rstrip())
-            self.error("empty-program", "there is no flow in this file", Span(self.source, end, end))
+            self.error(
+                "empty-program", "there is no flow in this file", Span(self.source, end, end)
+            )
         return []
 
     def _check_recursion(self, mentions: Mapping[str, Mapping[str, Span]]) -> bool:
@@ -408,7 +412,12 @@ class _Checker:
             kind = UNKNOWN  # a part of something: sized and coloured where it is mentioned
         item = Node(graph.INPUT, {}, (), kind, flow.name_span, Site(flow.name, flow.name_span))
         output = self.elaborator.flow(flow.name, item)
-        if is_served and isinstance(kind, Unknown) and output.op != "unknown" and flow.body.span.text != "pass":
+        if (
+            is_served
+            and isinstance(kind, Unknown)
+            and output.op != "unknown"
+            and flow.body.span.text != "pass"
+        ):
             self.error(
                 "unknown-input",
                 f"what `{flow.name}` takes cannot be told from its first stage",
@@ -459,7 +468,9 @@ class _Checker:
 
     def _not_a_setting(self, entry: tree.Entry, arg: tree.Arg, constant: Constant) -> Refused:
         name = arg.name or str(constant.value)
-        span = Span(arg.span.source, arg.span.start, arg.span.start + len(arg.name or arg.span.text))
+        span = Span(
+            arg.span.source, arg.span.start, arg.span.start + len(arg.name or arg.span.text)
+        )
         call = self._owner(self.flows[str(entry.path)], name, arg)
         if call is None:
             return refuse(
@@ -491,7 +502,9 @@ class _Checker:
     def _place(
         self, entry: tree.Entry, name: str, given: dict[str, Given], is_chosen: bool
     ) -> None:
-        flow_level = {n: g for n, g in given.items() if n in SETTINGS and SETTINGS[n].level == "flow"}
+        flow_level = {
+            n: g for n, g in given.items() if n in SETTINGS and SETTINGS[n].level == "flow"
+        }
         rest = {n: g for n, g in given.items() if n not in flow_level}
         for setting, value in flow_level.items():
             is_served = self.flows[name].is_exported or len(self.flows) == 1
@@ -517,7 +530,9 @@ class _Checker:
             level = SETTINGS[setting].level if setting in SETTINGS else "stage"
             targets = batched
             if level == "image":
-                targets = [c for c in calls if setting in OPS.get(str(c.path), OPS["pass"]).settings]
+                targets = [
+                    c for c in calls if setting in OPS.get(str(c.path), OPS["pass"]).settings
+                ]
             if len(targets) != 1 and (level == "image" or setting != "gpu"):
                 shown = f"x{value.value}" if setting == COPIES else setting
                 count = "none" if not targets else str(len(targets))
@@ -526,7 +541,9 @@ class _Checker:
                     f"`{shown}` needs a flow with exactly one operator that takes it, "
                     f"and `{name}` has {count}",
                     value.span,
-                    help="name the part and schedule that: flow net = trt(...)" if targets else None,
+                    help="name the part and schedule that: flow net = trt(...)"
+                    if targets
+                    else None,
                 )
                 continue
             for call in targets:
@@ -564,8 +581,11 @@ def _children(expr: object) -> list[object]:
     if isinstance(expr, tree.Call):
         return [a.value for a in expr.args or ()]
     if isinstance(expr, tree.Record):
-        return [f.value or tree.Call(tree.Path((f.name or "",), f.span), None, f.span)
-                for f in expr.fields if f.name]
+        return [
+            f.value or tree.Call(tree.Path((f.name or "",), f.span), None, f.span)
+            for f in expr.fields
+            if f.name
+        ]
     if isinstance(expr, (tree.Group, tree.Unary)):
         return [expr.value]
     if isinstance(expr, tree.Repeat):
@@ -602,5 +622,3 @@ def _mentions(flow: tree.Flow, flows: Mapping[str, tree.Flow]) -> dict[str, Span
         if name in flows and name not in hidden:
             found.setdefault(name, call.path.span)
     return found
-
-

@@ -83,7 +83,9 @@ class Elaborator:
             wanted = self.resolve(flow.signature[1])
             if not fits(result.type, wanted):
                 self._mismatch(
-                    flow.signature[1].span, result, f"`{name}` is declared to give `{wanted}`",
+                    flow.signature[1].span,
+                    result,
+                    f"`{name}` is declared to give `{wanted}`",
                     f"but it ends with {_called(result)}",
                 )
         return result
@@ -281,8 +283,11 @@ class Elaborator:
                 return self._unbuilt(call.span, f"`{name}`", item, scope)
             if name in scope.values:
                 self.report(
-                    Diagnostic("not-a-stage", f"`{name}` is a value, and takes no arguments",
-                               Label(call.span))
+                    Diagnostic(
+                        "not-a-stage",
+                        f"`{name}` is a value, and takes no arguments",
+                        Label(call.span),
+                    )
                 )
                 return self._unknown(call.span, item, scope)
         elif call.path.names[0] in scope.values:
@@ -309,7 +314,9 @@ class Elaborator:
             wanted = self.resolve(signature[0])
             if not fits(item.type, wanted):
                 self._mismatch(
-                    call.span, item, f"`{name}` cannot take what {_called(item)} gives",
+                    call.span,
+                    item,
+                    f"`{name}` cannot take what {_called(item)} gives",
                     f"wants {wanted}",
                 )
         return self.flow(name, item)
@@ -336,7 +343,9 @@ class Elaborator:
             return replace(node, type=op.rule(item.type, bound.params))
         except Mismatch as mismatch:
             self._mismatch(
-                call.span, item, f"`{op.name}` cannot take what {_called(item)} gives",
+                call.span,
+                item,
+                f"`{op.name}` cannot take what {_called(item)} gives",
                 f"wants {mismatch.wants}",
             )
             return self._unknown(call.span, item, scope)
@@ -344,7 +353,9 @@ class Elaborator:
     def _mismatch(self, span: Span, item: Node, message: str, label: str, **more: Any) -> None:
         slug = more.pop("slug", "type-mismatch")
         self.report(
-            Diagnostic(slug, message, Label(span, label), (Label(item.span, gives(item.type)),), **more)
+            Diagnostic(
+                slug, message, Label(span, label), (Label(item.span, gives(item.type)),), **more
+            )
         )
 
     # Models
@@ -379,14 +390,18 @@ class Elaborator:
             for port in model.inputs:
                 if port.name not in given:
                     self._mismatch(
-                        node.span, item, f"`{model.name}` takes a record with a field `{port.name}`",
+                        node.span,
+                        item,
+                        f"`{model.name}` takes a record with a field `{port.name}`",
                         f"wants {input_type(model)}",
                     )
                 else:
                     self._check_fit(node, replace(item, type=given[port.name]), model, port.name)
         elif not isinstance(item.type, Unknown):
             self._mismatch(
-                node.span, item, f"`{model.name}` has {len(model.inputs)} inputs, so it takes a record",
+                node.span,
+                item,
+                f"`{model.name}` has {len(model.inputs)} inputs, so it takes a record",
                 f"wants {input_type(model)}",
             )
         self._check_batch(node, model, bound)
@@ -401,9 +416,11 @@ class Elaborator:
             levels = [n for n in ("mean", "std") if node.params[n] is not None]
             if levels and item.type.dtype == "f32":
                 self._mismatch(
-                    node.param_spans[levels[0]], item,
+                    node.param_spans[levels[0]],
+                    item,
                     f"`{model.name}` would get levels normalized twice",
-                    "normalized here again", slug="normalized-twice",
+                    "normalized here again",
+                    slug="normalized-twice",
                 )
             elif not levels and item.type.dtype == "u8" and found.dtype != "u8":
                 self.report(
@@ -421,7 +438,10 @@ class Elaborator:
         sizer = _sizer(item) if found.slug == "size-mismatch" else None
         call = " ".join(node.span.text.split())
         if sizer is not None and found.mend:
-            where = next((sizer.param_spans[n] for n in ("size", "h", "w") if n in sizer.param_spans), sizer.span)
+            where = next(
+                (sizer.param_spans[n] for n in ("size", "h", "w") if n in sizer.param_spans),
+                sizer.span,
+            )
             self.report(
                 Diagnostic(
                     found.slug,

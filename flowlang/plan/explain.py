@@ -74,8 +74,10 @@ def _operators(flow: FlowPlan) -> Iterable[str]:
     previous = flow.input
     for node in order:
         mark = "+" if node.op == graph.PACK else " "
-        sources = "" if node.inputs == (previous,) else "  of " + " ".join(
-            f"%{numbers.get(id(i), 0)}" for i in node.inputs
+        sources = (
+            ""
+            if node.inputs == (previous,)
+            else "  of " + " ".join(f"%{numbers.get(id(i), 0)}" for i in node.inputs)
         )
         left = f"  %{numbers[id(node)]:<2}{mark} {_node_text(node)}{sources}"
         yield f"{left:<56} {node.type}"

@@ -86,9 +86,7 @@ def _fit_image(given: Image, port: Port, model: Model) -> Packing | Misfit:
     if wrong_size and not given.is_sized:
         return Misfit("type-mismatch", wants(port), _mend(given, port))
     if wrong_size:
-        message = (
-            f"`{model.name}` takes {_sides(h, w)}, and this makes {_sides(given.height, given.width)}"
-        )
+        message = f"`{model.name}` takes {_sides(h, w)}, and this makes {_sides(given.height, given.width)}"
         return Misfit("size-mismatch", wants(port), _resize_to(h, w), message)
     if given.colour is None:
         return Misfit(

@@ -83,7 +83,9 @@ class Op:
 
     @property
     def words(self) -> list[str]:
-        return [w for p in self.params for w in (p.words or ((p.name,) if p.kind == "flag" else ()))]
+        return [
+            w for p in self.params for w in (p.words or ((p.name,) if p.kind == "flag" else ()))
+        ]
 
 
 def _image(given: Type) -> Image:
@@ -103,7 +105,9 @@ def _tensor(given: Type, rank: int | None = None) -> Tensor:
     if isinstance(given, Unknown):
         return Tensor("f32", None)
     if not isinstance(given, Tensor) or not given.dtype.startswith("f"):
-        raise Mismatch("tensor<f32>" if rank is None else "tensor<f32, " + "x".join("?" * rank) + ">")
+        raise Mismatch(
+            "tensor<f32>" if rank is None else "tensor<f32, " + "x".join("?" * rank) + ">"
+        )
     if rank is not None and given.shape is not None and len(given.shape) != rank:
         raise Mismatch("tensor<f32, " + "x".join("?" * rank) + ">")
     return given
@@ -182,7 +186,13 @@ def _trt(given: Type, params: Params) -> Type:
 
 
 SIDES = (
-    Param("size", "int", "both sides in pixels, or the shorter one with fit=shorter", low=1, high=16384),
+    Param(
+        "size",
+        "int",
+        "both sides in pixels, or the shorter one with fit=shorter",
+        low=1,
+        high=16384,
+    ),
     Param("h", "int", "height in pixels", is_named=True, low=1, high=16384),
     Param("w", "int", "width in pixels", is_named=True, low=1, high=16384),
 )
@@ -236,8 +246,22 @@ TABLE: tuple[Op, ...] = (
         ),
         tolerance="1 level; 3 with antialias",
     ),
-    Op("rgb", "channels in the order red, green, blue", "image", Image(), _colour("rgb"), keeps_size=True),
-    Op("bgr", "channels in the order blue, green, red", "image", Image(), _colour("bgr"), keeps_size=True),
+    Op(
+        "rgb",
+        "channels in the order red, green, blue",
+        "image",
+        Image(),
+        _colour("rgb"),
+        keeps_size=True,
+    ),
+    Op(
+        "bgr",
+        "channels in the order blue, green, red",
+        "image",
+        Image(),
+        _colour("bgr"),
+        keeps_size=True,
+    ),
     Op(
         "gray",
         "one channel: 0.299 red + 0.587 green + 0.114 blue",
@@ -247,7 +271,14 @@ TABLE: tuple[Op, ...] = (
         tolerance="1 level",
         keeps_size=True,
     ),
-    Op("crop", "the centre of the image; where it is smaller, it is an error", "image", Image(), _crop, SIDES),
+    Op(
+        "crop",
+        "the centre of the image; where it is smaller, it is an error",
+        "image",
+        Image(),
+        _crop,
+        SIDES,
+    ),
     Op(
         "normalize",
         "levels to floats: (level - mean) / std for each channel",
@@ -287,7 +318,13 @@ TABLE: tuple[Op, ...] = (
         MODEL_SETTINGS,
         tolerance="fp16: 1e-2 relative",
     ),
-    Op("softmax", "values to shares that sum to 1, over the last axis", "host", Tensor("f32", None), _softmax),
+    Op(
+        "softmax",
+        "values to shares that sum to 1, over the last axis",
+        "host",
+        Tensor("f32", None),
+        _softmax,
+    ),
     Op(
         "top",
         "the k greatest values with their indices and names, greatest first",
@@ -310,7 +347,14 @@ TABLE: tuple[Op, ...] = (
         "host",
         Tensor("f32", (None, None)),
         _ctc,
-        (Param("keys", "file", "a text file with one character a line, classes from 1", is_required=True),),
+        (
+            Param(
+                "keys",
+                "file",
+                "a text file with one character a line, classes from 1",
+                is_required=True,
+            ),
+        ),
     ),
     Op("pass", "the item itself", "host", UNKNOWN, lambda given, params: given, keeps_size=True),
 )

@@ -111,9 +111,7 @@ def fold_normalize(plan: FlowPlan) -> FlowPlan:
             return node
         normal = node.inputs[0]
         mean, std = levels_of(normal)
-        return replace(
-            node, inputs=normal.inputs, params={**node.params, "mean": mean, "std": std}
-        )
+        return replace(node, inputs=normal.inputs, params={**node.params, "mean": mean, "std": std})
 
     return rebuild(plan, change)
 

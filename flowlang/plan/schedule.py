@@ -32,7 +32,9 @@ class Setting:
 
 TABLE: tuple[Setting, ...] = (
     Setting("batch", "range", "stage", "items an instance takes at once, least to most", "1..8"),
-    Setting("wait", "duration", "stage", "longest an item waits for others to join its batch", "2ms"),
+    Setting(
+        "wait", "duration", "stage", "longest an item waits for others to join its batch", "2ms"
+    ),
     Setting("timeout", "duration", "stage", "longest the stage may take for an item", "50ms"),
     Setting("gpu", "gpus", "stage", "the GPU or GPUs to run on", "0..1"),
     Setting("graphs", "bool", "stage", "replay batches as CUDA graphs", "false"),
@@ -40,7 +42,14 @@ TABLE: tuple[Setting, ...] = (
     Setting("max_bytes", "bytes", "image", "largest picture file that is decoded", "32MiB"),
     Setting("max_pixels", "int", "image", "largest picture that is decoded", "67108864"),
     Setting("device", "word", "flow", "where its stages run", "cpu", ("cpu", "gpu")),
-    Setting("priority", "word", "flow", "which waiting batch runs first", "low", ("low", "normal", "high")),
+    Setting(
+        "priority",
+        "word",
+        "flow",
+        "which waiting batch runs first",
+        "low",
+        ("low", "normal", "high"),
+    ),
     Setting("slo", "duration", "flow", "deadline of each request", "50ms"),
     Setting("queue", "int", "flow", "requests that may wait at the entrance", "256"),
 )

@@ -174,7 +174,9 @@ def from_text(text: str, kind: str, span: Span) -> Constant:
         if text.lower() in ("true", "false"):
             return Constant("bool", text.lower() == "true", span)
         raise refusal
-    found = re.fullmatch(r"(-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)(us|ms|s|KiB|MiB|GiB|%)?", text)
+    found = re.fullmatch(
+        r"(-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)(us|ms|s|KiB|MiB|GiB|%)?", text
+    )
     if not found:
         raise refusal
     unit = found.group(2) or ""
@@ -188,4 +190,9 @@ def from_text(text: str, kind: str, span: Span) -> Constant:
     return constant
 
 
-_NOUN = {"int": "a whole number", "float": "a number", "bool": "true or false", "duration": "a duration"}
+_NOUN = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "duration": "a duration",
+}

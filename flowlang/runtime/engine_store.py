@@ -370,7 +370,7 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
             os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
-            pass
+            partial.unlink(missing_ok=True)
         raise
     with suppress(OSError):  # the file is there; some file systems cannot sync a directory
         descriptor = os.open(path.parent, os.O_RDONLY)

@@ -2,14 +2,14 @@
 
 Layer: runtime, pure Python. It reads headers and block lengths, never pixels, so that a picture
 too large, cut short or not a picture at all costs microseconds instead of a decoder's memory.
-It knows nothing of who decodes the picture, nor of what that decoder can read.
+It knows nothing of who decodes the picture.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from struct import unpack_from
 
@@ -46,16 +46,12 @@ def read_picture(data: Buffer) -> Picture:
 
     Raises UnreadablePicture, and nothing else, whatever the bytes are.
     """
-    if isinstance(data, memoryview) and not (data.contiguous and data.ndim == 1 == data.itemsize):
+    if isinstance(data, memoryview) and not (data.c_contiguous and data.format == "B"):
         data = data.tobytes()
-    start = bytes(data[:16])
-    if start[:3] == b"\xff\xd8\xff":
-        name, read = "JPEG", _read_jpeg
-    else:
-        name, read = _recognise(start)
+    name, read = _recognise(bytes(data[:16]))
     try:
         picture = read(data)
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, OverflowError):
         raise UnreadablePicture(f"a {name} cut inside its header") from None
     if picture.width <= 0 or picture.height <= 0:
         raise UnreadablePicture(f"a {name} of {picture.width}x{picture.height} pixels")
@@ -64,6 +60,8 @@ def read_picture(data: Buffer) -> Picture:
 
 def _recognise(start: bytes) -> tuple[str, Callable[[Buffer], Picture]]:
     """The name of the format that begins so, and the function that reads it."""
+    if start[:3] == b"\xff\xd8\xff":
+        return "JPEG", _read_jpeg
     for name, pattern, read in _SIGNATURES:
         if pattern.match(start):
             return name, read
@@ -74,8 +72,6 @@ def _recognise(start: bytes) -> tuple[str, Callable[[Buffer], Picture]]:
         raise UnreadablePicture(f"a HEIF or AVIF picture ({kind!r}), which is not read")
     raise UnreadablePicture(f"not a picture: starts with {start!r}")
 
-
-# --- JPEG ---------------------------------------------------------------------------------------
 
 _EOI, _SOS = 0xD9, 0xDA
 _BARE_MARKERS = frozenset((0x01, *range(0xD0, 0xD9)))  # those without a length after them
@@ -150,8 +146,6 @@ def _find_last_eoi(data: Buffer, start: int) -> int:
     return (bytes(data) if isinstance(data, memoryview) else data).rfind(b"\xff\xd9", start)
 
 
-# --- PNG ----------------------------------------------------------------------------------------
-
 _PNG_CHANNELS = {0: 1, 2: 3, 3: None, 4: 2, 6: 4}
 
 
@@ -181,9 +175,6 @@ def _count_png_bytes(data: Buffer) -> int:
         elif kind == b"IEND":
             return packed if at <= len(data) else -1
     raise UnreadablePicture(f"a PNG of over {MAX_STEPS} chunks")
-
-
-# --- WebP ---------------------------------------------------------------------------------------
 
 
 def _read_webp(data: Buffer) -> Picture:
@@ -223,7 +214,7 @@ def _has_webp_frame(data: Buffer, at: int, end: int) -> bool:
     raise UnreadablePicture(f"a WebP of over {MAX_STEPS} chunks")
 
 
-# --- GIF ----------------------------------------------------------------------------------------
+_LONG_GIF = f"a GIF of over {MAX_STEPS} blocks up to the end of its first image"
 
 
 def _read_gif(data: Buffer) -> Picture:
@@ -242,29 +233,27 @@ def _count_palette_bytes(flags: int) -> int:
 
 def _has_gif_image(data: Buffer, at: int) -> bool:
     """Whether the first image ends; files that lack only the trailer, or later images, exist."""
-    for _ in range(MAX_STEPS):
+    steps = iter(range(MAX_STEPS))
+    for _ in steps:
         if data[at] == 0x2C:  # an image: its place, palette and code size, then sub-blocks
-            _skip_sub_blocks(data, at + 11 + _count_palette_bytes(data[at + 9]))
+            _skip_sub_blocks(data, at + 11 + _count_palette_bytes(data[at + 9]), steps)
             return True
         if data[at] == 0x3B:
             raise UnreadablePicture("a GIF without an image")
         if data[at] != 0x21:
             raise UnreadablePicture(f"a GIF with a damaged block at byte {at}")
-        at = _skip_sub_blocks(data, at + 2)  # an extension: a label, then sub-blocks
-    raise UnreadablePicture(f"a GIF of over {MAX_STEPS} blocks before its image")
+        at = _skip_sub_blocks(data, at + 2, steps)  # an extension: a label, then sub-blocks
+    raise UnreadablePicture(_LONG_GIF)
 
 
-def _skip_sub_blocks(data: Buffer, at: int) -> int:
+def _skip_sub_blocks(data: Buffer, at: int, steps: Iterator[int]) -> int:
     """Past the sub-blocks that start at `at`, each its length and so many bytes, and a zero."""
-    for _ in range(MAX_STEPS):
+    for _ in steps:
         size = data[at]
         at += 1 + size
         if not size:
             return at
-    raise UnreadablePicture(f"a GIF image of over {MAX_STEPS} blocks")
-
-
-# --- BMP ----------------------------------------------------------------------------------------
+    raise UnreadablePicture(_LONG_GIF)
 
 
 def _read_bmp(data: Buffer) -> Picture:
@@ -286,8 +275,6 @@ def _read_bmp(data: Buffer) -> Picture:
     channels = None if bits <= 8 else 4 if bits == 32 else 3
     return Picture("bmp", width, height, is_complete, False, channels)
 
-
-# --- TIFF ---------------------------------------------------------------------------------------
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIPS, _SAMPLES, _STRIP_ROWS, _STRIP_SIZES, _PLANES = 273, 277, 278, 279, 284
@@ -364,8 +351,6 @@ def _has_strips(
     return not is_raw or sum(sizes) >= raw_bytes
 
 
-# --- JPEG 2000 ----------------------------------------------------------------------------------
-
 _CODESTREAM = b"\xff\x4f\xff\x51"
 
 
@@ -414,8 +399,6 @@ def _has_tile_parts(data: Buffer, at: int) -> bool:
     raise UnreadablePicture(f"a JPEG 2000 of over {MAX_STEPS} tile parts")
 
 
-# --- PNM ----------------------------------------------------------------------------------------
-
 _GAP = rb"(?:\s|#[^\n]*\n)+"
 _BITMAP_HEADER = re.compile(rb"P[14]" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})\s")
 _PIXMAP_HEADER = re.compile(
@@ -435,8 +418,9 @@ def _read_pnm(data: Buffer) -> Picture:
         raise UnreadablePicture("a PNM with a damaged header")
     width, height, *rest = (int(number) for number in header.groups())
     most = rest[0] if rest else 1
-    if not 1 <= most <= 0xFFFF:
-        raise UnreadablePicture(f"a PNM of values up to {most}")
+    # Decoders scale plain numbers to 0..255 but pass packed ones on as they are.
+    if not (most in (255, 0xFFFF) if kind >= 5 else 1 <= most <= 0xFFFF):
+        raise UnreadablePicture(f"a PNM of values up to {most}, where 255 or 65535 is read")
     channels = 3 if kind in (3, 6) else 1
     samples = width * height * channels
     if kind == 4:

@@ -28,9 +28,12 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from flowlang.diagnostics import EngineError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 SUFFIX = ".encrypted"
 """Ends the name of every sealed file: `resnet50.onnx.encrypted`."""
@@ -257,41 +260,40 @@ def _open(
 ) -> bytes:
     """Check, then decrypt, the `size` bytes that `read(offset, count)` gives."""
     check_installed()
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
     head = _unpack(bytes(read(0, _HEAD_BYTES)))
     if size != head.sealed_bytes:
         raise EngineError(wrong_size(size, head.sealed_bytes))
-    chunks = _opened(read, head, _secret_for(head, key), header)
+    cipher = AESGCM(_secret_for(head, key))
+
+    def chunk(number: int) -> bytes:
+        at = _HEAD_BYTES + number * (head.chunk_bytes + _TAG_BYTES)
+        sealed = read(at, min(head.chunk_bytes + _TAG_BYTES, size - at))
+        return _open_chunk(cipher, head, header, number, sealed)
+
     if head.chunks == 1:
-        return next(chunks)
-    # Sized at once, for BytesIO gives away its own buffer, uncopied, only if no byte is spare.
+        return chunk(0)
+    # BytesIO grows in place and gives its buffer away uncopied; joined chunks would be held twice.
     plain = io.BytesIO()
-    plain.seek(head.plain_bytes - 1)
-    plain.write(b"\0")
-    plain.seek(0)
-    for chunk in chunks:
-        plain.write(chunk)
+    for number in range(head.chunks):
+        plain.write(chunk(number))
     return plain.getvalue()
 
 
-def _opened(
-    read: Callable[[int, int], bytes | memoryview], head: _Head, secret: bytes, header: bytes
-) -> Iterator[bytes]:
-    """The plain chunks in their order, each authentic."""
+def _open_chunk(
+    cipher: AESGCM, head: _Head, header: bytes, number: int, sealed: bytes | memoryview
+) -> bytes:
+    """One chunk in plain, once it has been found to be the one that belongs there."""
     from cryptography.exceptions import InvalidTag
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-    cipher = AESGCM(secret)
-    step = head.chunk_bytes + _TAG_BYTES
-    for number in range(head.chunks):
-        at = _HEAD_BYTES + number * step
-        sealed = read(at, min(step, head.sealed_bytes - at))
-        try:
-            yield cipher.decrypt(head.nonce(number), sealed, head.associated(header, number))
-        except InvalidTag:
-            raise EngineError(
-                f"damaged or altered: part {number + 1} of {head.chunks} of the sealed bytes, "
-                "or the header they were sealed with, is not what was written"
-            ) from None
+    try:
+        return cipher.decrypt(head.nonce(number), sealed, head.associated(header, number))
+    except InvalidTag:
+        raise EngineError(
+            f"damaged or altered: part {number + 1} of {head.chunks} of the sealed bytes, "
+            "or the header they were sealed with, is not what was written"
+        ) from None
 
 
 def wrong_size(size: int, expected: int) -> str:

@@ -11,7 +11,15 @@ import unicodedata
 from typing import Any
 
 from flowlang.diagnostics import Diagnostic, Label, Source, Span
-from flowlang.syntax.scan import CLOSER, DECLARATIONS, Outline, Piece, pieces, stage_after, stage_before
+from flowlang.syntax.scan import (
+    CLOSER,
+    DECLARATIONS,
+    Outline,
+    Piece,
+    pieces,
+    stage_after,
+    stage_before,
+)
 
 STARTS_STAGE = frozenset({"NAME", "LBRACE", "STRING", "IF", "MATCH", "FIELD", "LSQB"})
 
@@ -169,9 +177,7 @@ def _token(source: Source, kind: str, span: Span, accepts: set[str]) -> Diagnost
             fix=span,
         )
     if found == "->" and "NAME" in accepts:
-        return Diagnostic(
-            "missing-stage", "there is no stage before this `->`", Label(span)
-        )
+        return Diagnostic("missing-stage", "there is no stage before this `->`", Label(span))
     if found in (")", "]", "}"):
         return Diagnostic(
             "unexpected-token",
@@ -198,7 +204,7 @@ def _wants_comma(text: str, span: Span, accepts: set[str]) -> bool:
     if "COMMA" not in accepts:
         return False
     named = re.compile(r"\s*[=:](?!=)").match(text, span.end) is not None
-    return named or "ARROW" not in accepts or text[: span.start].rstrip()[-1:] in "}\"0123456789"
+    return named or "ARROW" not in accepts or text[: span.start].rstrip()[-1:] in '}"0123456789'
 
 
 def _before(text: str, span: Span) -> str:
@@ -217,7 +223,14 @@ def _argument(text: str, span: Span) -> str:
 def _listed(accepts: set[str]) -> str:
     words = [_WORDS[a] for a in _WORDS if a in accepts]
     if "NAME" in accepts and len(accepts) > 10:
-        words = ["a stage", *[w for w in words if w not in ("a name", "a string", "a number", "`{`", "`(`", "`as`")]]
+        words = [
+            "a stage",
+            *[
+                w
+                for w in words
+                if w not in ("a name", "a string", "a number", "`{`", "`(`", "`as`")
+            ],
+        ]
     if not words:
         return "something else"
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" or {words[-1]}"

@@ -236,8 +236,8 @@ class _Writer:
             gap = self._gap(after, statement)
             parts += [separator, gap, self._statement(statement)]
             after = statement.span.end
-        last, is_bare = self._remarks.between(after, None, end)
-        if not statements and is_bare:
+        last, _ = self._remarks.between(after, None, end)
+        if not statements and last == NOTHING:
             return f"{opening}}}"
         return Group(
             (opening, Nest((*parts, HARD if not parts else NOTHING, last)), separator, "}")
@@ -411,6 +411,7 @@ class _Writer:
             parts += [",", SPACE] if parts else [edge]
             if isinstance(element, str):
                 parts.append(element)
+                after = None
                 continue
             parts += [self._remarks.before(_lead_end(element), after), self.doc(element)]
             after = element.span.end

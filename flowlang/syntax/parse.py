@@ -270,9 +270,11 @@ class _Reader:
             if not comment.is_own_line or not comment.text.startswith("##"):
                 continue
             line = comment.span.line
-            lines = [*lines, comment.text[2:].strip()] if line == last_line + 1 else [
-                comment.text[2:].strip()
-            ]
+            lines = (
+                [*lines, comment.text[2:].strip()]
+                if line == last_line + 1
+                else [comment.text[2:].strip()]
+            )
             last_line = line
             docs[line + 1] = "\n".join(lines)
         return docs
@@ -368,7 +370,9 @@ class _Reader:
             return self.string(token)
         text = str(token)
         digits = re.match(r"[0-9.]+([eE][+-]?[0-9]+)?", text)
-        split = digits.end() if digits and token.type != "QUANTITY" else len(text.rstrip("usmKiBMG%"))
+        split = (
+            digits.end() if digits and token.type != "QUANTITY" else len(text.rstrip("usmKiBMG%"))
+        )
         return tree.Number(text[:split], text[split:], self.span(token))
 
     def string(self, token: Token) -> tree.String:
@@ -414,9 +418,7 @@ class _Reader:
 
     def repeat(self, node: Any) -> tree.Repeat:
         stage, count = node.children
-        return tree.Repeat(
-            self.expr(stage), int(str(count)[1:]), self.span(count), self.span(node)
-        )
+        return tree.Repeat(self.expr(stage), int(str(count)[1:]), self.span(count), self.span(node))
 
     def binary(self, node: Any) -> tree.Expr:
         """`a op b op c`, left to right."""

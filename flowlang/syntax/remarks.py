@@ -76,10 +76,11 @@ class Remarks:
             blanks[0] = False
         if is_parted and not any(blanks):
             blanks[int(is_trailing)] = True
-        texts = [c.text.rstrip() for c in comments]
-        remark = Remark(tuple(zip(texts, blanks, strict=False)), is_trailing)
         is_blank = start is not None and blanks[-1]
-        doc = (remark if comments else NOTHING, BLANK if is_blank else NOTHING)
+        doc: Doc = BLANK if is_blank else NOTHING
+        if comments:
+            texts = [c.text.rstrip() for c in comments]
+            doc = (Remark(tuple(zip(texts, blanks, strict=False)), is_trailing), doc)
         return doc, not is_blank and len(comments) == int(is_trailing)
 
     def _take(self, until: int) -> Sequence[Comment]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def photographs(size: int) -> Floats:
     pixels = [cv2.imread(str(folder / name), cv2.IMREAD_COLOR_RGB) for name in PHOTOGRAPHS]
     resized = [cv2.resize(picture, (size, size)) for picture in pixels if picture is not None]
     scaled = np.stack(resized).astype(np.float32) / 255
-    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     return np.ascontiguousarray(((scaled - mean) / std).transpose(0, 3, 1, 2), np.float32)
 
 
@@ -147,3 +149,29 @@ def test_the_command_makes_the_classifier(tmp_path: Path) -> None:
     logits = run(tmp_path / "made" / "classifier.onnx", data=photographs(224)[:1])["logits"]
     names = (tmp_path / "made" / "classes.txt").read_text().splitlines()
     assert len(names) == len(set(names)) == logits.shape[1] == 1000
+
+
+@pytest.mark.skipif(importlib.util.find_spec("rapidocr") is None, reason="needs rapidocr")
+def test_the_text_models_read_a_line(tmp_path: Path) -> None:
+    """The copied models find a printed line upright, its rotation not, and the keys spell it."""
+    models.text(tmp_path)
+    page = cv2.imread(str(Path(skimage.__file__).parent / "data" / "page.png"))
+    assert page is not None
+    line = page[10:34, 4:294]
+
+    turned = [text_input(line, 192), text_input(line[::-1, ::-1], 192)]
+    (orientation,) = run(tmp_path / "text_orientation.onnx", x=np.concatenate(turned)).values()
+    assert orientation.argmax(axis=1).tolist() == [0, 1]
+
+    (chances,) = run(tmp_path / "text_recognition.onnx", x=text_input(line, 580)).values()
+    keys = (tmp_path / "text_keys.txt").read_text(encoding="utf-8").splitlines()
+    assert len(keys) + 1 == chances.shape[2]
+    best = [0, *chances[0].argmax(axis=1).tolist()]
+    kept = [now for last, now in pairwise(best) if now not in (0, last)]
+    assert "".join(keys[number - 1] for number in kept) == "Region-based segmentation"
+
+
+def text_input(line: NDArray[Any], width: int) -> Floats:
+    """Return a BGR line as the text models take it: float32 [1, 3, 48, width] in -1 to 1."""
+    scaled = cv2.resize(np.ascontiguousarray(line), (width, 48)).astype(np.float32)
+    return np.ascontiguousarray((scaled / 127.5 - 1).transpose(2, 0, 1)[None])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,29 +72,46 @@ def test_every_cut_is_refused() -> None:
             open_sealed(SEALED[:length], KEY, header=HEADER)
 
 
-@given(order=st.lists(st.integers(0, len(CHUNKS) - 1), max_size=6), tail=st.binary(max_size=40))
-@settings(max_examples=200, deadline=None)
-def test_chunks_only_open_in_their_place(order: list[int], tail: bytes) -> None:
-    """Chunks repeated, left out, reordered or followed by anything do not open."""
-    changed = SEALED[:HEAD] + b"".join(CHUNKS[number] for number in order) + tail
-    if changed == SEALED:
-        return
-    with pytest.raises(EngineError, match=r"cut|added|damaged or altered"):
-        open_sealed(changed, KEY, header=HEADER)
+def test_chunks_only_open_in_their_place() -> None:
+    """Of all rows that can be made of the chunks of a file, only the written one opens."""
+    for order in itertools.product(range(len(CHUNKS)), repeat=len(CHUNKS)):
+        changed = SEALED[:HEAD] + b"".join(CHUNKS[number] for number in order)
+        if changed != SEALED:
+            with pytest.raises(EngineError, match=r"cut|added|damaged or altered"):
+                open_sealed(changed, KEY, header=HEADER)
 
 
-def _forged(sealed: bytes, plain_bytes: int) -> bytes:
-    """The sealed file with another length in its head, and a checksum to match."""
-    head = seal._unpack(sealed[:HEAD])
-    other = seal._Head(
-        head.kind, head.chunk_bytes, plain_bytes, head.salt, head.prefix, head.check
-    ).packed()
-    return other + sealed[HEAD:]
+@given(tail=st.binary(min_size=1, max_size=100))
+@settings(max_examples=50, deadline=None)
+def test_nothing_can_be_appended(tail: bytes) -> None:
+    """A sealed file with anything after its end does not open, and the error counts what is."""
+    for added in (tail, CHUNKS[0], CHUNKS[-1]):
+        with pytest.raises(EngineError, match=f"altered: {len(added)} bytes were added"):
+            open_sealed(SEALED + added, KEY, header=HEADER)
+
+
+def test_equal_chunks_are_sealed_differently() -> None:
+    """Two chunks of the same plain bytes share no stretch when sealed: no nonce is used twice."""
+    sealed = seal.seal(bytes(3 * CHUNK), KEY, header=HEADER, chunk_bytes=CHUNK)
+    stretches = [sealed[at : at + 8] for at in range(HEAD, len(sealed) - 7, 8)]
+    assert len(set(stretches)) == len(stretches)
+
+
+def _forged(sealed: bytes, **changes: int) -> bytes:
+    """The sealed file with other numbers in its head, and a checksum to match."""
+    return replace(seal._unpack(sealed[:HEAD]), **changes).packed() + sealed[HEAD:]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{"chunk_bytes": 0}, {"chunk_bytes": 2**31}, {"kind": 7}])
+def test_a_head_with_impossible_numbers_is_refused(changes: dict[str, int]) -> None:
+    """Numbers that no sealed file has are refused even with a checksum to match."""
+    with pytest.raises(EngineError, match="damaged: the head"):
+        open_sealed(_forged(SEALED, **changes), KEY, header=HEADER)
 
 
 def test_a_file_cut_between_chunks_with_its_length_forged_is_refused() -> None:
     """Whoever drops the last chunks and corrects the head cannot make the rest open."""
-    cut = _forged(SEALED[: HEAD + 2 * (CHUNK + 16)], 2 * CHUNK)
+    cut = _forged(SEALED[: HEAD + 2 * (CHUNK + 16)], plain_bytes=2 * CHUNK)
     with pytest.raises(EngineError, match="damaged or altered: part 1 of 2"):
         open_sealed(cut, KEY, header=HEADER)
 
@@ -117,7 +136,7 @@ def test_chunks_do_not_move_between_files() -> None:
 def test_another_header_is_refused(header: bytes) -> None:
     """The clear header given to open must be the one given to seal."""
     if header != HEADER:
-        with pytest.raises(EngineError, match="damaged or altered.*header"):
+        with pytest.raises(EngineError, match=r"damaged or altered.*header"):
             open_sealed(SEALED, KEY, header=header)
 
 
@@ -203,13 +222,13 @@ def _fails() -> bytes:
         (lambda: read_key(environ={"FLOWLANG_KEY": TEXT[:-4]}), "FLOWLANG_KEY has 30 bytes"),
         (lambda: read_key("\N{SNOWMAN}", environ={}), "is not base64"),
         (lambda: read_key(_fails, environ={}), "ConnectionError: key service unreachable"),
-        (lambda: read_key(lambda: None, environ={}), "is NoneType"),  # type: ignore[arg-type,return-value]
+        (lambda: read_key(lambda: None, environ={}), "is NoneType"),  # type: ignore[arg-type]
         (lambda: read_key(passphrase="", environ={}), "the passphrase is empty"),
         (lambda: read_key(file="/nowhere/key", environ={}), "cannot read the key file /nowhere"),
     ],
 )
 def test_an_unusable_key_is_refused(read: Callable[[], Key], expected: str) -> None:
-    """A key that is too short, not base64, not there or not obtainable is refused with the place."""
+    """A key too short, not base64, not there or not obtainable is refused, with its place."""
     with pytest.raises(EngineError, match=expected) as caught:
         read()
     assert TEXT[:-4] not in str(caught.value)

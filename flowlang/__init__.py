@@ -1,0 +1,66 @@
+"""flowlang: one line of pipeline, checked before it runs, served on the whole machine.
+
+import flowlang
+
+with flowlang.load("app.flow") as app:
+    print(app(open("cat.jpg", "rb").read()))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "App",
+    "BadRequest",
+    "Cancelled",
+    "CompileError",
+    "DeadlineExceeded",
+    "Diagnostic",
+    "Draining",
+    "EngineError",
+    "Flow",
+    "FlowError",
+    "InternalError",
+    "Overloaded",
+    "RequestError",
+    "StageFailed",
+    "__version__",
+    "check",
+    "load",
+]
+
+if TYPE_CHECKING:
+    from flowlang.app import App, Flow, check, load
+    from flowlang.diagnostics import (
+        BadRequest,
+        Cancelled,
+        CompileError,
+        DeadlineExceeded,
+        Diagnostic,
+        Draining,
+        EngineError,
+        FlowError,
+        InternalError,
+        Overloaded,
+        RequestError,
+        StageFailed,
+    )
+
+_IN_APP = frozenset({"App", "Flow", "check", "load"})
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, brought in when first used: importing flowlang itself costs nothing."""
+    if name in __all__:
+        from importlib import import_module
+
+        module = import_module("flowlang.app" if name in _IN_APP else "flowlang.diagnostics")
+        return getattr(module, name)
+    raise AttributeError(f"module 'flowlang' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

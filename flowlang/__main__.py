@@ -1,0 +1,6 @@
+"""`python -m flowlang`."""
+
+from flowlang.cli import main
+
+if __name__ == "__main__":
+    main()

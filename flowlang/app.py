@@ -1,0 +1,358 @@
+"""The Python face: load flows, call them, stop.
+
+Layer 4. `load` checks and plans a file, starts its stages and returns an App whose flows answer
+blocking calls, Futures, `await` and whole iterables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+from flowlang.diagnostics import BadRequest, CompileError, Diagnostic, FlowError, Overloaded
+from flowlang.plan.check import Choices, Plan, check_source, compile_source
+from flowlang.plan.physical import FlowProgram, Machine, PhysicalPlan, lower
+from flowlang.plan.types import Image, Record, Scalar, Tensor, Type
+from flowlang.runtime.request import FutureReply, LoopReply, Request, Waiter
+from flowlang.runtime.scheduler import Scheduler
+from flowlang.runtime.stage import Instance, Lane, Watch
+from flowlang.syntax.parse import read_source
+
+PathLike: TypeAlias = str | os.PathLike[str]
+GRACE_S = 30.0
+
+
+def _choices(values: Mapping[str, object] | None, schedule: str | None) -> Choices:
+    return Choices({n: _as_text(v) for n, v in (values or {}).items()}, os.environ, schedule)
+
+
+def _as_text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def this_machine(device: str | None = None) -> Machine:
+    """The machine to plan for: the cores this process may use, and the device asked for.
+
+    Raises FlowError for a device there is not.
+    """
+    if device not in (None, "cpu"):
+        raise FlowError(f"this version runs flows on the CPU only, not on `{device}`")
+    return Machine(len(os.sched_getaffinity(0)), device or "cpu")
+
+
+def check(
+    path: PathLike,
+    *,
+    values: Mapping[str, object] | None = None,
+    schedule: str | None = None,
+) -> list[Diagnostic]:
+    """Every error, warning and hint of a flow file, in order of place. Runs nothing.
+
+    `values` overrides params, as `--set` does. Raises OSError if the file cannot be read.
+    """
+    try:
+        return check_source(read_source(path), _choices(values, schedule))[1]
+    except CompileError as error:
+        return error.diagnostics
+
+
+def compile_file(
+    path: PathLike,
+    *,
+    values: Mapping[str, object] | None = None,
+    schedule: str | None = None,
+) -> Plan:
+    """The typed plan of a flow file. Raises CompileError, or OSError if it cannot be read."""
+    return compile_source(read_source(path), _choices(values, schedule))
+
+
+def load(
+    path: PathLike,
+    *,
+    device: str | None = None,
+    values: Mapping[str, object] | None = None,
+    schedule: str | None = None,
+) -> App:
+    """Check a flow file, load and warm its models, and return it ready to be called.
+
+    Raises CompileError with every error of the file, EngineError where a model or a device cannot be
+    set up, OSError if the file cannot be read.
+    """
+    machine = this_machine(device)
+    plan = compile_file(path, values=values, schedule=schedule)
+    return App(plan, lower(plan, machine))
+
+
+class Flow:
+    """One flow of a running App. May be used from any thread and any event loop."""
+
+    def __init__(self, app: App, program: FlowProgram) -> None:
+        self.name = program.name
+        self.doc = program.plan.doc
+        self.input = program.input
+        self.output = program.output
+        self._app = app
+        self._scheduler = app.scheduler
+        self._entrance = app.scheduler.entrances[program.name]
+        self._accept = _acceptor(program.input)
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopReply] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def __call__(self, item: Any, *, deadline_s: float | None = None) -> Any:
+        """The answer for one item, waiting for it.
+
+        Raises BadRequest, Overloaded, DeadlineExceeded, StageFailed or Draining.
+        """
+        waiter = Waiter()
+        request = self._submit(item, waiter, None, deadline_s)
+        try:
+            return waiter.wait(request)
+        except BaseException:
+            self._scheduler.cancel(request)
+            raise
+
+    def submit(self, item: Any, *, deadline_s: float | None = None) -> Future[Any]:
+        """A Future of the answer. Cancelling it takes the request out of the queue."""
+        future: Future[Any] = Future()
+        request = self._submit(item, _FUTURES, future, deadline_s)
+        future.add_done_callback(lambda f: f.cancelled() and self._scheduler.cancel(request))
+        return future
+
+    async def acall(self, item: Any, *, deadline_s: float | None = None) -> Any:
+        """The answer for one item, without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        reply = self._loops.get(loop)
+        if reply is None:
+            reply = self._loops[loop] = LoopReply(loop)
+        future = loop.create_future()
+        request = self._submit(item, reply, future, deadline_s)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._scheduler.cancel(request)
+            raise
+
+    def map(
+        self,
+        items: Iterable[Any],
+        *,
+        errors: Literal["raise", "return"] = "raise",
+        ahead: int | None = None,
+        deadline_s: float | None = None,
+    ) -> Iterator[Any]:
+        """The answers of many items, in order, at most `ahead` of them under way.
+
+        With errors="return" an item that fails gives its exception in place of an answer.
+        """
+        ahead = ahead or max(1, self._entrance.limit - self._entrance.program.queue) * 2
+        pending: deque[Future[Any]] = deque()
+        for item in items:
+            while len(pending) >= ahead:
+                yield _outcome(pending.popleft(), errors)
+            while True:
+                try:
+                    pending.append(self.submit(item, deadline_s=deadline_s))
+                except Overloaded:  # others fill the queue: take turns with them
+                    if pending:
+                        yield _outcome(pending.popleft(), errors)
+                    else:
+                        time.sleep(0.001)
+                    continue
+                except BadRequest as error:
+                    failed: Future[Any] = Future()
+                    failed.set_exception(error)
+                    pending.append(failed)
+                break
+        while pending:
+            yield _outcome(pending.popleft(), errors)
+
+    def _submit(self, item: Any, reply: Any, token: Any, deadline_s: float | None) -> Request:
+        return self._scheduler.submit(self._entrance, self._accept(item), reply, token, deadline_s)
+
+    def __repr__(self) -> str:
+        return f"<flow {self.name}: {self.input} -> {self.output}>"
+
+
+_FUTURES = FutureReply()
+
+
+def _outcome(future: Future[Any], errors: str) -> Any:
+    if errors == "raise":
+        return future.result()
+    error = future.exception()
+    return future.result() if error is None else error
+
+
+class App:
+    """The flows of a file, running. Also a context manager, which closes it.
+
+    Called itself, it stands for its only flow; of several, pick one: `app["name"]`.
+    """
+
+    def __init__(self, plan: Plan, physical: PhysicalPlan) -> None:
+        self.plan = plan
+        self.physical = physical
+        self.scheduler = Scheduler(physical, time.monotonic)
+        self.flows: Mapping[str, Flow] = {p.name: Flow(self, p) for p in physical.programs}
+        self._watch = Watch(self.scheduler)
+        make = _instances(physical)
+        self._lanes = [
+            Lane(self.scheduler, stage, number, make[index])
+            for index, stage in enumerate(self.scheduler.stages)
+            for number in range(stage.plan.instances)
+        ]
+        self._start()
+
+    def _start(self) -> None:
+        self._watch.start()
+        for lane in self._lanes:
+            lane.start()
+        for lane in self._lanes:
+            lane.is_ready.wait()
+        failures = [lane.failure for lane in self._lanes if lane.failure is not None]
+        if failures:
+            self.close(0.0)
+            raise failures[0]
+
+    def __getitem__(self, name: str) -> Flow:
+        """A flow by name. Raises FlowError with the names there are."""
+        if name not in self.flows:
+            raise FlowError(f"there is no flow `{name}`; there is {', '.join(self.flows)}")
+        return self.flows[name]
+
+    @property
+    def _only(self) -> Flow:
+        if len(self.flows) != 1:
+            names = ", ".join(f'app["{n}"]' for n in self.flows)
+            raise FlowError(f"this file has several flows, so say which one: {names}")
+        return next(iter(self.flows.values()))
+
+    def __call__(self, item: Any, *, deadline_s: float | None = None) -> Any:
+        """See Flow.__call__."""
+        return self._only(item, deadline_s=deadline_s)
+
+    def submit(self, item: Any, *, deadline_s: float | None = None) -> Future[Any]:
+        """See Flow.submit."""
+        return self._only.submit(item, deadline_s=deadline_s)
+
+    async def acall(self, item: Any, *, deadline_s: float | None = None) -> Any:
+        """See Flow.acall."""
+        return await self._only.acall(item, deadline_s=deadline_s)
+
+    def map(
+        self,
+        items: Iterable[Any],
+        *,
+        errors: Literal["raise", "return"] = "raise",
+        ahead: int | None = None,
+        deadline_s: float | None = None,
+    ) -> Iterator[Any]:
+        """See Flow.map."""
+        return self._only.map(items, errors=errors, ahead=ahead, deadline_s=deadline_s)
+
+    def close(self, grace_s: float = GRACE_S) -> bool:
+        """Take no more, answer what was accepted, stop. Closing twice does nothing.
+
+        What is not done after `grace_s` seconds is answered with Draining. Returns whether
+        everything was done in time.
+        """
+        in_time = self.scheduler.drain(grace_s)
+        self.scheduler.close()
+        self._watch.stop()
+        for lane in self._lanes:
+            if lane.is_alive():
+                lane.join(5.0 if in_time else 0.2)
+        self.scheduler.abandon([item for lane in self._lanes for item in lane.items])
+        return in_time
+
+    def __enter__(self) -> App:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _instances(physical: PhysicalPlan) -> list[Callable[[], Instance]]:
+    """By stage, how an instance of it is made. The modules of a device are imported here only."""
+    from flowlang.runtime.cpu import CpuInstance
+    from flowlang.runtime.ort import Sessions
+
+    sessions = Sessions(physical.machine.cores)
+    return [lambda stage=stage: CpuInstance(stage, sessions) for stage in physical.stages]  # type: ignore[misc]
+
+
+def _acceptor(kind: Type) -> Callable[[Any], Any]:
+    """What checks an item at the door, before anything waits for it. It raises BadRequest."""
+    if isinstance(kind, Scalar) and kind.name == "bytes":
+        return _accept_bytes
+    if isinstance(kind, (Image, Tensor)):
+        return lambda item: _accept_array(item, kind)
+    if isinstance(kind, Record):
+        fields = {name: _acceptor(part) for name, part in kind.fields}
+
+        def accept_record(item: Any) -> dict[str, Any]:
+            if not isinstance(item, Mapping) or set(item) != set(fields):
+                raise BadRequest(f"this flow takes a mapping with the keys {', '.join(fields)}")
+            return {name: accept(item[name]) for name, accept in fields.items()}
+
+        return accept_record
+    return lambda item: item
+
+
+def _accept_bytes(item: Any) -> Any:
+    if isinstance(item, bytes):
+        return item
+    if isinstance(item, (bytearray, memoryview)):
+        return bytes(item)
+    hint = "; read the file first" if isinstance(item, (str, os.PathLike)) else ""
+    raise BadRequest(f"this flow takes bytes, not {type(item).__name__}{hint}")
+
+
+def _accept_array(item: Any, kind: Image | Tensor) -> Any:
+    import numpy as np
+
+    from flowlang.runtime.ort import numpy_dtype
+
+    dtype = numpy_dtype(kind.dtype)
+    array = item if isinstance(item, np.ndarray) else np.asarray(item, dtype)
+    if str(array.dtype) != dtype:
+        raise BadRequest(f"this flow takes {kind}, not an array of {array.dtype}")
+    if isinstance(kind, Image):
+        wanted: tuple[int | None, ...] | None = (kind.height, kind.width)
+        wanted = wanted if kind.colour == "gray" else (*wanted, 3)
+    else:
+        wanted = kind.shape
+    if wanted is not None and (
+        len(wanted) != array.ndim
+        or any(w not in (None, s) for w, s in zip(wanted, array.shape, strict=True))
+    ):
+        raise BadRequest(f"this flow takes {kind}, not an array of shape {array.shape}")
+    return array
+
+
+def plain(value: Any) -> Any:
+    """An answer as plain Python values, ready for JSON: arrays become nested lists."""
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        import base64
+
+        return base64.b64encode(value).decode()
+    return value

@@ -1,0 +1,131 @@
+"""Instances of stages on the CPU: operators item by item, the model batch by batch.
+
+Layer 3. An item that fails leaves the batch and takes nobody with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flowlang.diagnostics import StageFailed
+from flowlang.plan.graph import Node
+from flowlang.plan.onnx import Port
+from flowlang.plan.physical import StagePlan
+from flowlang.runtime.host import Work, work_of
+from flowlang.runtime.ort import Session, Sessions, numpy_dtype
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class CpuInstance:
+    """One lane's chain of operators."""
+
+    def __init__(self, plan: StagePlan, sessions: Sessions) -> None:
+        self.before = [work_of(n, plan.settings) for n in plan.region]
+        self.after = [work_of(n, plan.settings) for n in plan.tail]
+        node = next((n for n in plan.nodes if n.model is not None), None)
+        self.model = _ModelStep(node, sessions.of(node.model.path)) if node and node.model else None
+        self.batch = plan.batch
+
+    def warm(self) -> None:
+        if self.model is not None:
+            for size in sorted({self.batch[0], self.batch[2]}):
+                self.model.warm(size)
+
+    def run(self, values: Sequence[Any]) -> list[Any]:
+        outcomes = [_through(self.before, v) for v in values] if self.before else list(values)
+        if self.model is not None:
+            good = [i for i, o in enumerate(outcomes) if not isinstance(o, Exception)]
+            for index, result in zip(
+                good, self.model.run([outcomes[i] for i in good]), strict=True
+            ):
+                outcomes[index] = result
+        if not self.after:
+            return outcomes
+        return [o if isinstance(o, Exception) else _through(self.after, o) for o in outcomes]
+
+    def close(self) -> None:
+        self.model = None
+
+
+def _through(works: Sequence[Work], value: Any) -> Any:
+    try:
+        for work in works:
+            value = work(value)
+    except Exception as error:
+        return error
+    return value
+
+
+class _ModelStep:
+    """A model run on batches of items whose shapes may differ."""
+
+    def __init__(self, node: Node, session: Session) -> None:
+        if node.model is None:
+            raise ValueError("a model step needs a model")
+        self.ports = node.model.inputs
+        self.fixed = node.model.fixed_batch
+        self.session = session
+        self.name, self.place = node.model.name, str(node.span)
+
+    def warm(self, size: int) -> None:
+        import numpy as np
+
+        shapes = [p.item.shape for p in self.ports]
+        if any(shape is None or None in shape for shape in shapes):
+            return
+        items = [np.zeros(p.item.shape or (), numpy_dtype(p.dtype)) for p in self.ports]
+        item = items[0] if len(items) == 1 else dict(zip(self._names(), items, strict=True))
+        self._run_batch([item] * size)
+
+    def _names(self) -> list[str]:
+        return [p.name for p in self.ports]
+
+    def run(self, items: Sequence[Any]) -> list[Any]:
+        """The outcome of each item. Items of one shape share a run of the model."""
+        groups: dict[Any, list[int]] = {}
+        for index, item in enumerate(items):
+            groups.setdefault(self._shape(item), []).append(index)
+        outcomes: list[Any] = [None] * len(items)
+        for members in groups.values():
+            for index, result in zip(members, self._run([items[i] for i in members]), strict=True):
+                outcomes[index] = result
+        return outcomes
+
+    def _shape(self, item: Any) -> Any:
+        if len(self.ports) == 1:
+            return item.shape
+        return tuple(item[name].shape for name in self._names())
+
+    def _run(self, items: list[Any]) -> list[Any]:
+        """A batch; where it fails, its items one by one, so that only the guilty one fails."""
+        try:
+            return self._run_batch(items)
+        except Exception as error:
+            if len(items) == 1:
+                message = f"`{self.name}` failed: {error}"
+                return [StageFailed(message, stage=self.name, place=self.place)]
+        return [self._run([item])[0] for item in items]
+
+    def _run_batch(self, items: list[Any]) -> list[Any]:
+        import numpy as np
+
+        count = len(items)
+        if self.fixed and count < self.fixed:
+            items = items + [items[-1]] * (self.fixed - count)  # the model takes no other size
+        feeds = {p.name: self._stack(p, items) for p in self.ports}
+        outputs = self.session.run(feeds)
+        if len(outputs) == 1:
+            return [np.asarray(row) for row in outputs[0][:count]]
+        names = self.session.outputs
+        return [
+            dict(zip(names, (np.asarray(o[i]) for o in outputs), strict=True)) for i in range(count)
+        ]
+
+    def _stack(self, port: Port, items: list[Any]) -> NDArray[Any]:
+        import numpy as np
+
+        parts = items if len(self.ports) == 1 else [item[port.name] for item in items]
+        return parts[0][None] if len(parts) == 1 else np.stack(parts)

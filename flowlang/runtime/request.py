@@ -1,0 +1,135 @@
+"""A request on its way, and the ways in which its answer reaches whoever asked.
+
+Layer 3. A reply is told of an answer with `settle`; what it returns, if anything, is called once for
+a whole batch of answers, so that a thousand requests of one event loop cost one wake-up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from flowlang.runtime.scheduler import Entrance
+
+Wake: TypeAlias = Callable[[], object]
+
+
+class Unanswered:
+    """The outcome of a request that has none yet."""
+
+
+UNANSWERED = Unanswered()
+
+
+class Reply(Protocol):
+    """Where answers go."""
+
+    def settle(self, request: Request) -> Wake | None:
+        """Take note of an answer. Called once a request, outside all locks, from any thread."""
+
+
+class Request:
+    """One call of a flow. `outcome` is its result, or the exception it failed with."""
+
+    __slots__ = ("arrived_s", "entrance", "missing", "outcome", "reply", "token", "values")
+
+    def __init__(
+        self, entrance: Entrance, value: Any, reply: Reply, token: Any, arrived_s: float
+    ) -> None:
+        self.entrance = entrance
+        self.reply = reply
+        self.token = token
+        self.arrived_s = arrived_s
+        self.outcome: Any = UNANSWERED
+        self.values: Any = value  # the item; a list of slots once the flow has several units
+        self.missing: list[int] = []
+
+    @property
+    def is_answered(self) -> bool:
+        return self.outcome is not UNANSWERED
+
+
+def deliver(settled: Iterable[Request]) -> None:
+    """Hand answers to those who asked, with one wake-up for each of them."""
+    wakes: dict[Wake, None] = {}
+    for request in settled:
+        wake = request.reply.settle(request)
+        if wake is not None:
+            wakes[wake] = None
+    for wake in wakes:
+        wake()
+
+
+class Waiter:
+    """The reply of a thread that waits for one answer."""
+
+    __slots__ = ("_bell",)
+
+    def __init__(self) -> None:
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def settle(self, request: Request) -> Wake:
+        return self._bell.release
+
+    def wait(self, request: Request) -> Any:
+        """The result of the request. Raises what it failed with."""
+        self._bell.acquire()
+        outcome = request.outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+class FutureReply:
+    """The reply of a `concurrent.futures.Future`, kept as the request's token."""
+
+    __slots__ = ()
+
+    def settle(self, request: Request) -> None:
+        future: Future[Any] = request.token
+        try:
+            if isinstance(request.outcome, BaseException):
+                future.set_exception(request.outcome)
+            else:
+                future.set_result(request.outcome)
+        except InvalidStateError:
+            pass  # cancelled by its owner in the meantime
+
+
+class LoopReply:
+    """The reply of an event loop: answers pile up and are handed over in one wake-up."""
+
+    __slots__ = ("_answers", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._answers: deque[Request] = deque()
+
+    def settle(self, request: Request) -> Wake:
+        self._answers.append(request)
+        return self._wake
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:
+            self._answers.clear()  # the loop is closed: nobody is left to tell
+
+    def _drain(self) -> None:
+        answers = self._answers
+        while answers:
+            request = answers.popleft()
+            future: asyncio.Future[Any] = request.token
+            if future.done():
+                continue
+            outcome = request.outcome
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)

@@ -1,0 +1,393 @@
+"""Admits requests, walks them through the stages of their flow, answers each exactly once.
+
+Layer 3. One scheduler serves all flows. It starts no thread and reads no clock but the one it is
+given: lanes ask it for batches (`take`), bring back outcomes (`finish`) and tell it the time
+(`expire`), so that tests drive it with a virtual clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flowlang.diagnostics import (
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    Overloaded,
+    RequestError,
+    StageFailed,
+)
+from flowlang.plan import graph
+from flowlang.plan.physical import FlowProgram, PhysicalPlan, StagePlan
+from flowlang.runtime.batcher import Batcher, Item
+from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
+
+
+class Stage:
+    """A stage's queue, its batcher, and who is waiting for work.
+
+    `idle` holds the bells of instances with nothing to do; `rung` counts those rung and still on
+    their way, so that a burst of requests wakes one instance and not one each.
+    """
+
+    def __init__(self, plan: StagePlan) -> None:
+        self.plan = plan
+        low, _, high = plan.batch
+        self.batcher = Batcher(low, high, plan.wait_s, plan.instances, is_shared=plan.model is None)
+        self.idle: list[Wake] = []
+        self.rung = 0
+        self.lost = 0
+        self.batch_sizes: dict[int, int] = {}
+
+    def put(self, item: Item) -> Wake | None:
+        """Queue an item. Returns the bell to ring, if an instance should be woken for it."""
+        self.batcher.put(item)
+        return self.next_bell()
+
+    def next_bell(self) -> Wake | None:
+        if self.idle and len(self.batcher.waiting) > self.rung * self.batcher.high:
+            self.rung += 1
+            return self.idle.pop()
+        return None
+
+
+class Entrance:
+    """The door of a flow: its program made ready to run, and its bounded queue.
+
+    At most `limit` requests are inside. Of those, at most `width` are under way in the stages; the
+    rest wait here as they came (compressed pictures are small, decoded ones are not).
+    """
+
+    def __init__(self, program: FlowProgram, stages: Sequence[Stage]) -> None:
+        self.program = program
+        self.outstanding = 0
+        self.under_way = 0
+        self.backlog: deque[Request] = deque()
+        used = {u.stage for u in program.units if u.stage is not None}
+        room = sum(stages[s].plan.instances * stages[s].plan.batch[2] for s in used)
+        self.limit = program.queue + room
+        self.width = 2 * room if len(program.units) > 1 else self.limit
+        self.consumers: list[list[int]] = [[] for _ in range(program.slots)]
+        for index, unit in enumerate(program.units):
+            for slot in set(unit.inputs):
+                self.consumers[slot].append(index)
+        self.missing = [len(set(u.inputs)) for u in program.units]
+        self.last = program.units[-1].output if program.units else 0
+        self.is_single = len(program.units) == 1 and program.units[0].stage is not None
+
+
+class _Afterwards:
+    """What is left to do once the lock is released: bells to ring, answers to hand over."""
+
+    __slots__ = ("bells", "settled")
+
+    def __init__(self) -> None:
+        self.bells: list[Wake] = []
+        self.settled: list[Request] = []
+
+    def run(self) -> None:
+        for bell in self.bells:
+            bell()
+        if self.settled:
+            deliver(self.settled)
+
+
+class Scheduler:
+    """All public methods may be called from any thread."""
+
+    def __init__(self, plan: PhysicalPlan, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.stages = [Stage(s) for s in plan.stages]
+        self.entrances = {p.name: Entrance(p, self.stages) for p in plan.programs}
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)
+        self._expiries: list[tuple[float, int, Request, Item | None]] = []
+        self._order = itertools.count()
+        self._is_draining = False
+        self._is_closed = False
+        self.on_expiry: Callable[[], object] = lambda: None  # rung when the next expiry moved up
+
+    # Asking
+
+    def submit(
+        self,
+        entrance: Entrance,
+        value: Any,
+        reply: Reply,
+        token: Any = None,
+        deadline_s: float | None = None,
+    ) -> Request:
+        """Take a request in. `deadline_s` is how long its answer may take, in seconds.
+
+        Raises Overloaded or Draining at once instead of letting it wait for nothing.
+        """
+        now = self.clock()
+        request = Request(entrance, value, reply, token, now)
+        allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
+        after = _Afterwards()
+        with self._lock:
+            if self._is_draining:
+                raise Draining("the app is stopping and takes no more requests")
+            if entrance.outstanding >= entrance.limit:
+                raise Overloaded(
+                    f"the queue of flow `{entrance.program.name}` is full "
+                    f"({entrance.outstanding} requests)"
+                )
+            entrance.outstanding += 1
+            if allowed_s is not None:
+                self._expire_at(now + allowed_s, request, None, after)
+            if entrance.under_way >= entrance.width:
+                entrance.backlog.append(request)
+            else:
+                entrance.under_way += 1
+                self._start(entrance, request, now, after)
+        after.run()
+        return request
+
+    def cancel(self, request: Request) -> bool:
+        """Give a request up: it leaves the queue and its result is dropped."""
+        after = _Afterwards()
+        with self._lock:
+            if request.is_answered:
+                return False
+            self._answer(request, Cancelled("the caller gave the request up"), after)
+        after.run()
+        return True
+
+    # Working
+
+    def take(self, stage: Stage, bell: Wake | None = None) -> tuple[list[Item], float | None]:
+        """The next batch for an instance of a stage, or when to ask again.
+
+        With nothing to take, `bell` is kept and called once when there is.
+        """
+        with self._lock:
+            now = self.clock()
+            batch = stage.batcher.take(now, len(stage.idle) + stage.rung + 1)
+            more = stage.next_bell() if batch and stage.batcher.waiting else None
+            due = None
+            if not batch:
+                due = stage.batcher.due_s()
+                if bell is not None:
+                    stage.idle.append(bell)
+            else:
+                size = len(batch)
+                stage.batch_sizes[size] = stage.batch_sizes.get(size, 0) + 1
+        if more is not None:
+            more()
+        return batch, due
+
+    def arrived(self, stage: Stage) -> None:
+        """An instance that was rung is here."""
+        with self._lock:
+            stage.rung -= 1
+
+    def leave(self, stage: Stage, bell: Wake) -> bool:
+        """Take a bell back. False if it has been rung already."""
+        with self._lock:
+            if bell in stage.idle:
+                stage.idle.remove(bell)
+                return True
+            return False
+
+    def finish(self, items: Sequence[Item], outcomes: Sequence[Any]) -> None:
+        """Bring back the outcome of each item of a batch: a value, or an exception."""
+        if len(items) != len(outcomes):
+            raise InternalError(f"{len(items)} items went into a batch, {len(outcomes)} came out")
+        after = _Afterwards()
+        with self._lock:
+            now = self.clock()
+            for item, outcome in zip(items, outcomes, strict=True):
+                request = item.request
+                if request.outcome is not UNANSWERED or item.is_over:
+                    continue
+                item.is_over = True
+                if isinstance(outcome, Exception):
+                    self._answer(request, _as_request_error(outcome), after)
+                elif request.entrance.is_single:
+                    self._answer(request, outcome, after)
+                else:
+                    slot = request.entrance.program.units[item.unit].output
+                    self._set_slot(request, slot, outcome, now, after)
+        after.run()
+
+    def lose_instance(self, stage: Stage) -> None:
+        """An instance of a stage is gone until `regain_instance`."""
+        with self._lock:
+            stage.lost += 1
+
+    def regain_instance(self, stage: Stage) -> None:
+        with self._lock:
+            stage.lost -= 1
+
+    def fail_if_lost(self, stage: Stage, error: RequestError) -> None:
+        """Where a stage has no instance left, answer what waits for it instead of keeping it."""
+        while stage.lost >= stage.plan.instances:
+            items, _ = self.take(stage)
+            if not items:
+                return
+            self.finish(items, [error] * len(items))
+
+    # Time
+
+    def next_expiry_s(self) -> float | None:
+        """When `expire` has something to do."""
+        with self._lock:
+            heap = self._expiries
+            while heap and (heap[0][2].is_answered):
+                heapq.heappop(heap)
+            return heap[0][0] if heap else None
+
+    def expire(self) -> None:
+        """Answer every request whose deadline has passed."""
+        after = _Afterwards()
+        with self._lock:
+            now = self.clock()
+            heap = self._expiries
+            while heap and heap[0][0] <= now:
+                when, _, request, item = heapq.heappop(heap)
+                if request.is_answered or (item is not None and item.is_over):
+                    continue
+                message, stage = (
+                    f"not answered within {(when - request.arrived_s) * 1e3:.0f} ms",
+                    None,
+                )
+                if item is not None:
+                    item.is_over = True
+                    stage = self._stage_of(item).plan.name
+                    message = f"stage `{stage}` did not finish within its timeout"
+                self._answer(request, DeadlineExceeded(message, stage=stage), after)
+        after.run()
+
+    # Ending
+
+    @property
+    def outstanding(self) -> int:
+        return sum(e.outstanding for e in self.entrances.values())
+
+    def drain(self, grace_s: float | None) -> bool:
+        """Take no more and wait until all is answered. False if `grace_s` was not enough."""
+        with self._quiet:
+            self._is_draining = True
+            return self._quiet.wait_for(lambda: self.outstanding == 0, grace_s)
+
+    def close(self) -> None:
+        """Answer whatever is left with Draining. Nothing runs afterwards."""
+        after = _Afterwards()
+        with self._lock:
+            self._is_draining = self._is_closed = True
+            left = [i.request for s in self.stages for i in s.batcher.waiting]
+            left += [r for e in self.entrances.values() for r in e.backlog]
+            for entrance in self.entrances.values():
+                entrance.backlog.clear()
+            for request in left:
+                if not request.is_answered:
+                    self._answer(request, Draining("the app stopped before it came to this"), after)
+            after.bells = [b for s in self.stages for b in s.idle]
+            for stage in self.stages:
+                stage.batcher.waiting.clear()
+                stage.rung += len(stage.idle)
+                stage.idle.clear()
+        after.run()
+
+    def abandon(self, items: Sequence[Item]) -> None:
+        """Answer items whose instance did not come back in time."""
+        self.finish(items, [Draining("the app stopped before this was done")] * len(items))
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    # Inside the lock
+
+    def _expire_at(
+        self, when_s: float, request: Request, item: Item | None, after: _Afterwards
+    ) -> None:
+        heapq.heappush(self._expiries, (when_s, next(self._order), request, item))
+        if self._expiries[0][2] is request:
+            after.bells.append(self.on_expiry)
+
+    def _stage_of(self, item: Item) -> Stage:
+        number = item.request.entrance.program.units[item.unit].stage
+        if number is None:
+            raise InternalError("an item waits at a unit that is no stage")
+        return self.stages[number]
+
+    def _start(self, entrance: Entrance, request: Request, now: float, after: _Afterwards) -> None:
+        if entrance.is_single:
+            self._queue(request, 0, request.values, now, after)
+            return
+        item = request.values
+        request.values = [UNANSWERED] * entrance.program.slots
+        request.missing = list(entrance.missing)
+        self._set_slot(request, 0, item, now, after)
+
+    def _queue(
+        self, request: Request, unit: int, value: Any, now: float, after: _Afterwards
+    ) -> None:
+        item = Item(request, unit, value, now)
+        stage = self._stage_of(item)
+        if stage.plan.timeout_s is not None:
+            self._expire_at(now + stage.plan.timeout_s, request, item, after)
+        bell = stage.put(item)
+        if bell is not None:
+            after.bells.append(bell)
+
+    def _set_slot(
+        self, request: Request, slot: int, value: Any, now: float, after: _Afterwards
+    ) -> None:
+        """A value is there: start every unit it completes, or answer the request."""
+        entrance = request.entrance
+        ready = [(slot, value)]
+        while ready:
+            slot, value = ready.pop()
+            request.values[slot] = value
+            if slot == entrance.last:
+                self._answer(request, value, after)
+                return
+            for index in entrance.consumers[slot]:
+                request.missing[index] -= 1
+                if request.missing[index]:
+                    continue
+                unit = entrance.program.units[index]
+                values = [request.values[s] for s in unit.inputs]
+                if unit.stage is None:
+                    ready.append((unit.output, _glue(unit.node, values)))
+                else:
+                    self._queue(request, index, values[0], now, after)
+
+    def _answer(self, request: Request, outcome: Any, after: _Afterwards) -> None:
+        request.outcome = outcome
+        after.settled.append(request)
+        was_under_way = request.entrance.is_single or bool(request.missing)
+        request.values = None
+        entrance = request.entrance
+        entrance.outstanding -= 1
+        if was_under_way:
+            entrance.under_way -= 1
+        while entrance.backlog and entrance.under_way < entrance.width:
+            following = entrance.backlog.popleft()
+            if not following.is_answered:
+                entrance.under_way += 1
+                self._start(entrance, following, self.clock(), after)
+        if self._is_draining and self.outstanding == 0:
+            self._quiet.notify_all()
+
+
+def _glue(node: graph.Node, values: list[Any]) -> Any:
+    """Values joined to a record, or a field picked from one."""
+    if node.op == graph.RECORD:
+        return dict(zip(node.params["names"], values, strict=True))
+    return values[0][node.params["name"]]
+
+
+def _as_request_error(error: Exception) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    return StageFailed(f"{type(error).__name__}: {error}")

@@ -1,0 +1,163 @@
+"""Lanes: the threads that run the instances of stages, and the one that watches the deadlines.
+
+Layer 3. An Instance is a stage's chain of operators with whatever memory, session or context it
+needs; it is made, warmed, used and closed in one thread, so it needs no lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from flowlang.diagnostics import EngineError, StageFailed
+from flowlang.runtime.batcher import Item
+from flowlang.runtime.scheduler import Scheduler, Stage
+
+log = logging.getLogger("flowlang")
+
+
+class Instance(Protocol):
+    """One execution context of a stage."""
+
+    def warm(self) -> None:
+        """Run once on made-up items, so that the first request pays for nothing."""
+
+    def run(self, values: Sequence[Any]) -> list[Any]:
+        """The outcome of each item, in order: a value, or the exception it alone failed with.
+
+        An exception raised instead fails the whole batch; InstanceLost says besides that this
+        instance is good for nothing more and must be made anew.
+        """
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+class InstanceLost(Exception):
+    """An instance cannot go on, and its lane needs a new one."""
+
+
+class Lane(threading.Thread):
+    """A thread that makes one instance of a stage and feeds it."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        stage: Stage,
+        number: int,
+        make: Callable[[], Instance],
+    ) -> None:
+        super().__init__(name=f"flowlang-{stage.plan.name}-{number}", daemon=True)
+        self.scheduler = scheduler
+        self.stage = stage
+        self.make = make
+        self.is_ready = threading.Event()
+        self.failure: Exception | None = None
+        self.items: list[Item] = []  # the batch being worked on
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def run(self) -> None:
+        try:
+            instance = self._new_instance()
+        except Exception as error:
+            self.failure = error
+            self.is_ready.set()
+            return
+        self.is_ready.set()
+        while True:
+            items = self._next_batch()
+            if items is None:
+                break
+            self.items = items
+            try:
+                outcomes = instance.run([item.value for item in items])
+            except InstanceLost as error:
+                log.error("an instance of stage `%s` is lost: %s", self.stage.plan.name, error)
+                self.scheduler.finish(items, [self._lost(error)] * len(items))
+                self.items = items = []
+                instance.close()
+                instance = self._replacement()
+                continue
+            except Exception as error:
+                log.exception("stage `%s` failed a batch", self.stage.plan.name)
+                outcomes = [error] * len(items)
+            self.scheduler.finish(items, outcomes)
+            self.items = items = outcomes = []  # hold no picture while waiting
+        instance.close()
+
+    def _lost(self, error: Exception) -> StageFailed:
+        return StageFailed(f"an instance was lost: {error}", stage=self.stage.plan.name)
+
+    def _new_instance(self) -> Instance:
+        instance = self.make()
+        instance.warm()
+        return instance
+
+    def _replacement(self) -> Instance:
+        """A new instance, however often it takes; until then what comes in is answered."""
+        pause_s = 0.1
+        self.scheduler.lose_instance(self.stage)
+        while not self.scheduler.is_closed:
+            try:
+                instance = self._new_instance()
+            except Exception as error:
+                log.error("no new instance of stage `%s` yet: %s", self.stage.plan.name, error)
+                self.scheduler.fail_if_lost(self.stage, self._lost(error))
+                time.sleep(pause_s)
+                pause_s = min(2.0, pause_s * 2)
+                continue
+            self.scheduler.regain_instance(self.stage)
+            return instance
+        return _Nothing()
+
+    def _next_batch(self) -> list[Item] | None:
+        """The next batch, or None when the scheduler is closed."""
+        ring = self._bell.release
+        while not self.scheduler.is_closed:
+            items, due_s = self.scheduler.take(self.stage, ring)
+            if items:
+                return items
+            patience_s = -1.0 if due_s is None else max(0.0, due_s - self.scheduler.clock())
+            if self._bell.acquire(timeout=patience_s):
+                self.scheduler.arrived(self.stage)
+            elif not self.scheduler.leave(self.stage, ring):
+                self._bell.acquire()  # rung just as the patience ran out
+                self.scheduler.arrived(self.stage)
+        return None
+
+
+class _Nothing:
+    """Stands in for an instance once the scheduler is closed."""
+
+    def warm(self) -> None: ...
+
+    def run(self, values: Sequence[Any]) -> list[Any]:
+        raise EngineError("the app is closed")
+
+    def close(self) -> None: ...
+
+
+class Watch(threading.Thread):
+    """The thread that answers requests at their deadline."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        super().__init__(name="flowlang-deadlines", daemon=True)
+        self.scheduler = scheduler
+        self._moved = threading.Event()
+        scheduler.on_expiry = self._moved.set
+
+    def run(self) -> None:
+        while not self.scheduler.is_closed:
+            when_s = self.scheduler.next_expiry_s()
+            patience_s = None if when_s is None else when_s - self.scheduler.clock()
+            if patience_s is None or patience_s > 0:
+                self._moved.wait(patience_s)
+                self._moved.clear()
+            self.scheduler.expire()
+
+    def stop(self) -> None:
+        self._moved.set()
