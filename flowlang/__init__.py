@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from flowlang.app import App, Flow, check, load
+    from flowlang.app import App, Flow, load
     from flowlang.diagnostics import (
         BadRequest,
         Cancelled,
@@ -48,8 +48,9 @@ if TYPE_CHECKING:
         RequestError,
         StageFailed,
     )
+    from flowlang.plan.files import check
 
-_IN_APP = frozenset({"App", "Flow", "check", "load"})
+_MODULE = {"App": "app", "Flow": "app", "load": "app", "check": "plan.files"}
 
 
 def __getattr__(name: str) -> Any:
@@ -57,7 +58,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from importlib import import_module
 
-        module = import_module("flowlang.app" if name in _IN_APP else "flowlang.diagnostics")
+        module = import_module(f"flowlang.{_MODULE.get(name, 'diagnostics')}")
         return getattr(module, name)
     raise AttributeError(f"module 'flowlang' has no attribute {name!r}")
 

@@ -14,63 +14,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-from flowlang.diagnostics import BadRequest, CompileError, Diagnostic, FlowError, Overloaded
-from flowlang.plan.check import Choices, Plan, check_source, compile_source
-from flowlang.plan.physical import FlowProgram, Machine, PhysicalPlan, lower
+from flowlang.diagnostics import BadRequest, FlowError, Overloaded
+from flowlang.plan.check import Plan
+from flowlang.plan.files import PathLike, compile_file
+from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
 from flowlang.plan.types import Image, Record, Scalar, Tensor, Type
+from flowlang.runtime.machine import this_machine
 from flowlang.runtime.request import FutureReply, LoopReply, Request, Waiter
 from flowlang.runtime.scheduler import Scheduler
 from flowlang.runtime.stage import Instance, Lane, Watch
-from flowlang.syntax.parse import read_source
 
-PathLike: TypeAlias = str | os.PathLike[str]
 GRACE_S = 30.0
-
-
-def _choices(values: Mapping[str, object] | None, schedule: str | None) -> Choices:
-    return Choices({n: _as_text(v) for n, v in (values or {}).items()}, os.environ, schedule)
-
-
-def _as_text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def this_machine(device: str | None = None) -> Machine:
-    """The machine to plan for: the cores this process may use, and the device asked for.
-
-    Raises FlowError for a device there is not.
-    """
-    if device not in (None, "cpu"):
-        raise FlowError(f"this version runs flows on the CPU only, not on `{device}`")
-    return Machine(len(os.sched_getaffinity(0)), device or "cpu")
-
-
-def check(
-    path: PathLike,
-    *,
-    values: Mapping[str, object] | None = None,
-    schedule: str | None = None,
-) -> list[Diagnostic]:
-    """Every error, warning and hint of a flow file, in order of place. Runs nothing.
-
-    `values` overrides params, as `--set` does. Raises OSError if the file cannot be read.
-    """
-    try:
-        return check_source(read_source(path), _choices(values, schedule))[1]
-    except CompileError as error:
-        return error.diagnostics
-
-
-def compile_file(
-    path: PathLike,
-    *,
-    values: Mapping[str, object] | None = None,
-    schedule: str | None = None,
-) -> Plan:
-    """The typed plan of a flow file. Raises CompileError, or OSError if it cannot be read."""
-    return compile_source(read_source(path), _choices(values, schedule))
 
 
 def load(

@@ -334,10 +334,10 @@ def bad() -> Mapping[str, BadPicture]:
         "zip": BadPicture(b"PK\x05\x06" + bytes(18), "not a picture"),
         "html": BadPicture(b"<!DOCTYPE html><title>404</title>", "not a picture"),
         "heic": BadPicture(b"\0\0\0\x18ftypheic" + bytes(400), "HEIF"),
-        "jpeg-half": BadPicture(jpeg[: len(jpeg) // 2], "cut"),
-        "jpeg-nine-tenths": BadPicture(jpeg[: len(jpeg) * 9 // 10], "cut"),
+        "jpeg-half": BadPicture(jpeg[: len(jpeg) // 2], "truncated"),
+        "jpeg-nine-tenths": BadPicture(jpeg[: len(jpeg) * 9 // 10], "truncated"),
         "jpeg-progressive-nine-tenths": BadPicture(
-            progressive[: len(progressive) * 9 // 10], "cut"
+            progressive[: len(progressive) * 9 // 10], "truncated"
         ),
         "jpeg-header-only": BadPicture(jpeg[:scan], "cut"),
         "jpeg-start-only": BadPicture(jpeg[:4], "cut"),
@@ -346,13 +346,13 @@ def bad() -> Mapping[str, BadPicture]:
         "jpeg-12-bit": BadPicture(
             jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "12"
         ),
-        "png-half": BadPicture(png[: len(png) // 2], "cut"),
+        "png-half": BadPicture(png[: len(png) // 2], "truncated"),
         "png-30000x30000": BadPicture(_claim_png(png, 30000, 30000), "30000"),
         "png-0x0": BadPicture(_claim_png(png, 0, 0), "0x0"),
     }
     for name in ("webp-lossless", "tiff-raw", "bmp-24", "gif", "jpeg2000", "pnm-rgb", "pnm-plain"):
         whole = good()[name].data
-        made[f"{name}-half"] = BadPicture(whole[: len(whole) // 2], "cut")
+        made[f"{name}-half"] = BadPicture(whole[: len(whole) // 2], "truncated")
     return MappingProxyType(made)
 
 

@@ -18,7 +18,7 @@ from flowlang.plan.ops import shorter_side
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS
 from flowlang.plan.rewrite import levels_of
 from flowlang.plan.types import Image
-from flowlang.runtime.picture import UnreadablePicture, read_picture
+from flowlang.runtime.picture import Picture, UnreadablePicture, read_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,13 +55,16 @@ def _decode(node: Node, settings: Mapping[str, Any]) -> Work:
     import cv2
     import numpy as np
 
-    cv2.utils.logging.setLogLevel(0)  # a bad picture is told to its sender, not to stderr
+    # A bad picture is told to its sender, not to stderr.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     max_bytes = settings.get("max_bytes", MAX_BYTES)
     max_pixels = settings.get("max_pixels", MAX_PIXELS)
     allows_truncated = node.params["truncated"] == "allow"
 
     def work(data: bytes) -> Array:
-        check_picture(data, max_bytes, max_pixels, allows_truncated)
+        picture = check_picture(data, max_bytes, max_pixels, allows_truncated)
+        if not picture.is_complete and picture.format == "jpeg":
+            data += b"\xff\xd9"  # without an end marker OpenCV gives nothing at all
         try:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
         except cv2.error as error:
@@ -75,8 +78,8 @@ def _decode(node: Node, settings: Mapping[str, Any]) -> Work:
 
 def check_picture(
     data: bytes, max_bytes: int, max_pixels: int, allows_truncated: bool = False
-) -> None:
-    """Raise BadRequest for a picture file that must not reach a decoder."""
+) -> Picture:
+    """The header of a picture file. Raises BadRequest where it must not reach a decoder."""
     if len(data) > max_bytes:
         raise BadRequest(f"a file of {len(data):,} bytes, and `max_bytes` is {max_bytes:,}")
     try:
@@ -90,6 +93,7 @@ def check_picture(
         )
     if not picture.is_complete and not allows_truncated:
         raise BadRequest("the file ends before its picture is complete (truncated)")
+    return picture
 
 
 def _resize(node: Node, settings: Mapping[str, Any]) -> Work:

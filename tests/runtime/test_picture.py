@@ -38,12 +38,12 @@ def look(data: bytes | memoryview) -> Picture | None:
 
 
 def complain(data: bytes) -> str:
-    """Why a file is refused, or its size where it is only cut; empty for a whole one."""
+    """Why a file is refused, or its size where it is truncated; empty for a whole one."""
     try:
         picture = read_picture(data)
     except UnreadablePicture as refusal:
         return str(refusal)
-    return "" if picture.is_complete else f"cut, {picture.width}x{picture.height}"
+    return "" if picture.is_complete else f"truncated, {picture.width}x{picture.height}"
 
 
 def is_whole(data: bytes | memoryview) -> bool:

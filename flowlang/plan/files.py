@@ -1,0 +1,49 @@
+"""Flow files to diagnostics and plans, with what is chosen outside them.
+
+Layer 2: the two calls that the faces share, and that run nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from flowlang.diagnostics import CompileError, Diagnostic
+from flowlang.plan.check import Choices, Plan, check_source, compile_source
+from flowlang.syntax.parse import read_source
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+def _choices(values: Mapping[str, object] | None, schedule: str | None) -> Choices:
+    texts = {
+        n: str(v).lower() if isinstance(v, bool) else str(v) for n, v in (values or {}).items()
+    }
+    return Choices(texts, os.environ, schedule)
+
+
+def check(
+    path: PathLike,
+    *,
+    values: Mapping[str, object] | None = None,
+    schedule: str | None = None,
+) -> list[Diagnostic]:
+    """Every error, warning and hint of a flow file, in order of place. Runs nothing.
+
+    `values` overrides params, as `--set` does. Raises OSError if the file cannot be read.
+    """
+    try:
+        return check_source(read_source(path), _choices(values, schedule))[1]
+    except CompileError as error:
+        return error.diagnostics
+
+
+def compile_file(
+    path: PathLike,
+    *,
+    values: Mapping[str, object] | None = None,
+    schedule: str | None = None,
+) -> Plan:
+    """The typed plan of a flow file. Raises CompileError, or OSError if it cannot be read."""
+    return compile_source(read_source(path), _choices(values, schedule))
