@@ -20,7 +20,7 @@ from flowlang.diagnostics import BadRequest, FlowError, Overloaded
 from flowlang.plan.check import Plan
 from flowlang.plan.files import PathLike, compile_file
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
-from flowlang.plan.types import Image, Record, Scalar, Tensor, Type
+from flowlang.plan.types import Image, Record, Scalar, Shape, Tensor, Type
 from flowlang.runtime.machine import this_machine
 from flowlang.runtime.request import FutureReply, LoopReply, Request, Waiter
 from flowlang.runtime.scheduler import Scheduler
@@ -38,8 +38,8 @@ def load(
 ) -> App:
     """Check a flow file, load and warm its models, and return it ready to be called.
 
-    Raises CompileError with every error of the file, EngineError where a model or a device cannot be
-    set up, OSError if the file cannot be read.
+    Raises CompileError with every error of the file, EngineError where a model or a device cannot
+    be set up, OSError if the file cannot be read.
     """
     machine = this_machine(device)
     plan = compile_file(path, values=values, schedule=schedule)
@@ -287,8 +287,8 @@ def _accept_array(item: Any, kind: Image | Tensor) -> Any:
     if str(array.dtype) != dtype:
         raise BadRequest(f"this flow takes {kind}, not an array of {array.dtype}")
     if isinstance(kind, Image):
-        wanted: tuple[int | None, ...] | None = (kind.height, kind.width)
-        wanted = wanted if kind.colour == "gray" else (*wanted, 3)
+        sides = (kind.height, kind.width)
+        wanted: Shape | None = sides if kind.colour == "gray" else (*sides, 3)
     else:
         wanted = kind.shape
     if wanted is not None and (

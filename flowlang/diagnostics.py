@@ -172,9 +172,8 @@ def render(diagnostic: Diagnostic) -> str:
     blank = " " * gutter + " | "
     for number in sorted(by_line):
         out.extend(_annotated(source, number, by_line[number], gutter, blank))
-    for label in diagnostic.secondary:
-        if label.span.source is not source:
-            out.append(f"{blank}{label.span}: {label.text}")
+    others = [s for s in diagnostic.secondary if s.span.source is not source]
+    out.extend(f"{blank}{label.span}: {label.text}" for label in others)
     foot = " " * gutter + " = "
     if diagnostic.help:
         out.append(f"{foot}help: {diagnostic.help}")

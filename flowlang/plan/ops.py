@@ -363,7 +363,10 @@ OPS: Mapping[str, Op] = {op.name: op for op in TABLE}
 
 # Of the language, and not built yet: the checker says so at their place.
 UNBUILT = frozenset(
-    "map filter join cut boxes l2 sigmoid argmax pad flip rotate labels size".split()
+    {
+        *("map", "filter", "join", "cut", "boxes", "l2", "sigmoid", "argmax"),
+        *("pad", "flip", "rotate", "labels", "size"),
+    }
 )
 
 PRESETS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

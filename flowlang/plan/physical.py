@@ -119,9 +119,7 @@ def lower(plan: Plan, machine: Machine) -> PhysicalPlan:
             stage_of[key] = len(stages)
             stages.append(_stage(len(stages), chain, plan, machine))
         chain_at[id(chain[-1])] = chain
-    programs = []
-    for flow in flows:
-        programs.append(_program(flow, chain_at, stage_of, plan))
+    programs = [_program(flow, chain_at, stage_of, plan) for flow in flows]
     return PhysicalPlan(machine, tuple(stages), tuple(programs), _remarks(stages, machine))
 
 
@@ -185,7 +183,8 @@ def _stage(index: int, chain: list[Node], plan: Plan, machine: Machine) -> Stage
 def _instances(chain: list[Node], settings: Mapping[str, Any], machine: Machine) -> int:
     if all(n.op in HOST_OPS for n in chain):
         return 1  # Python alone: a second thread would only wait for the first
-    return min(settings.get(COPIES, machine.cores), machine.cores)
+    copies: int = settings.get(COPIES, machine.cores)
+    return min(copies, machine.cores)
 
 
 def _batch(models: list[Node], settings: Mapping[str, Any]) -> tuple[int, int, int]:

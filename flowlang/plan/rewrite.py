@@ -12,7 +12,7 @@ from flowlang.plan import graph
 from flowlang.plan.graph import FlowPlan, Node, check_legal, rebuild
 from flowlang.plan.model import Packing, fit
 from flowlang.plan.ops import OPS, PRESETS
-from flowlang.plan.types import Image, Tensor, Type
+from flowlang.plan.types import Image, Record, Tensor, Type
 
 
 def rewrite(plan: FlowPlan) -> FlowPlan:
@@ -39,7 +39,8 @@ def pick_fields(plan: FlowPlan) -> FlowPlan:
         if node.op != graph.FIELD or node.inputs[0].op != graph.RECORD:
             return node
         record = node.inputs[0]
-        return record.inputs[record.params["names"].index(node.params["name"])]
+        names: tuple[str, ...] = record.params["names"]
+        return record.inputs[names.index(node.params["name"])]
 
     return rebuild(plan, change)
 
@@ -80,7 +81,7 @@ def insert_packs(plan: FlowPlan) -> FlowPlan:
             _packed(node, f, order[n]) if n in order else f
             for n, f in zip(names, record.inputs, strict=True)
         )
-        kind = replace(record.type, fields=tuple(zip(names, (f.type for f in fields), strict=True)))  # type: ignore[type-var]
+        kind = Record(tuple((n, f.type) for n, f in zip(names, fields, strict=True)))
         return replace(node, inputs=(replace(record, inputs=fields, type=kind),))
 
     return rebuild(plan, change)

@@ -12,6 +12,7 @@ from flowlang.diagnostics import StageFailed
 from flowlang.plan.graph import Node
 from flowlang.plan.onnx import Port
 from flowlang.plan.physical import StagePlan
+from flowlang.plan.types import Shape
 from flowlang.runtime.host import Work, work_of
 from flowlang.runtime.ort import Session, Sessions, numpy_dtype
 
@@ -59,6 +60,12 @@ def _through(works: Sequence[Work], value: Any) -> Any:
     return value
 
 
+def _known(shape: Shape | None) -> tuple[int, ...] | None:
+    """A shape of which every side is known, or None."""
+    sides = tuple(side for side in shape or (None,) if side is not None)
+    return sides if shape is not None and len(sides) == len(shape) else None
+
+
 class _ModelStep:
     """A model run on batches of items whose shapes may differ."""
 
@@ -73,10 +80,13 @@ class _ModelStep:
     def warm(self, size: int) -> None:
         import numpy as np
 
-        shapes = [p.item.shape for p in self.ports]
-        if any(shape is None or None in shape for shape in shapes):
+        shapes = [_known(p.item.shape) for p in self.ports]
+        if None in shapes:
             return
-        items = [np.zeros(p.item.shape or (), numpy_dtype(p.dtype)) for p in self.ports]
+        items = [
+            np.zeros(shape or (), numpy_dtype(p.dtype))
+            for p, shape in zip(self.ports, shapes, strict=True)
+        ]
         item = items[0] if len(items) == 1 else dict(zip(self._names(), items, strict=True))
         self._run_batch([item] * size)
 

@@ -1,7 +1,7 @@
 """The CPU implementation of every operator: the reference for all others.
 
 Layer 3, and the only file importing cv2. Images are numpy arrays of height x width x 3 (height x
-width for gray), 8-bit levels; an image of undecided colour is blue, green, red, as OpenCV decodes it.
+width for gray), 8-bit levels; an image of undecided colour is blue, green, red, as OpenCV decodes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from flowlang.plan.types import Image
 from flowlang.runtime.picture import Picture, UnreadablePicture, read_picture
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     Array: TypeAlias = NDArray[Any]
@@ -32,7 +31,7 @@ Work: TypeAlias = Callable[[Any], Any]
 def work_of(node: Node, settings: Mapping[str, Any]) -> Work:
     """What an operator does to one item.
 
-    The function raises RequestError for an item it cannot work on, naming the operator and its place.
+    The function raises RequestError for an item it cannot work on, with the operator and its place.
     """
     inner = _MAKERS[node.op](node, settings)
     name, place = node.op, str(node.span)
@@ -116,11 +115,13 @@ def _resize(node: Node, settings: Mapping[str, Any]) -> Work:
         return scale_to(image, (to_w, to_h))
 
     def shorter(image: Array) -> Array:
-        to_h, to_w = shorter_side(*image.shape[:2], height)
+        rows, columns = image.shape[:2]
+        to_h, to_w = shorter_side(rows, columns, height)
         return scale_to(image, (to_w, to_h))
 
     def inside(image: Array) -> Array:
-        to_h, to_w = inner_size(*image.shape[:2], height, width)
+        rows, columns = image.shape[:2]
+        to_h, to_w = inner_size(rows, columns, height, width)
         small = scale_to(image, (to_w, to_h))
         out = np.full((height, width, *image.shape[2:]), params["fill"], np.uint8)
         top = (height - to_h) // 2 if fit == "letterbox" else 0
@@ -243,7 +244,8 @@ def _softmax(node: Node, settings: Mapping[str, Any]) -> Work:
 
     def work(values: Array) -> Array:
         values = np.exp(values.astype(np.float32) - values.max(-1, keepdims=True))
-        return values / values.sum(-1, keepdims=True)
+        shares: Array = values / values.sum(-1, keepdims=True)
+        return shares
 
     return work
 

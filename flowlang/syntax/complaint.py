@@ -58,7 +58,7 @@ def explain(source: Source, error: Any, found: Outline, end: int | None = None) 
     from lark.exceptions import UnexpectedCharacters
 
     if isinstance(error, UnexpectedCharacters):
-        return _character(source, error.pos_in_stream)
+        return _character(source, error.pos_in_stream or 0)
     token, accepts = error.token, set(error.accepts or error.expected)
     if token.type == "$END":
         return _ends_early(source, accepts, found, len(source.text) if end is None else end)

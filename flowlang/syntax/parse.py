@@ -150,7 +150,7 @@ def _parse_by_declaration(
     source: Source, found: Outline, whole: Exception
 ) -> tuple[tree.Program, list[Diagnostic], frozenset[str]]:
     """Read each declaration on its own; the unreadable ones give a diagnostic each."""
-    starts = [d for d in found.declarations]
+    starts = list(found.declarations)
     if not starts:
         return _program(source, [], found), [complaint.explain(source, whole, found)], frozenset()
     head = source.text[: starts[0]]
@@ -242,7 +242,7 @@ class _Reader:
     def program(self, node: Tree[Token], found: Outline) -> tree.Program:
         self.docs = self._doc_comments(found)
         rest: list[Any] = list(node.children)
-        edition = rest.pop(0) if getattr(rest[0], "data", "") == "version" else None
+        edition: Any = rest.pop(0) if getattr(rest[0], "data", "") == "version" else None
         number = int(str(edition.children[0])) if edition is not None else None
         if number is not None and number != EDITION:
             self.diagnostics.append(
@@ -439,6 +439,10 @@ class _Reader:
         operator = "not" if node.data == "negate" else "-"
         return tree.Unary(operator, self.expr(node.children[0]), self.span(node))
 
+    def cond(self, node: Any) -> tree.If:
+        condition, then, otherwise = (self.expr(c) for c in node.children)
+        return tree.If(condition, then, otherwise, self.span(node))
+
     def record(self, node: Any) -> tree.Record:
         fields = []
         for child in node.children:
@@ -520,7 +524,7 @@ _EXPRESSIONS: dict[str, Callable[[_Reader, Any], tree.Expr]] = {
     "negate": _Reader.unary,
     "minus": _Reader.unary,
     "repeat": _Reader.repeat,
-    "cond": lambda r, n: tree.If(*(r.expr(c) for c in n.children), r.span(n)),
+    "cond": _Reader.cond,
     "path": _Reader.bare,
     "call": _Reader.call,
     "current": _Reader.current,

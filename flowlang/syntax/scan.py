@@ -14,8 +14,10 @@ from flowlang.diagnostics import Source, Span
 from flowlang.syntax.tree import Comment
 
 RESERVED = frozenset(
-    "flowlang use as param type export flow let return schedule match if then else not and or"
-    " true false in".split()
+    {
+        *("flowlang", "use", "as", "param", "type", "export", "flow", "let", "return", "schedule"),
+        *("match", "if", "then", "else", "not", "and", "or", "true", "false", "in"),
+    }
 )
 DECLARATIONS = frozenset({"use", "param", "type", "export", "flow", "schedule"})
 CLOSER = {"(": ")", "[": "]", "{": "}"}

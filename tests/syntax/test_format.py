@@ -201,8 +201,8 @@ def check(program: tree.Program) -> str:
     assert comments_of(again) == comments_of(program)
     assert format_program(again) == text
     assert all(line == line.rstrip() for line in text.split("\n"))
-    assert text.endswith("\n") and not text.startswith("\n")
-    assert not text.endswith("\n\n") and "\n\n\n" not in text
+    assert text == text.strip() + "\n"
+    assert "\n\n\n" not in text
     return text
 
 
@@ -340,7 +340,8 @@ flow route = map(match .label { "car" | "truck" => { ..., vehicle: .box -> crop(
   else => pass }) x4
 flow choose = if .score < 0.6 and not .is_small then (patch -> large_network) else if .a then b
   else c(true)
-flow late = first_network(timeout=25ms) ?? second_network(timeout=15ms) ?? the_third_one(timeout=[5ms])
+flow late = first_network(timeout=25ms) ??
+  second_network(timeout=15ms) ?? third_network_of_all(timeout=[5ms])
 """,
         """\
 flow read(
@@ -360,7 +361,7 @@ flow choose =
 flow late =
   first_network(timeout=25ms)
   ?? second_network(timeout=15ms)
-  ?? the_third_one(timeout=[5ms])
+  ?? third_network_of_all(timeout=[5ms])
 """,
         id="split brackets end in commas, an only bracket in a call is hugged",
     ),
@@ -463,7 +464,9 @@ def test_an_expression_prints_on_one_line() -> None:
     stages = " -> ".join(f"stage_{number}(a=.x * 2)" for number in range(20))
     program = read("flow f: list<{a: int?}> -> str = " + stages.replace("->", "# c\n->"))
     flow = program.items[0]
-    assert isinstance(flow, tree.Flow) and flow.signature and not isinstance(flow.body, tree.Body)
+    assert isinstance(flow, tree.Flow)
+    assert flow.signature
+    assert not isinstance(flow.body, tree.Body)
     assert format_expr(flow.body) == stages
     assert format_type(flow.signature[0]) == "list<{ a: int? }>"
 
