@@ -7,12 +7,14 @@ blocking calls, Futures, `await` and whole iterables.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -21,10 +23,11 @@ from flowlang.plan.check import Plan
 from flowlang.plan.files import PathLike, compile_file
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
 from flowlang.plan.types import Image, Record, Scalar, Shape, Tensor, Type
+from flowlang.runtime.instances import Instances
 from flowlang.runtime.machine import this_machine
 from flowlang.runtime.request import FutureReply, LoopReply, Request, Waiter
 from flowlang.runtime.scheduler import Scheduler
-from flowlang.runtime.stage import Instance, Lane, Watch
+from flowlang.runtime.stage import Lane, Watch
 
 GRACE_S = 30.0
 
@@ -35,15 +38,18 @@ def load(
     device: str | None = None,
     values: Mapping[str, object] | None = None,
     schedule: str | None = None,
+    engines: PathLike | None = None,
 ) -> App:
     """Check a flow file, load and warm its models, and return it ready to be called.
 
+    `device` is `cpu`, `gpu`, `gpu:1`, or None for the GPU where there is one. `engines` is the
+    folder of built TensorRT engines, in place of the user's cache.
     Raises CompileError with every error of the file, EngineError where a model or a device cannot
     be set up, OSError if the file cannot be read.
     """
     machine = this_machine(device)
     plan = compile_file(path, values=values, schedule=schedule)
-    return App(plan, lower(plan, machine))
+    return App(plan, lower(plan, machine), engines=engines)
 
 
 class Flow:
@@ -153,16 +159,23 @@ class App:
     Called itself, it stands for its only flow; of several, pick one: `app["name"]`.
     """
 
-    def __init__(self, plan: Plan, physical: PhysicalPlan) -> None:
+    def __init__(
+        self, plan: Plan, physical: PhysicalPlan, *, engines: str | os.PathLike[str] | None = None
+    ) -> None:
         self.plan = plan
         self.physical = physical
         self.scheduler = Scheduler(physical, time.monotonic)
         self.flows: Mapping[str, Flow] = {p.name: Flow(self, p) for p in physical.programs}
         self._watch = Watch(self.scheduler)
-        make = _instances(physical)
+        self._instances = Instances(physical, Path(engines) if engines is not None else None)
         self._lanes = [
-            Lane(self.scheduler, stage, number, make[index])
-            for index, stage in enumerate(self.scheduler.stages)
+            Lane(
+                self.scheduler,
+                stage,
+                number,
+                functools.partial(self._instances.make, stage.plan, number),
+            )
+            for stage in self.scheduler.stages
             for number in range(stage.plan.instances)
         ]
         self._start()
@@ -227,6 +240,7 @@ class App:
             if lane.is_alive():
                 lane.join(5.0 if in_time else 0.2)
         self.scheduler.abandon([item for lane in self._lanes for item in lane.items])
+        self._instances.close()
         return in_time
 
     def __enter__(self) -> App:
@@ -239,15 +253,6 @@ class App:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _instances(physical: PhysicalPlan) -> list[Callable[[], Instance]]:
-    """By stage, how an instance of it is made. The modules of a device are imported here only."""
-    from flowlang.runtime.cpu import CpuInstance
-    from flowlang.runtime.ort import Sessions
-
-    sessions = Sessions(physical.machine.cores)
-    return [lambda stage=stage: CpuInstance(stage, sessions) for stage in physical.stages]  # type: ignore[misc]
 
 
 def _acceptor(kind: Type) -> Callable[[Any], Any]:

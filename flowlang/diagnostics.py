@@ -138,16 +138,20 @@ def _shown(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def _said(text: str) -> str:
+    """Words of a diagnostic, which may quote text of any length, safe to print."""
+    return _shown(text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}...")
+
+
 MAX_LINE = 160  # a longer source line is cut around the place
+MAX_TEXT = 400  # of a message
+MAX_SHOWN = 50  # diagnostics in the text of one exception
 
 
-def _excerpt(line: str, start: int, end: int) -> tuple[str, int, int]:
-    """A line cut to a readable length around columns start..end (from 0), and those columns moved."""
-    if len(line) <= MAX_LINE:
-        return line, start, end
-    left = max(0, min(start - MAX_LINE // 3, len(line) - MAX_LINE))
-    cut = line[left : left + MAX_LINE]
-    return cut, start - left, min(end - left, len(cut))
+def _excerpt(line: str, column: int) -> tuple[str, int]:
+    """A line cut to a readable length around a column (from 0), and how much went at its left."""
+    left = max(0, min(column - MAX_LINE // 3, len(line) - MAX_LINE))
+    return line[left : left + MAX_LINE], left
 
 
 def _under(line: str, start: int, end: int, mark: str) -> str:
@@ -161,8 +165,8 @@ def render(diagnostic: Diagnostic) -> str:
     primary = diagnostic.primary
     source = primary.span.source
     out = [
-        f"{diagnostic.severity}[{diagnostic.slug}]: {diagnostic.message}",
-        f" --> {primary.span}",
+        f"{diagnostic.severity}[{diagnostic.slug}]: {_said(diagnostic.message)}",
+        f" --> {_shown(str(primary.span))}",
     ]
     by_line: dict[int, list[tuple[Label, str]]] = {}
     for label, mark in [(primary, "^"), *((s, "-") for s in diagnostic.secondary)]:
@@ -173,12 +177,12 @@ def render(diagnostic: Diagnostic) -> str:
     for number in sorted(by_line):
         out.extend(_annotated(source, number, by_line[number], gutter, blank))
     others = [s for s in diagnostic.secondary if s.span.source is not source]
-    out.extend(f"{blank}{label.span}: {label.text}" for label in others)
+    out.extend(f"{blank}{_said(f'{label.span}: {label.text}')}" for label in others)
     foot = " " * gutter + " = "
     if diagnostic.help:
-        out.append(f"{foot}help: {diagnostic.help}")
+        out.append(f"{foot}help: {_said(diagnostic.help)}")
     if diagnostic.note:
-        out.append(f"{foot}note: {diagnostic.note}")
+        out.append(f"{foot}note: {_said(diagnostic.note)}")
     return "\n".join(s.rstrip() for s in out)
 
 
@@ -189,14 +193,13 @@ def _annotated(
     line = source.line(number)
     first = source.line_starts[number - 1]
     labels = sorted(labels, key=lambda pair: pair[0].span.start)
-    anchor = labels[0][0].span.start - first
-    text, _, _ = _excerpt(line, anchor, anchor)
-    shift = line.find(text) if text is not line else 0
+    anchor = next((s for s, mark in labels if mark == "^"), labels[0][0])
+    text, shift = _excerpt(line, anchor.span.start - first)
     places = []
     for label, mark in labels:
         start = min(max(label.span.start - first - shift, 0), len(text))
         end = min(max(label.span.end - first - shift, start), len(text))
-        places.append((start, end, mark, label.text))
+        places.append((start, end, mark, _said(label.text)))
     marks = ""
     for start, end, mark, _ in places:
         row = _under(text, start, end, mark)
@@ -254,11 +257,17 @@ class FlowError(Exception):
 
 
 class CompileError(FlowError):
-    """A flow does not check. `diagnostics` holds every reason."""
+    """A flow does not check. `diagnostics` holds every reason; its text shows the first ones."""
 
     def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
         self.diagnostics = in_order(diagnostics)
-        super().__init__("\n\n".join(render(d) for d in self.diagnostics))
+        super().__init__(self.diagnostics)
+
+    def __str__(self) -> str:
+        shown = [render(d) for d in self.diagnostics[:MAX_SHOWN]]
+        if more := len(self.diagnostics) - len(shown):
+            shown.append(f"and {more} more")
+        return "\n\n".join(shown)
 
 
 class EngineError(FlowError):

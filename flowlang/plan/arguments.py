@@ -6,16 +6,17 @@ wrong argument hides no other.
 
 from __future__ import annotations
 
-import difflib
+import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan.ops import SIDES, Op, Param
 from flowlang.plan.schedule import SETTINGS, Given, fit_setting
-from flowlang.plan.values import Constant, Refused, evaluate, refuse
+from flowlang.plan.values import Constant, Refused, evaluate, nearest, refuse
 from flowlang.syntax import tree
 
 Report = Callable[[Diagnostic], None]
@@ -29,12 +30,6 @@ class Bound:
     spans: dict[str, Span] = field(default_factory=dict)
     settings: dict[str, Given] = field(default_factory=dict)
     is_whole: bool = True
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most like a misspelt one, if one is like it."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
@@ -58,7 +53,8 @@ class Binder:
                 self._bind_one(call, op, arg, free, bound)
             except Refused as refused:
                 bound.is_whole = False
-                self.report(refused.diagnostic)
+                if refused.diagnostic:
+                    self.report(refused.diagnostic)
         if bound.is_whole:
             self._check_whole(call, op, bound)
         return bound
@@ -79,17 +75,23 @@ class Binder:
             value: Any = True if param.kind == "flag" else given.value
         else:
             if not free:
-                raise refuse(
-                    "too-many-arguments",
-                    f"`{op.name}` has no place for this argument",
-                    given.span,
-                    note=_signature(op),
-                )
+                raise self._too_many(op, given, bound)
             param = free[0]
             value = self.fit_param(op, param, given)
         if param in free:
             free.remove(param)
         self._put(op, param, value, arg.span, bound)
+
+    def _too_many(self, op: Op, given: Constant, bound: Bound) -> Refused:
+        message = f"`{op.name}` has no place for this argument"
+        first = bound.spans.get("size")
+        help_text = None
+        if first and given.kind == "int":
+            sides = f"h={first.text}, w={given.span.text}"
+            help_text = f"name the sides so they cannot be swapped: {op.name}({sides})"
+        return refuse(
+            "too-many-arguments", message, given.span, help=help_text, note=_signature(op)
+        )
 
     def _put(self, op: Op, param: Param, value: Any, span: Span, bound: Bound) -> None:
         if param.name in bound.spans:
@@ -110,9 +112,12 @@ class Binder:
         if param is not None:
             self._put(op, param, self.fit_param(op, param, given), given.span, bound)
         elif name in op.settings:
-            if name in bound.settings:
-                raise refuse("given-twice", f"`{name}` of `{op.name}` is given twice", arg.span)
-            bound.settings[name] = Given(fit_setting(SETTINGS[name], given), given.span)
+            first = bound.settings.get(name)
+            if first:
+                message = f"`{name}` of `{op.name}` is given twice"
+                label = Label(first.span, "first here")
+                raise refuse("given-twice", message, given.span, secondary=(label,))
+            bound.settings[name] = given_setting(name, given, arg)
         else:
             raise self._unknown_parameter(op, name, arg)
 
@@ -132,8 +137,12 @@ class Binder:
         )
 
     def _unknown_word(self, op: Op, given: Constant) -> Refused:
-        help_text = did_you_mean(given.value, [*op.words, *self.names])
-        words = f"words of `{op.name}`: {' '.join(op.words)}" if op.words else None
+        help_text = did_you_mean(given.value, [*op.words, *(n for n in self.names if n)])
+        words = f"words of `{op.name}`: {' '.join(op.words)}" if op.words else _signature(op)
+        param = op.param(given.value)
+        if param is not None:
+            other = next((w for w in param.words if w != param.default), "...")
+            help_text = f"{param.name}={other}"
         return refuse(
             "unknown-word",
             f"`{given.value}` is no word of `{op.name}` and no param in scope",
@@ -173,9 +182,10 @@ class Binder:
             numbers = value if kind == "list" else (value,) if kind in ("int", "float") else ()
             if len(numbers) in (1, 3) and all(type(n) in (int, float) for n in numbers):
                 return tuple(float(n) for n in numbers)
+        text = given.span.text
         raise refuse(
             "wrong-kind",
-            f"`{param.name}` of `{op.name}` is {_wants(param)}, and this is {given.noun}"
+            f"`{param.name}` of `{op.name}` is {_wants(param)}, and `{text}` is {given.noun}"
             if not (param.kind == "word" and kind == "word")
             else f"`{value}` is no word for `{param.name}` of `{op.name}`",
             given.span,
@@ -196,19 +206,15 @@ class Binder:
     def file(self, given: Constant) -> Path:
         """A file named in the flow, looked for beside it. Raises Refused where there is none."""
         path = self.folder / str(given.value)
-        if path.is_file():
+        if os.path.isfile(path):
             return path
-        folder = path.parent
-        like = None
-        if folder.is_dir():
-            like = nearest(path.name, [p.name for p in folder.iterdir() if p.is_file()])
-        text = str(given.value)
-        shown = text[: len(text) - len(path.name)] + like if like else None
+        before, slash, name = str(given.value).rpartition("/")
+        like = nearest(name, _files_in(path.parent))
         raise refuse(
             "missing-file",
             f"there is no file `{given.value}`",
             given.span,
-            help=f'did you mean "{shown}"?' if shown else None,
+            help=f'did you mean "{before}{slash}{like}"?' if like else None,
             note="files are looked for in the folder of the flow",
         )
 
@@ -230,21 +236,25 @@ class Binder:
             self._check_levels(call, bound)
 
     def _check_sides(self, call: tree.Call, op: Op, bound: Bound) -> None:
-        named = [n for n in ("h", "w") if n in bound.spans]
-        problem = None
-        if "size" in bound.spans and named:
-            problem = f"`{op.name}` takes both sides at once, or `h` and `w`, and this gives both"
-        elif "size" not in bound.spans and not named:
-            problem = f"`{op.name}` needs a size"
-        elif bound.params.get("fit", "stretch") == "shorter" and named:
+        """A size is one number, or `h` and `w`, as the way of fitting asks."""
+        sides = [bound.params[n] for n in ("h", "w") if n in bound.spans]
+        fit = bound.params.get("fit", "stretch")
+        slug, problem, size = "conflicting-parameters", None, max(sides, default=224)
+        if "size" in bound.spans and sides:
+            problem = f"`{op.name}` takes one number for both sides, or `h` and `w`"
+            size = bound.params["size"]
+        elif fit == "shorter" and sides:
             problem = "`fit=shorter` takes one number, the length of the shorter side"
-        elif bound.params.get("fit", "stretch") in ("letterbox", "pad") and len(named) == 1:
-            problem = f"`fit={bound.params['fit']}` needs both sides"
+            size = min(sides)
+        elif "size" not in bound.spans and not sides:
+            slug, problem = "missing-parameter", f"`{op.name}` needs a size"
+        elif fit in ("letterbox", "pad") and len(sides) == 1:
+            slug, problem = "missing-parameter", f"`fit={fit}` needs both sides"
         if problem:
             bound.is_whole = False
-            self.report(
-                Diagnostic("missing-parameter", problem, Label(call.span), help=f"{op.name}(224)")
-            )
+            mended = with_sides(op, bound.params, bound.spans, size, size)
+            place = Label(call.span)
+            self.report(Diagnostic(slug, problem, place, help=mended, fix=call.span))
 
     def _check_levels(self, call: tree.Call, bound: Bound) -> None:
         has_preset = bound.params["preset"] is not None
@@ -253,11 +263,12 @@ class Binder:
             bound.is_whole = False
             self.report(
                 Diagnostic(
-                    "missing-parameter",
+                    "conflicting-parameters" if has_preset else "missing-parameter",
                     "`normalize` takes either a word or both `mean` and `std`",
                     Label(call.span),
-                    help="normalize(imagenet)",
+                    help=f"normalize({bound.params['preset'] or 'imagenet'})",
                     note="words of `normalize`: imagenet unit signed",
+                    fix=call.span,
                 )
             )
         elif levels and not all(bound.params["std"]):
@@ -267,6 +278,39 @@ class Binder:
                     "out-of-range", "`std` divides, so it is not 0", Label(bound.spans["std"])
                 )
             )
+
+
+def given_setting(name: str, given: Constant, arg: tree.Arg) -> Given:
+    """A setting as it is written in a call or a schedule. Raises Refused where it does not fit."""
+    try:
+        return Given(fit_setting(SETTINGS[name], given), given.span)
+    except Refused as refused:
+        told = refused.diagnostic
+        if told and told.help and told.help.startswith(f"{name}="):
+            raise Refused(replace(told, fix=arg.span)) from None
+        raise
+
+
+def with_sides(
+    op: Op, params: Mapping[str, Any], given: Iterable[str], h: int | None, w: int | None
+) -> str:
+    """The call of a sizing operator with other sides, and the rest of its arguments kept."""
+    sides = [str(h)] if h == w else [f"{n}={v}" for n, v in (("h", h), ("w", w)) if v]
+    rest = [
+        n if params[n] is True else f"{n}={params[n]}"
+        for n in given
+        if n not in ("size", "h", "w") and params[n] is not False
+    ]
+    return f"{op.name}({', '.join([*sides, *rest])})"
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Names of files that a misspelt one can be held against; of a huge folder the first ones."""
+    try:
+        with os.scandir(folder) as entries:
+            return [e.name for e in itertools.islice(entries, 1000) if e.is_file()]
+    except (OSError, ValueError):
+        return []
 
 
 def _wants(param: Param) -> str:

@@ -12,25 +12,15 @@ from pathlib import Path
 
 from flowlang.diagnostics import CompileError, Diagnostic, Label, Source, Span, in_order
 from flowlang.plan import graph
-from flowlang.plan.arguments import Binder, did_you_mean
+from flowlang.plan.arguments import Binder, did_you_mean, given_setting
 from flowlang.plan.elaborate import Elaborator
+from flowlang.plan.extent import Extents, calls
 from flowlang.plan.graph import FlowPlan, Node, Site
 from flowlang.plan.ops import OPS, UNBUILT
-from flowlang.plan.schedule import COPIES, SETTINGS, Given, Settings, fit_setting
-from flowlang.plan.types import (
-    COLOURS,
-    DTYPES,
-    NAMED,
-    UNKNOWN,
-    Image,
-    ListOf,
-    Optional,
-    Record,
-    Tensor,
-    Type,
-    Unknown,
-)
+from flowlang.plan.schedule import COPIES, SETTINGS, Given, Settings
+from flowlang.plan.types import UNKNOWN, Image, Unknown
 from flowlang.plan.values import Constant, Refused, evaluate, from_text, refuse
+from flowlang.plan.written import WrittenTypes
 from flowlang.syntax import tree
 from flowlang.syntax.parse import parse_leniently
 
@@ -65,6 +55,7 @@ class Choices:
 
 
 NO_CHOICES = Choices({}, {})
+MAX_DIAGNOSTICS = 1000
 
 
 def compile_source(source: Source, choices: Choices = NO_CHOICES) -> Plan:
@@ -90,6 +81,10 @@ def check_source(
     return Plan(source, flows, checker.elaborator.settings, params, tuple(found)), found
 
 
+class _Enough(Exception):
+    """So many errors that more of them help nobody."""
+
+
 class _Checker:
     def __init__(
         self, source: Source, program: tree.Program, lost: frozenset[str], choices: Choices
@@ -100,17 +95,28 @@ class _Checker:
         self.params: dict[str, ParamValue] = {}
         self.constants: dict[str, Constant] = {}
         self.flows: dict[str, tree.Flow] = {}
-        self.types: dict[str, tree.TypeDef] = {}
+        self.types = WrittenTypes(self.report, lost)
         self.schedules: list[tree.Schedule] = []
         self.declared: dict[str, Span] = {}
-        self._resolving: list[str] = []
+        self._scheduled: dict[tuple[str | None, str, str], Span] = {}
         folder = Path(os.path.dirname(source.name))
-        binder = Binder(self.constants, folder, self.diagnostics.append)
-        self.elaborator = Elaborator(self.flows, lost, binder, self.resolve)
-        self._declare(program)
+        binder = Binder(self.constants, folder, self.report)
+        self.elaborator = Elaborator(self.flows, lost, binder, self.types.resolve)
+        for name in lost:
+            self.constants[name] = Constant("unknown", None, program.span)
+        self._program = program
 
     def error(self, slug: str, message: str, span: Span, **more: object) -> None:
-        self.diagnostics.append(refuse(slug, message, span, **more).diagnostic)
+        self._tell(refuse(slug, message, span, **more))
+
+    def _tell(self, refused: Refused) -> None:
+        if refused.diagnostic:
+            self.report(refused.diagnostic)
+
+    def report(self, diagnostic: Diagnostic) -> None:
+        self.diagnostics.append(diagnostic)
+        if len(self.diagnostics) >= MAX_DIAGNOSTICS:
+            raise _Enough
 
     # Declarations
 
@@ -129,10 +135,11 @@ class _Checker:
             if isinstance(item, tree.Param):
                 self._param(item)
             elif isinstance(item, tree.TypeDef):
-                self.types[item.name] = item
+                self.types.declare(item)
             elif isinstance(item, tree.Flow):
                 self._flow(item)
             else:
+                self.elaborator.lost |= {item.name}
                 self.error(
                     "not-built",
                     "`use` is part of the language, and this version cannot run it yet",
@@ -167,6 +174,9 @@ class _Checker:
                 "request parameters are part of the language, and this version cannot run them yet",
                 flow.inputs[0].span,
             )
+            for name in (i.name for i in flow.inputs):
+                self.elaborator.lost |= {name}
+                self.constants.setdefault(name, Constant("unknown", None, flow.span))
         self.flows[flow.name] = flow
 
     # Params
@@ -175,8 +185,8 @@ class _Checker:
         try:
             value, origin = self._param_value(item)
         except Refused as refused:
-            self.diagnostics.append(refused.diagnostic)
-            self.constants[item.name] = Constant("str", "", item.name_span)
+            self._tell(refused)
+            self.constants[item.name] = Constant("unknown", None, item.name_span)
             return
         self.constants[item.name] = value
         self.params[item.name] = ParamValue(item.name, value, origin)
@@ -246,7 +256,7 @@ class _Checker:
 
     def _check_choices(self) -> None:
         for name, text in self.choices.values.items():
-            if name not in self.params and name not in self.declared:
+            if name not in self.constants:
                 span = Span(Source("--set", f"{name}={text}"), 0, len(name))
                 self.error(
                     "unknown-name",
@@ -255,99 +265,35 @@ class _Checker:
                     help=did_you_mean(name, self.params),
                 )
 
-    # Types
-
-    def resolve(self, given: tree.TypeExpr) -> Type:
-        """A written type. What is wrong in it is reported, and it counts as unknown."""
-        kind = self._resolve(given)
-        return Optional(kind) if given.optional and not isinstance(kind, Unknown) else kind
-
-    def _resolve(self, given: tree.TypeExpr) -> Type:
-        if given.name is None:
-            return Record(tuple((f.name, self.resolve(f.type)) for f in given.fields))
-        name = str(given.name)
-        if name in self.types:
-            return self._named_type(name, given.span)
-        if name == "list" and len(given.arguments) == 1:
-            inner = given.arguments[0]
-            return ListOf(self.resolve(inner)) if not isinstance(inner, str) else UNKNOWN
-        if name == "image":
-            return self._image_type(given)
-        if name == "tensor":
-            return self._tensor_type(given)
-        if name in NAMED and not given.arguments:
-            return NAMED[name]
-        self.error(
-            "unknown-type",
-            f"there is no type `{given.span.text}`",
-            given.span,
-            help=did_you_mean(name, [*NAMED, *self.types, "image", "tensor", "list"]),
-        )
-        return UNKNOWN
-
-    def _named_type(self, name: str, span: Span) -> Type:
-        if name in self._resolving:
-            self.error("recursive-type", f"the type `{name}` would hold itself", span)
-            return UNKNOWN
-        self._resolving.append(name)
-        kind = self.resolve(self.types[name].type)
-        self._resolving.pop()
-        return Record(kind.fields, name) if isinstance(kind, Record) else kind
-
-    def _image_type(self, given: tree.TypeExpr) -> Type:
-        image = Image()
-        for part in given.arguments:
-            word = part if isinstance(part, str) else str(part.name)
-            if word in COLOURS:
-                image = Image(word, image.dtype, image.height, image.width)
-            elif word in ("u8", "f32"):
-                image = Image(image.colour, word, image.height, image.width)
-            elif isinstance(part, str) and word.count("x") == 1:
-                h, w = (None if side == "?" else int(side) for side in word.split("x"))
-                image = Image(image.colour, image.dtype, h, w)
-            elif word not in ("hwc", "undecided"):
-                self.error(
-                    "unknown-type",
-                    f"`{word}` says nothing about an image",
-                    given.span,
-                    help="image<rgb, u8, hwc>",
-                )
-        return image
-
-    def _tensor_type(self, given: tree.TypeExpr) -> Type:
-        words = [p if isinstance(p, str) else str(p.name) for p in given.arguments]
-        if not words or words[0] not in DTYPES or len(words) > 2:
-            self.error(
-                "unknown-type",
-                "a tensor has a dtype and a shape",
-                given.span,
-                help="tensor<f32, 3x224x224>",
-                note=f"dtypes are {' '.join(DTYPES)}",
-            )
-            return UNKNOWN
-        if len(words) == 1:
-            return Tensor(words[0], None)
-        return Tensor(words[0], tuple(None if s == "?" else int(s) for s in words[1].split("x")))
-
     # Flows
 
     def run(self) -> tuple[FlowPlan, ...]:
-        self._check_choices()
-        for name in self.types:
-            self._named_type(name, self.types[name].span)
-        mentions = {name: _mentions(flow, self.flows) for name, flow in self.flows.items()}
-        if self._check_recursion(mentions):
+        """The plans of the served flows; of a program with errors, not all of them."""
+        try:
+            self._declare(self._program)
+            return self._plans()
+        except _Enough:
             return ()
-        mentioned = {m for found in mentions.values() for m in found}
+
+    def _plans(self) -> tuple[FlowPlan, ...]:
+        self._check_choices()
+        self.types.resolve_all()
+        extents = Extents(self.flows, self.report)
         served = self._served()
+        roots = [
+            name
+            for name, flow in self.flows.items()
+            if name in served or name not in extents.mentioned or flow.signature
+        ]
+        if not extents.can_unroll(roots):
+            return ()
         plans = []
-        for name, flow in self.flows.items():
-            if name in served or name not in mentioned or flow.signature:
-                plan = self._flow_plan(flow, name in served)
-                if name in served:
-                    plans.append(plan)
-        for schedule in self.schedules:
-            self._schedule(schedule, mentions)
+        for name in roots:
+            plan = self._flow_plan(self.flows[name], name in served)
+            if name in served:
+                plans.append(plan)
+        for schedule in sorted(self.schedules, key=lambda s: s.name is not None):
+            self._schedule(schedule)
         names = [s.name for s in self.schedules if s.name]
         if self.choices.schedule is not None and self.choices.schedule not in names:
             span = Span(Source("--schedule", self.choices.schedule), 0, len(self.choices.schedule))
@@ -362,51 +308,29 @@ class _Checker:
 
     def _served(self) -> list[str]:
         exported = [n for n, f in self.flows.items() if f.is_exported]
-        if exported or len(self.flows) == 1:
+        if exported or (len(self.flows) == 1 and not self.elaborator.lost):
             return exported or list(self.flows)
-        if self.flows and not self.diagnostics:
+        if self.diagnostics or self.elaborator.lost:
+            return []
+        if self.flows:
             last = list(self.flows.values())[-1]
+            start = Span(last.span.source, last.span.start, last.name_span.end)
             self.error(
                 "nothing-exported",
                 "none of the flows is exported, so there is nothing to serve",
                 last.name_span,
                 help=f"export flow {last.name}",
+                fix=start,
             )
-        elif not self.flows and not self.diagnostics and not self.elaborator.lost:
+        else:
             end = len(self.source.text.rstrip())
             self.error(
                 "empty-program", "there is no flow in this file", Span(self.source, end, end)
             )
         return []
 
-    def _check_recursion(self, mentions: Mapping[str, Mapping[str, Span]]) -> bool:
-        found: set[frozenset[str]] = set()
-        for start in mentions:
-            path, stack = [start], [iter(mentions[start].items())]
-            while stack:
-                name, span = next(stack[-1], (None, None))
-                if name is None or span is None:
-                    stack.pop()
-                    path.pop()
-                elif name == start:
-                    if frozenset(path) not in found:
-                        found.add(frozenset(path))
-                        self._recursive(start, [*path, start], span)
-                elif name not in path:
-                    path.append(name)
-                    stack.append(iter(mentions[name].items()))
-        return bool(found)
-
-    def _recursive(self, name: str, path: list[str], span: Span) -> None:
-        self.error(
-            "recursive-flow",
-            f"`{name}` would run itself",
-            span,
-            label=" -> ".join(path),
-            note="flows are unrolled at compile time; repeat over a list with `map`",
-        )
-
     def _flow_plan(self, flow: tree.Flow, is_served: bool) -> FlowPlan:
+        before = len(self.diagnostics)
         kind = self.elaborator.flow_input(flow)
         if isinstance(kind, Image) and not flow.signature and not is_served:
             kind = UNKNOWN  # a part of something: sized and coloured where it is mentioned
@@ -415,22 +339,21 @@ class _Checker:
         if (
             is_served
             and isinstance(kind, Unknown)
-            and output.op != "unknown"
-            and flow.body.span.text != "pass"
+            and len(self.diagnostics) == before
+            and any(n.op not in (graph.INPUT, "pass") for n in graph.topological(output))
         ):
             self.error(
                 "unknown-input",
                 f"what `{flow.name}` takes cannot be told from its first stage",
                 flow.name_span,
-                help=f"flow {flow.name}: bytes -> ...",
+                help=f"flow {flow.name}: bytes -> "
+                + ("..." if isinstance(output.type, Unknown) else str(output.type)),
             )
         return FlowPlan(flow.name, item, output, flow.name_span, flow.doc, is_served)
 
     # Schedules
 
-    def _schedule(
-        self, schedule: tree.Schedule, mentions: Mapping[str, Mapping[str, Span]]
-    ) -> None:
+    def _schedule(self, schedule: tree.Schedule) -> None:
         is_chosen = schedule.name is None or schedule.name == self.choices.schedule
         for entry in schedule.entries:
             name = str(entry.path)
@@ -446,7 +369,21 @@ class _Checker:
             given = self._entry_settings(entry)
             if entry.count is not None and entry.count_span is not None:
                 given[COPIES] = Given(entry.count, entry.count_span)
+            for setting, value in given.items():
+                self._check_once((schedule.name, name, setting), value.span)
             self._place(entry, name, given, is_chosen)
+
+    def _check_once(self, key: tuple[str | None, str, str], span: Span) -> None:
+        """A setting stands once for each flow in the schedules of one name."""
+        first = self._scheduled.setdefault(key, span)
+        if first is not span:
+            shown = "the number of copies" if key[2] == COPIES else f"`{key[2]}`"
+            self.error(
+                "given-twice",
+                f"{shown} of `{key[1]}` is given twice",
+                span,
+                secondary=(Label(first, "first here"),),
+            )
 
     def _entry_settings(self, entry: tree.Entry) -> dict[str, Given]:
         given: dict[str, Given] = {}
@@ -454,17 +391,22 @@ class _Checker:
             try:
                 name, value = self._entry_setting(entry, arg)
                 if name in given:
-                    raise refuse("given-twice", f"`{name}` is given twice", arg.span)
+                    raise refuse(
+                        "given-twice",
+                        f"`{name}` of `{entry.path}` is given twice",
+                        arg.span,
+                        secondary=(Label(given[name].span, "first here"),),
+                    )
                 given[name] = value
             except Refused as refused:
-                self.diagnostics.append(refused.diagnostic)
+                self._tell(refused)
         return given
 
     def _entry_setting(self, entry: tree.Entry, arg: tree.Arg) -> tuple[str, Given]:
         constant = evaluate(arg.value, self.constants)
         if arg.name is None or arg.name not in SETTINGS:
             raise self._not_a_setting(entry, arg, constant)
-        return arg.name, Given(fit_setting(SETTINGS[arg.name], constant), constant.span)
+        return arg.name, given_setting(arg.name, constant, arg)
 
     def _not_a_setting(self, entry: tree.Entry, arg: tree.Arg, constant: Constant) -> Refused:
         name = arg.name or str(constant.value)
@@ -493,7 +435,7 @@ class _Checker:
 
     def _owner(self, flow: tree.Flow, name: str, arg: tree.Arg) -> tree.Call | None:
         """The call in a flow whose operator has a parameter or word of this name."""
-        for call in _calls(flow.body):
+        for call in calls(flow.body):
             op = OPS.get(str(call.path))
             if op and (op.param(name) if arg.name else op.param_of_word(name)):
                 return call
@@ -524,14 +466,14 @@ class _Checker:
     ) -> None:
         if not given:
             return
-        calls = list(_calls(self.flows[name].body))
-        batched = [c for c in calls if (op := OPS.get(str(c.path))) and op.kind == "model"]
+        found = list(calls(self.flows[name].body))
+        batched = [c for c in found if (op := OPS.get(str(c.path))) and op.kind == "model"]
         for setting, value in given.items():
             level = SETTINGS[setting].level if setting in SETTINGS else "stage"
             targets = batched
             if level == "image":
                 targets = [
-                    c for c in calls if setting in OPS.get(str(c.path), OPS["pass"]).settings
+                    c for c in found if setting in OPS.get(str(c.path), OPS["pass"]).settings
                 ]
             if len(targets) != 1 and (level == "image" or setting != "gpu"):
                 shown = f"x{value.value}" if setting == COPIES else setting
@@ -570,55 +512,3 @@ def _rivals(call: tree.Call, word: str) -> list[str]:
 def _is_of(constant: Constant, kind: str) -> bool:
     wanted = {"path": "str", "size": "bytes"}.get(kind, kind)
     return constant.kind == wanted or (wanted == "float" and constant.kind == "int")
-
-
-def _children(expr: object) -> list[object]:
-    """The expressions directly inside one."""
-    if isinstance(expr, tree.Body):
-        return [*(let.value for let in expr.lets), expr.result]
-    if isinstance(expr, tree.Pipeline):
-        return list(expr.steps)
-    if isinstance(expr, tree.Call):
-        return [a.value for a in expr.args or ()]
-    if isinstance(expr, tree.Record):
-        return [
-            f.value or tree.Call(tree.Path((f.name or "",), f.span), None, f.span)
-            for f in expr.fields
-            if f.name
-        ]
-    if isinstance(expr, (tree.Group, tree.Unary)):
-        return [expr.value]
-    if isinstance(expr, tree.Repeat):
-        return [expr.stage]
-    if isinstance(expr, tree.If):
-        return [expr.condition, expr.then, expr.otherwise]
-    if isinstance(expr, tree.Match):
-        return [a.value for a in expr.arms]
-    if isinstance(expr, tree.Binary):
-        return [expr.left, expr.right]
-    if isinstance(expr, tree.Fallback):
-        return list(expr.choices)
-    return []
-
-
-def _calls(expr: object) -> list[tree.Call]:
-    """Every call in an expression, in order of writing."""
-    found: list[tree.Call] = []
-    stack = [expr]
-    while stack:
-        part = stack.pop()
-        if isinstance(part, tree.Call):
-            found.append(part)
-        stack.extend(reversed(_children(part)))
-    return found
-
-
-def _mentions(flow: tree.Flow, flows: Mapping[str, tree.Flow]) -> dict[str, Span]:
-    """Flows that a flow mentions, each with the first place."""
-    hidden = {let.name for let in flow.body.lets} if isinstance(flow.body, tree.Body) else set()
-    found: dict[str, Span] = {}
-    for call in _calls(flow.body):
-        name = str(call.path)
-        if name in flows and name not in hidden:
-            found.setdefault(name, call.path.span)
-    return found

@@ -13,14 +13,16 @@ from typing import Any
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
-from flowlang.plan.arguments import Binder, Bound, did_you_mean
+from flowlang.plan.arguments import Binder, Bound, did_you_mean, with_sides
+from flowlang.plan.extent import field_value
 from flowlang.plan.graph import Node, Site
 from flowlang.plan.model import Misfit, Packing, fit, gives, input_type
 from flowlang.plan.onnx import Model, NotAModel, read_model
 from flowlang.plan.ops import OPS, UNBUILT, Mismatch, Op
 from flowlang.plan.schedule import COPIES, Given, Settings
-from flowlang.plan.types import UNKNOWN, Image, Record, Type, Unknown, fits
+from flowlang.plan.types import UNKNOWN, Image, Record, Type, Unknown, fits, is_vast
 from flowlang.syntax import tree
+from flowlang.syntax.scan import RESERVED
 
 _CONSTRUCTS: dict[type, str] = {
     tree.If: "`if`",
@@ -37,6 +39,7 @@ class Scope:
 
     flow: str
     values: dict[str, Node] = field(default_factory=dict)
+    lets: frozenset[str] = frozenset()
 
 
 class Elaborator:
@@ -68,6 +71,7 @@ class Elaborator:
             result = self.apply(flow.body, item, scope)
         else:
             scope.values["in"] = item
+            scope.lets = frozenset(let.name for let in flow.body.lets)
             for let in flow.body.lets:
                 if let.name in scope.values:
                     self.report(
@@ -193,7 +197,7 @@ class Elaborator:
                         f"`{name}` is one thing however often it is mentioned, so its copies are "
                         "counted where it is scheduled",
                         Label(expr.count_span),
-                        help=f"schedule {{ {name}() x{expr.count} }}".replace("()", ""),
+                        help=f"schedule {{ {name} x{expr.count} }}",
                     )
                 )
                 return node
@@ -230,9 +234,12 @@ class Elaborator:
                     )
                 )
             spans[part.name] = part.span
-            value = part.value or tree.Call(tree.Path((part.name,), part.span), None, part.span)
-            fields[part.name] = self.apply(value, item, scope)
-        kind = Record(tuple((n, f.type) for n, f in fields.items()))
+            fields[part.name] = self.apply(field_value(part), item, scope)
+        kind: Type = Record(tuple((n, f.type) for n, f in fields.items()))
+        if is_vast(kind):
+            message = "the records in this one have too many parts"
+            self.report(Diagnostic("too-large", message, Label(expr.span)))
+            kind = UNKNOWN
         site = Site(scope.flow, expr.span)
         params = {"names": tuple(fields)}
         return Node(graph.RECORD, params, tuple(fields.values()), kind, expr.span, site)
@@ -269,43 +276,46 @@ class Elaborator:
     # Operators
 
     def _call(self, call: tree.Call, item: Node, scope: Scope) -> Node:
-        name = str(call.path)
-        if len(call.path.names) == 1:
-            if name in scope.values and call.args is None:
-                return scope.values[name]
-            if name in self.flows:
-                if call.args:
-                    return self._unbuilt(call.span, "passing arguments to a flow", item, scope)
-                return self._arrive(name, call, item)
-            if name in OPS:
-                return self._operator(call, OPS[name], item, scope)
-            if name in UNBUILT:
-                return self._unbuilt(call.span, f"`{name}`", item, scope)
-            if name in scope.values:
-                self.report(
-                    Diagnostic(
-                        "not-a-stage",
-                        f"`{name}` is a value, and takes no arguments",
-                        Label(call.span),
-                    )
-                )
-                return self._unknown(call.span, item, scope)
-        elif call.path.names[0] in scope.values:
-            value = scope.values[call.path.names[0]]
+        name, prefix = str(call.path), call.path.names[0]
+        if call.args is None and prefix in scope.values:
+            value = scope.values[prefix]
             for part in call.path.names[1:]:
                 value = self._field(value, part, call.path.span, scope)
             return value
-        if not {name, call.path.names[0]} & self.lost:
-            known = [*OPS, *UNBUILT, *self.flows, *scope.values]
-            self.report(
-                Diagnostic(
-                    "unknown-operator",
-                    f"there is no operator or flow named `{name}`",
-                    Label(call.path.span),
-                    help=did_you_mean(name, known),
-                )
-            )
+        if name in self.flows:
+            if call.args:
+                return self._unbuilt(call.span, "passing arguments to a flow", item, scope)
+            return self._arrive(name, call, item)
+        if name in OPS:
+            return self._operator(call, OPS[name], item, scope)
+        if name in UNBUILT:
+            return self._unbuilt(call.span, f"`{name}`", item, scope)
+        if not {name, prefix} & {*self.lost, *RESERVED} or prefix == "in":
+            self.report(self._unknown_stage(call, scope))
         return self._unknown(call.span, item, scope)
+
+    def _unknown_stage(self, call: tree.Call, scope: Scope) -> Diagnostic:
+        name, place = str(call.path), Label(call.path.span)
+        if name in scope.values:
+            message = f"`{name}` is a value, and takes no arguments"
+            return Diagnostic("not-a-stage", message, place, help=name, fix=call.span)
+        if name in self.binder.names:
+            message = f"`{name}` is a param, and a stage belongs here"
+            return Diagnostic("not-a-stage", message, place)
+        if name in scope.lets:
+            message = f"`{name}` is used before it is declared"
+            return Diagnostic("unknown-name", message, place, note="lets are read in order")
+        if name == "in":
+            return Diagnostic(
+                "not-a-stage",
+                "`in` is the item of a flow that has a body",
+                place,
+                note="flow name { return in -> decode }",
+            )
+        known = [*OPS, *UNBUILT, *self.flows, *scope.values]
+        like = did_you_mean(name, [k for k in known if k != "in"])
+        message = f"there is no operator or flow named `{name}`"
+        return Diagnostic("unknown-operator", message, place, help=like)
 
     def _arrive(self, name: str, call: tree.Call, item: Node) -> Node:
         """A mention of a flow: its declared input is checked, then its nodes follow."""
@@ -435,29 +445,27 @@ class Elaborator:
                 )
 
     def _misfit(self, node: Node, item: Node, model: Model, found: Misfit) -> None:
-        sizer = _sizer(item) if found.slug == "size-mismatch" else None
-        call = " ".join(node.span.text.split())
-        if sizer is not None and found.mend:
-            where = next(
-                (sizer.param_spans[n] for n in ("size", "h", "w") if n in sizer.param_spans),
-                sizer.span,
-            )
+        sizer = _sizer(item, *found.sides) if found.sides else None
+        if sizer is not None and found.sides:
+            given = sizer.param_spans
+            place = next((given[n] for n in ("size", "h", "w") if n in given), sizer.span)
+            mended = with_sides(OPS[sizer.op], sizer.params, given, *found.sides)
             self.report(
                 Diagnostic(
                     found.slug,
                     found.message or "",
-                    Label(where),
+                    Label(place),
                     (Label(node.span, found.wants),),
-                    help=found.mend,
-                    fix=sizer.span if sizer.op == "resize" else None,
+                    help=mended,
+                    fix=sizer.span,
                 )
             )
             return
         message = f"`{model.name}` cannot take what {_called(item)} gives"
+        call = " ".join(node.span.text.split())
         mend = f"{found.mend} -> {call}" if found.mend else None
-        if found.mend and found.slug == "type-mismatch":
-            before = "" if item.op == graph.INPUT else " ".join(item.span.text.split()) + " -> "
-            mend = f"{before}{found.mend} -> {call}"
+        if mend and found.slug == "type-mismatch" and item.op != graph.INPUT:
+            mend = " ".join(item.span.text.split()) + f" -> {mend}"
         self._mismatch(
             node.span, item, found.message or message, found.wants, slug=found.slug, help=mend
         )
@@ -481,11 +489,19 @@ class Elaborator:
         )
 
 
-def _sizer(node: Node) -> Node | None:
-    """The operator that gave an image its size, looking back through those that keep it."""
+def _sizer(node: Node, h: int, w: int) -> Node | None:
+    """The operator that gave an image its size and could give it this one.
+
+    It is looked for back through the operators that keep a size.
+    """
     while node.op in OPS and OPS[node.op].keeps_size and node.inputs:
         node = node.inputs[0]
-    return node if node.op in ("resize", "crop") else None
+    if node.op == "resize" and node.params["fit"] != "shorter":
+        return node
+    before = node.inputs[0].type if node.op == "crop" else None
+    if isinstance(before, Image) and h <= (before.height or h) and w <= (before.width or w):
+        return node
+    return None
 
 
 def _called(node: Node) -> str:

@@ -15,8 +15,9 @@ from flowlang.plan import graph
 from flowlang.plan.check import Plan
 from flowlang.plan.graph import FlowPlan, Node
 from flowlang.plan.ops import OPS, Param
-from flowlang.plan.physical import PhysicalPlan, StagePlan
+from flowlang.plan.physical import PhysicalPlan, StagePlan, decodes_on_gpu
 from flowlang.plan.rewrite import rewrite
+from flowlang.plan.values import seconds, shown
 
 
 def explain_plan(plan: Plan) -> str:
@@ -51,14 +52,6 @@ def explain_physical(plan: Plan, physical: PhysicalPlan) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
-def seconds(value: float) -> str:
-    """A duration in the unit that reads best."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= scale:
-            return f"{value / scale:g}{unit}"
-    return "0ms"
-
-
 def _headline(flow: FlowPlan) -> str:
     left = f"flow {flow.name}: {flow.input.type} -> {flow.output.type}"
     return f"{left:<56} {_place(flow.span)}"
@@ -90,17 +83,25 @@ def _stage(stage: StagePlan) -> Iterable[str]:
     head = f"stage {stage.index + 1} {stage.name}"
     timeout = f"  timeout {seconds(stage.timeout_s)}" if stage.timeout_s else ""
     yield (
-        f"{head:<28} {stage.device} x{stage.instances}  batch {batch}"
+        f"{head:<28} {_device(stage)} x{stage.instances}  batch {batch}"
         f"  wait {seconds(stage.wait_s)}{timeout}"
     )
     if stage.region:
-        yield f"  region  {_chain(stage.region)}"
+        runs = "DALI" if stage.device == "gpu" and decodes_on_gpu(stage.region) else "OpenCV"
+        yield f"  region  {_chain(stage.region)}  ({runs})"
     model = next((n for n in stage.nodes if n.model is not None), None)
     if model is not None:
-        runs = "ONNX Runtime, fp32" if stage.device == "cpu" else "TensorRT"
+        runs = "ONNX Runtime, fp32" if stage.device == "cpu" else "TensorRT, from device memory"
         yield f"  model   {_node_text(model)}  ({runs})"
     if stage.tail:
         yield f"  host    {_chain(stage.tail)}"
+
+
+def _device(stage: StagePlan) -> str:
+    used = sorted(set(stage.gpus))
+    if not used:
+        return stage.device
+    return f"gpu:{used[0]}" if len(used) == 1 else f"gpu:{used[0]}..{used[-1]}"
 
 
 def _chain(nodes: Iterable[Node]) -> str:
@@ -147,7 +148,7 @@ def _value(value: Any) -> str:
 
 
 def _params(plan: Plan) -> list[str]:
-    rows = [f"param {p.name} = {p.value.value}  ({p.origin})" for p in plan.params]
+    rows = [f"param {p.name} = {shown(p.value)}  ({p.origin})" for p in plan.params]
     return [*rows, ""] if rows else []
 
 

@@ -14,12 +14,16 @@ from flowlang.plan.types import Image, Record, Tensor, Type, Unknown, describe, 
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """Why an item does not fit a model's input. `mend` is the stages that would help."""
+    """Why an item does not fit a model's input.
+
+    `mend` is the stages that would help; `sides` the height and width a picture should have had.
+    """
 
     slug: str
     wants: str
     mend: str | None = None
     message: str | None = None
+    sides: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +90,11 @@ def _fit_image(given: Image, port: Port, model: Model) -> Packing | Misfit:
     if wrong_size and not given.is_sized:
         return Misfit("type-mismatch", wants(port), _mend(given, port))
     if wrong_size:
-        message = f"`{model.name}` takes {_sides(h, w)}, and this makes {_sides(given.height, given.width)}"
-        return Misfit("size-mismatch", wants(port), _resize_to(h, w), message)
+        made = shape_text((given.height, given.width))
+        message = f"`{model.name}` takes {shape_text((h, w))}, and this makes {made}"
+        mend = _resize_to(h, w) if given.dtype == "u8" else None
+        sides = (h or given.height or 1, w or given.width or 1)
+        return Misfit("size-mismatch", wants(port), mend, message, sides)
     if given.colour is None:
         return Misfit(
             "undecided-colour",
@@ -97,17 +104,15 @@ def _fit_image(given: Image, port: Port, model: Model) -> Packing | Misfit:
         )
     channels = (port.shape or (None, 3, None, None))[1 if layout == "chw" else 3]
     if channels is not None and channels != given.channels:
-        mend = "gray" if channels == 1 else None
-        return Misfit("channel-mismatch", wants(port), mend)
+        mend = "gray" if channels == 1 and given.dtype == "u8" else None
+        counted = f"{channels} channel{'s' if channels > 1 else ''}"
+        message = f"`{model.name}` takes {counted}, and a {given.colour} image has {given.channels}"
+        return Misfit("channel-mismatch", wants(port), mend, message)
     if given.dtype == "f32" and port.dtype not in ("f32", "f16"):
         return Misfit("dtype-mismatch", wants(port))
     if port.dtype not in ("u8", "f16", "f32"):
         return Misfit("dtype-mismatch", wants(port))
     return Packing(layout, port.dtype)
-
-
-def _sides(h: int | None, w: int | None) -> str:
-    return shape_text((h, w))
 
 
 def _resize_to(h: int | None, w: int | None) -> str:

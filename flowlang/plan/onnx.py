@@ -22,7 +22,7 @@ from flowlang.plan.types import Record, Shape, Tensor, Type
 
 # Field numbers of onnx.proto
 MODEL_GRAPH = 7
-GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
+GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 5, 11, 12
 TENSOR_NAME = 8
 MODEL_SMALL = (1, 8)  # ir_version, opset_import
 
@@ -83,11 +83,7 @@ def read_model(path: str | os.PathLike[str]) -> Model:
         if os.fstat(file.fileno()).st_size == 0:
             raise NotAModel("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            view = memoryview(mapped)
-            try:
-                header, initializers = _header(view)
-            finally:
-                view.release()
+            header, initializers = _header(mapped)
     return _model(Path(path), header, initializers)
 
 
@@ -100,10 +96,10 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = view[at]
+        byte = data[at]
         value |= (byte & 0x7F) << shift
         at += 1
         if byte < 0x80:
@@ -113,42 +109,41 @@ def _varint(view: memoryview, at: int) -> tuple[int, int]:
             raise NotAModel("it is no protobuf message")
 
 
-def _fields(view: memoryview) -> Iterator[tuple[int, int, int, int]]:
+def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
     """(field number, start of the field, start of its payload, end) of each field of a message."""
-    at = 0
-    while at < len(view):
+    while at < stop:
         start = at
-        key, at = _varint(view, at)
+        key, at = _varint(data, at)
         wire = key & 7
         if wire == 0:
-            _, end = _varint(view, at)
+            _, end = _varint(data, at)
         elif wire == 1:
             end = at + 8
         elif wire == 2:
-            length, at = _varint(view, at)
+            length, at = _varint(data, at)
             end = at + length
         elif wire == 5:
             end = at + 4
         else:
             raise NotAModel("it is no protobuf message")
-        if end > len(view):
+        if end > stop:
             raise NotAModel("it is cut short, or it is no protobuf message")
         yield key >> 3, start, at, end
         at = end
 
 
-def _header(view: memoryview) -> tuple[bytes, frozenset[str]]:
+def _header(data: mmap.mmap) -> tuple[bytes, frozenset[str]]:
     """A ModelProto without weights and nodes, and the names of its initializers."""
     out = bytearray()
     initializers: set[str] = set()
     has_graph = False
     try:
-        for number, start, payload, end in _fields(view):
+        for number, start, payload, end in _fields(data, 0, len(data)):
             if number in MODEL_SMALL:
-                out += view[start:end]
+                out += data[start:end]
             elif number == MODEL_GRAPH:
                 has_graph = True
-                graph = _graph(view[payload:end], initializers)
+                graph = _graph(data, payload, end, initializers)
                 out += bytes([MODEL_GRAPH << 3 | 2]) + _as_varint(len(graph)) + graph
     except IndexError:
         raise NotAModel("it is cut short, or it is no protobuf message") from None
@@ -157,17 +152,16 @@ def _header(view: memoryview) -> tuple[bytes, frozenset[str]]:
     return bytes(out), frozenset(initializers)
 
 
-def _graph(view: memoryview, initializers: set[str]) -> bytes:
+def _graph(data: mmap.mmap, at: int, stop: int, initializers: set[str]) -> bytes:
+    """A GraphProto's inputs and outputs; the names of its initializers are added to the set."""
     out = bytearray()
-    nodes = 0
-    for number, start, payload, end in _fields(view):
+    for number, start, payload, end in _fields(data, at, stop):
         if number == GRAPH_INITIALIZER:
-            for inner, _, at, stop in _fields(view[payload:end]):
+            for inner, _, text, last in _fields(data, payload, end):
                 if inner == TENSOR_NAME:
-                    initializers.add(bytes(view[payload + at : payload + stop]).decode())
+                    initializers.add(data[text:last].decode("utf-8", "replace"))
         elif number in (GRAPH_INPUT, GRAPH_OUTPUT):
-            out += view[start:end]
-        nodes += number == GRAPH_NODE
+            out += data[start:end]
     return bytes(out)
 
 
@@ -213,7 +207,8 @@ def _model(path: Path, header: bytes, initializers: frozenset[str]) -> Model:
         if kind.elem_type not in DTYPE:
             raise NotAModel(f"`{value.name}` is no tensor of a type flowlang knows")
         shape = (
-            tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+            # Some exporters write -1 or 0 for a dimension of any length.
+            tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)
             if kind.HasField("shape")
             else None
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flowlang.diagnostics import Diagnostic, Label
+from flowlang.diagnostics import CompileError, Diagnostic, Label
 from flowlang.plan import graph
 from flowlang.plan.check import Plan
 from flowlang.plan.graph import FlowPlan, Node, Site, consumers
@@ -25,25 +25,32 @@ MAX_BYTES = 32 << 20  # of a picture file
 MAX_PIXELS = 64 << 20  # of a picture: three times a 24-megapixel camera's
 QUEUE = 256
 LIGHT_BATCH = 64  # stages without a model share out what waits; this bounds one hand-over
+GPU_LANES = 3  # decode of one batch, inference of another, and one on its way between them
+GPU_BATCH = 64
 HOST_OPS = frozenset(op.name for op in OPS.values() if op.kind == "host")
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the plan is made for."""
+    """What the plan is made for: `device` is `cpu`, or `gpu` with the numbers of those to use."""
 
     cores: int
     device: str = "cpu"
+    gpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagePlan:
-    """A chain of operators that each instance runs in one go."""
+    """A chain of operators that each instance runs in one go.
+
+    `device` is `cpu` or `gpu`; `gpus` has the GPU of each instance, and is empty on the CPU.
+    """
 
     index: int
     name: str
     nodes: tuple[Node, ...]
     device: str
+    gpus: tuple[int, ...]
     instances: int
     batch: tuple[int, int, int]
     wait_s: float
@@ -109,7 +116,7 @@ def _kind(node: Node) -> str:
 def lower(plan: Plan, machine: Machine) -> PhysicalPlan:
     """A checked plan to a physical one for a machine."""
     flows = [rewrite(flow) for flow in plan.flows]
-    chains = _chains(flows)
+    chains = _chains(flows, plan, machine)
     stages: list[StagePlan] = []
     stage_of: dict[tuple[tuple[str, Site], ...], int] = {}
     chain_at: dict[int, list[Node]] = {}
@@ -123,7 +130,7 @@ def lower(plan: Plan, machine: Machine) -> PhysicalPlan:
     return PhysicalPlan(machine, tuple(stages), tuple(programs), _remarks(stages, machine))
 
 
-def _chains(flows: Sequence[FlowPlan]) -> list[list[Node]]:
+def _chains(flows: Sequence[FlowPlan], plan: Plan, machine: Machine) -> list[list[Node]]:
     """All operators of all flows, in runs that can share a stage."""
     uses: dict[tuple[str, Site], int] = {}
     for flow in flows:
@@ -138,7 +145,7 @@ def _chains(flows: Sequence[FlowPlan]) -> list[list[Node]]:
                 continue
             before = ends.get(id(node.inputs[0]))
             alone = before is not None and len(users[id(before[-1])]) == 1
-            if before is not None and alone and _can_follow(before, node, uses):
+            if before is not None and alone and _can_follow(before, node, uses, plan, machine):
                 before.append(node)
                 ends[id(node)] = before
             else:
@@ -147,11 +154,28 @@ def _chains(flows: Sequence[FlowPlan]) -> list[list[Node]]:
     return chains
 
 
-def _can_follow(chain: list[Node], node: Node, uses: Mapping[tuple[str, Site], int]) -> bool:
+def decodes_on_gpu(region: Sequence[Node]) -> bool:
+    """Whether a region can run on a GPU: it starts from encoded pictures, and nobody forbade it."""
+    return bool(region) and region[0].op == "decode" and region[0].params["decoder"] != "libjpeg"
+
+
+def _can_follow(
+    chain: list[Node],
+    node: Node,
+    uses: Mapping[tuple[str, Site], int],
+    plan: Plan,
+    machine: Machine,
+) -> bool:
     last = chain[-1]
     shared = (uses[last.op, last.site], uses[node.op, node.site])
     if shared != (1, 1) and (shared[0] != shared[1] or last.site.flow != node.site.flow):
         return False
+    if node.op == graph.PACK or node.model is not None:
+        # Decoding on the CPU has cores to use, a model on a GPU has lanes: a stage each.
+        device = plan.settings.value(node.site, "device", machine.device)
+        on_host = machine.gpus and device == "gpu" and not decodes_on_gpu(chain)
+        if on_host and last.op != graph.PACK:
+            return False
     has_model = any(n.model is not None for n in chain)
     kind = _kind(node)
     if kind == "image":
@@ -167,34 +191,74 @@ def _stage(index: int, chain: list[Node], plan: Plan, machine: Machine) -> Stage
     named = next((n.site.flow for n in models), chain[-1].site.flow)
     label = models[0].model.path.stem if models and models[0].model else chain[0].op
     name = named if named != "main" else label
+    device = settings.get("device", machine.device) if models and machine.gpus else "cpu"
+    instances = _instances(chain, settings, machine, device)
     return StagePlan(
         index,
         name,
         tuple(chain),
-        settings.get("device", machine.device),
-        _instances(chain, settings, machine),
-        _batch(models, settings),
+        device,
+        _gpus(settings, machine, instances, models[0]) if device == "gpu" else (),
+        instances,
+        _batch(models, settings, device),
         settings.get("wait", 0.0),
         settings.get("timeout"),
         settings,
     )
 
 
-def _instances(chain: list[Node], settings: Mapping[str, Any], machine: Machine) -> int:
+def _gpus(
+    settings: Mapping[str, Any], machine: Machine, instances: int, node: Node
+) -> tuple[int, ...]:
+    """The GPU of each instance: spread evenly over the range that `gpu` gives."""
+    first, last = settings.get("gpu", (machine.gpus[0], machine.gpus[0]))
+    wanted = list(range(first, last + 1))
+    missing = [g for g in wanted if g not in machine.gpus]
+    label = Label(node.span)
+    if missing:
+        have = ", ".join(map(str, machine.gpus))
+        raise CompileError(
+            [
+                Diagnostic(
+                    "no-such-gpu", f"there is no gpu {missing[0]} here (there is {have})", label
+                )
+            ]
+        )
+    if instances % len(wanted):
+        raise CompileError(
+            [
+                Diagnostic(
+                    "uneven-instances",
+                    f"x{instances} cannot be spread evenly over {len(wanted)} GPUs",
+                    label,
+                    help=f"x{len(wanted) * max(1, instances // len(wanted))}",
+                )
+            ]
+        )
+    return tuple(wanted[i % len(wanted)] for i in range(instances))
+
+
+def _instances(
+    chain: list[Node], settings: Mapping[str, Any], machine: Machine, device: str
+) -> int:
+    if device == "gpu":
+        first, last = settings.get("gpu", (0, 0))
+        return int(settings.get(COPIES, GPU_LANES * (last - first + 1)))
     if all(n.op in HOST_OPS for n in chain):
         return 1  # Python alone: a second thread would only wait for the first
     copies: int = settings.get(COPIES, machine.cores)
     return min(copies, machine.cores)
 
 
-def _batch(models: list[Node], settings: Mapping[str, Any]) -> tuple[int, int, int]:
+def _batch(models: list[Node], settings: Mapping[str, Any], device: str) -> tuple[int, int, int]:
     """(least, best, most) items at once."""
     if not models:
         return (1, LIGHT_BATCH, LIGHT_BATCH)
     model = models[0].model
     fixed = model.fixed_batch if model else None
     # On a CPU a batch saves nothing for a convolutional network, so one is the default.
-    given = settings.get("batch") or ((fixed,) * 2 if fixed else (1, 1))
+    free = (1, GPU_BATCH) if device == "gpu" else (1, 1)
+    given = settings.get("batch") or ((fixed,) * 2 if fixed else free)
     return (given[0], given[1] if len(given) == 3 else given[-1], given[-1])
 
 

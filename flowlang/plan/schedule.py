@@ -85,16 +85,9 @@ def fit_setting(setting: Setting, given: Constant) -> Any:
     """The value of a setting from a constant. Raises Refused where it does not fit."""
     kind = setting.kind
     if kind == "duration":
-        return _duration(setting, given)
+        return _amount(setting, given, "duration", "ms")
     if kind == "bytes":
-        if given.kind == "bytes":
-            return given.value
-        raise refuse(
-            "missing-unit" if given.kind in ("int", "float") else "wrong-kind",
-            f"`{setting.name}` is an amount of memory, and `{given.span.text}` has no unit",
-            given.span,
-            help=f"{setting.name}={given.span.text}MiB",
-        )
+        return _amount(setting, given, "bytes", "MiB")
     if kind == "range":
         return _batch(setting, given)
     if kind == "gpus":
@@ -118,19 +111,23 @@ def fit_setting(setting: Setting, given: Constant) -> Any:
     )
 
 
-def _duration(setting: Setting, given: Constant) -> float:
-    if given.kind == "duration" and given.value >= 0:
-        return float(given.value)
-    if given.kind in ("int", "float"):
+def _amount(setting: Setting, given: Constant, kind: str, unit: str) -> Any:
+    """Seconds or bytes. Raises Refused, with a unit where only that is missing."""
+    noun = {"bytes": "an amount of memory", "duration": "a duration"}[kind]
+    text = given.span.text
+    if given.kind == kind and given.value >= 0:
+        return given.value
+    if given.kind in ("int", "float") and given.value >= 0:
         raise refuse(
             "missing-unit",
-            f"`{setting.name}` is a duration, and `{given.span.text}` has no unit",
+            f"`{setting.name}` is {noun}, and `{text}` has no unit",
             given.span,
-            help=f"{setting.name}={given.span.text}ms",
+            help=f"{setting.name}={text}{unit}",
         )
+    what = "negative" if given.kind in (kind, "int", "float") else given.noun
     raise refuse(
         "wrong-kind",
-        f"`{setting.name}` is a duration, and `{given.span.text}` is {given.noun}",
+        f"`{setting.name}` is {noun}, and `{text}` is {what}",
         given.span,
         help=f"{setting.name}={setting.example}",
     )
@@ -142,7 +139,7 @@ def _batch(setting: Setting, given: Constant) -> tuple[int, ...]:
     if given.kind not in ("int", "range") or not all(isinstance(v, int) for v in values):
         raise refuse(
             "wrong-kind",
-            f"`{setting.name}` is a number or a range of them",
+            f"`{setting.name}` is a whole number or a range of them",
             given.span,
             help=f"{setting.name}={setting.example}",
         )
@@ -151,6 +148,7 @@ def _batch(setting: Setting, given: Constant) -> tuple[int, ...]:
             "bad-range",
             "a batch has at least one item",
             given.span,
-            help="..".join(str(max(1, v)) for v in values),
+            help=f"{setting.name}="
+            + "..".join(str(max(1, v)) for v in values[: 1 if given.kind == "int" else 3]),
         )
     return tuple(values)

@@ -12,6 +12,8 @@ from typing import TypeAlias
 SCALARS = ("bytes", "str", "int", "float", "bool", "path", "duration", "size", "box")
 COLOURS = ("rgb", "bgr", "gray")
 DTYPES = ("u8", "i8", "u16", "i16", "i32", "i64", "f16", "f32", "f64", "bool")
+MAX_PARTS = 1000
+MAX_DEPTH = 64
 
 Shape: TypeAlias = tuple[int | None, ...]
 
@@ -160,6 +162,22 @@ def _shape_fits(given: Shape | None, wanted: Shape | None) -> bool:
     if given is None or len(given) != len(wanted):
         return False
     return all(w is None or w == g for g, w in zip(given, wanted, strict=True))
+
+
+def is_vast(kind: Type) -> bool:
+    """Whether a type has more parts than anyone means, or goes deeper."""
+    parts = 0
+    stack = [(kind, 0)]
+    while stack:
+        part, depth = stack.pop()
+        parts += 1
+        if parts > MAX_PARTS or depth > MAX_DEPTH:
+            return True
+        if isinstance(part, Record):
+            stack += [(t, depth + 1) for _, t in part.fields]
+        elif isinstance(part, (ListOf, Optional)):
+            stack.append((part.item, depth + 1))
+    return False
 
 
 def sized(image: Image, height: int | None, width: int | None) -> Image:

@@ -6,9 +6,11 @@ setting wants, or complained about at its place.
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +21,15 @@ SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 BYTES = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-class Refused(Exception):
-    """An expression that gives no constant, with the reason."""
+MAX_TYPOS = 6  # letters more or less
+MOST = 10**15  # numbers beyond this are typing mistakes, and floats no longer count by ones
 
-    def __init__(self, diagnostic: Diagnostic) -> None:
-        super().__init__(diagnostic.message)
+
+class Refused(Exception):
+    """An expression that gives no constant, with the reason; None where it was told before."""
+
+    def __init__(self, diagnostic: Diagnostic | None) -> None:
+        super().__init__(diagnostic.message if diagnostic else "")
         self.diagnostic = diagnostic
 
 
@@ -32,7 +38,7 @@ class Constant:
     """A value known at compile time.
 
     `kind` is one of int, float, str, bool, duration (seconds), bytes, percent, range (a tuple of
-    values), list, word (a bare name).
+    values), list, word (a bare name), unknown (what could not be read, and was complained about).
     """
 
     kind: str
@@ -41,14 +47,15 @@ class Constant:
 
     @property
     def noun(self) -> str:
+        if self.kind == "list":
+            return f"a list of {len(self.value)}"
         return {
             "int": "a number",
-            "float": "a number",
+            "float": "a number with a fraction",
             "str": "a string",
             "bool": "true or false",
             "bytes": "an amount of memory",
             "word": "a word",
-            "list": "a list",
             "range": "a range",
             "duration": "a duration",
             "percent": "a percentage",
@@ -61,16 +68,22 @@ def refuse(slug: str, message: str, span: Span, **more: Any) -> Refused:
 
 
 def number(node: tree.Number) -> Constant:
+    amount = float(node.digits)
+    if amount > MOST:
+        raise _too_large(node.span)
     if not node.unit:
         if node.is_int:
             return Constant("int", int(node.digits), node.span)
-        return Constant("float", float(node.digits), node.span)
-    amount = float(node.digits)
+        return Constant("float", amount, node.span)
     if node.unit in SECONDS:
         return Constant("duration", amount * SECONDS[node.unit], node.span)
     if node.unit in BYTES:
         return Constant("bytes", int(amount * BYTES[node.unit]), node.span)
     return Constant("percent", amount / 100, node.span)
+
+
+def _too_large(span: Span) -> Refused:
+    return refuse("out-of-range", "this is too large a number", span)
 
 
 def interpolate(text: str, names: Mapping[str, Constant], span: Span) -> str:
@@ -80,19 +93,44 @@ def interpolate(text: str, names: Mapping[str, Constant], span: Span) -> str:
         piece = found.group()
         if piece in ("{{", "}}"):
             return piece[0]
-        name = piece[1:-1]
-        if name not in names:
+        if len(piece) == 1:
             raise refuse(
-                "unknown-name",
-                f"there is no param named `{name}`",
+                "bad-escape",
+                f"a lone `{piece}` means nothing in a string",
                 span,
-                note="strings interpolate params only; write `{{` for a brace",
+                note=f"write `{piece * 2}` for the brace itself, or `{{name}}` for a param",
             )
-        return str(names[name].value)
+        return _piece(piece[1:-1], names, span)
 
-    return re.sub(r"\{\{|\}\}|\{\w*\}", value, text)
+    return re.sub(r"\{\{|\}\}|\{[^{}]*\}|[{}]", value, text)
 
 
+def _piece(name: str, names: Mapping[str, Constant], span: Span) -> str:
+    if name not in names:
+        like = nearest(name, names)
+        raise refuse(
+            "unknown-name",
+            f"there is no param named `{name}`",
+            span,
+            help=f"did you mean `{{{like}}}`?" if like else None,
+            note="strings interpolate params only; write `{{` for a brace",
+        )
+    given = names[name]
+    if given.kind == "unknown":
+        raise Refused(None)
+    if given.kind not in ("str", "int", "float"):
+        raise refuse("wrong-kind", f"`{name}` is {given.noun}, which no string can hold", span)
+    return str(given.value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like a misspelt one, if one is like it; of very many, the first."""
+    near = (k for k in known if abs(len(k) - len(word)) <= MAX_TYPOS)
+    found = difflib.get_close_matches(word, list(itertools.islice(near, 500)), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+_FILE_NAME = re.compile(r"[\w/.-]+\.(onnx|txt|names|json|csv|ort|engine|plan|pb|pt|pth|tflite)")
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -109,6 +147,8 @@ def evaluate(node: tree.Expr, names: Mapping[str, Constant]) -> Constant:
     if isinstance(node, tree.Number):
         return number(node)
     if isinstance(node, tree.String):
+        if node.is_broken:
+            raise Refused(None)
         return Constant("str", interpolate(node.value, names, span), span)
     if isinstance(node, tree.Bool):
         return Constant("bool", node.value, span)
@@ -121,10 +161,12 @@ def evaluate(node: tree.Expr, names: Mapping[str, Constant]) -> Constant:
         inner = evaluate(node.value, names)
         if inner.kind in ("int", "float", "duration", "percent"):
             return Constant(inner.kind, -inner.value, span)
-    if isinstance(node, tree.Binary) and node.operator in _ARITHMETIC:
+    if isinstance(node, tree.Binary) and not _FILE_NAME.fullmatch(span.text):
         return _arithmetic(node, names)
     if isinstance(node, tree.Call) and node.args is None and len(node.path.names) == 1:
         name = node.path.names[0]
+        if name in names and names[name].kind == "unknown":
+            raise Refused(None)
         if name in names:
             return Constant(names[name].kind, names[name].value, span)
         return Constant("word", name, span)
@@ -135,6 +177,9 @@ def evaluate(node: tree.Expr, names: Mapping[str, Constant]) -> Constant:
             f"`x{node.count}` copies a stage, but `{copied}` is a number",
             node.count_span,
         )
+    if _FILE_NAME.fullmatch(span.text):
+        message = "a file is named in double quotes"
+        raise refuse("not-a-constant", message, span, help=f'"{span.text}"', fix=span)
     raise refuse("not-a-constant", "this must be known before anything runs", span)
 
 
@@ -155,6 +200,8 @@ def _range(node: tree.Range) -> Constant:
 
 
 def _arithmetic(node: tree.Binary, names: Mapping[str, Constant]) -> Constant:
+    if node.operator not in _ARITHMETIC:
+        raise refuse("not-a-constant", "this must be known before anything runs", node.span)
     left, right = evaluate(node.left, names), evaluate(node.right, names)
     kinds = {left.kind, right.kind}
     if not kinds <= {"int", "float"}:
@@ -162,37 +209,77 @@ def _arithmetic(node: tree.Binary, names: Mapping[str, Constant]) -> Constant:
     if node.operator == "/" and right.value == 0:
         raise refuse("not-a-constant", "this divides by zero", right.span)
     value = _ARITHMETIC[node.operator](left.value, right.value)
+    if abs(value) > MOST:
+        raise _too_large(node.span)
     return Constant("int" if isinstance(value, int) else "float", value, node.span)
 
 
 def from_text(text: str, kind: str, span: Span) -> Constant:
     """A constant from the command line or the environment, read as a value of `kind`."""
-    refusal = refuse("bad-value", f"`{text}` is not {_NOUN.get(kind, kind)}", span)
     if kind in ("str", "path"):
         return Constant("str", text, span)
-    if kind == "bool":
-        if text.lower() in ("true", "false"):
-            return Constant("bool", text.lower() == "true", span)
-        raise refusal
+    if kind == "bool" and text.lower() in ("true", "false"):
+        return Constant("bool", text.lower() == "true", span)
+    if kind == "range":
+        parts = [_number_from(p, span) for p in text.split("..")]
+        if 2 <= len(parts) <= 3 and all(p is not None and p.kind == "int" for p in parts):
+            values = tuple(p.value for p in parts if p is not None)
+            if list(values) == sorted(values):
+                return Constant("range", values, span)
+    constant = _number_from(text, span)
+    wanted = "bytes" if kind == "size" else kind
+    if constant is not None and kind == "float" and constant.kind == "int":
+        return Constant("float", float(constant.value), span)
+    if constant is None or constant.kind != wanted:
+        raise refuse("bad-value", f"`{text}` is not {_NOUN.get(kind, f'a {kind}')}", span)
+    return constant
+
+
+def _number_from(text: str, span: Span) -> Constant | None:
     found = re.fullmatch(
-        r"(-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)(us|ms|s|KiB|MiB|GiB|%)?", text
+        r"(-?)([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)(us|ms|s|KiB|MiB|GiB|%)?", text.strip()
     )
     if not found:
-        raise refusal
-    unit = found.group(2) or ""
-    constant = number(tree.Number(found.group(1).lstrip("-"), unit, span))
-    if text.startswith("-"):
-        constant = Constant(constant.kind, -constant.value, span)
-    if kind == "float" and constant.kind == "int":
-        constant = Constant("float", float(constant.value), span)
-    if constant.kind != ("bytes" if kind == "size" else kind):
-        raise refusal
-    return constant
+        return None
+    constant = number(tree.Number(found.group(2), found.group(3) or "", span))
+    return Constant(constant.kind, -constant.value, span) if found.group(1) else constant
+
+
+def shown(constant: Constant) -> str:
+    """A constant as it is written in a flow."""
+    value = constant.value
+    if constant.kind == "str":
+        return f'"{value}"'
+    if constant.kind == "duration":
+        return seconds(value)
+    if constant.kind == "bytes":
+        unit = next((u for u in ("GiB", "MiB", "KiB") if value and value % BYTES[u] == 0), "KiB")
+        return f"{value / BYTES[unit]:g}{unit}"
+    if constant.kind == "percent":
+        return f"{value * 100:g}%"
+    if constant.kind == "range":
+        return "..".join(f"{v:g}" for v in value)
+    if constant.kind == "list":
+        return f"[{', '.join(map(str, value))}]"
+    return str(value).lower() if constant.kind == "bool" else str(value)
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that reads best."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(value) >= scale:
+            return f"{value / scale:g}{unit}"
+    return "0ms"
 
 
 _NOUN = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
-    "duration": "a duration",
+    "duration": "a duration, like 5ms",
+    "size": "an amount of memory, like 512MiB",
+    "bytes": "an amount of memory, like 512MiB",
+    "percent": "a percentage, like 50%",
+    "range": "a range, like 1..8",
+    "list": "a list, which only the file can give",
 }

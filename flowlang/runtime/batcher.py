@@ -45,6 +45,7 @@ class Batcher:
         self.waiting: deque[Item] = deque()
 
     def put(self, item: Item) -> None:
+        self._drop_answered()  # or they would pile up in front of a stuck stage
         self.waiting.append(item)
 
     def due_s(self) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import StageFailed
+from flowlang.diagnostics import EngineError, StageFailed
 from flowlang.plan.graph import Node
 from flowlang.plan.onnx import Port
 from flowlang.plan.physical import StagePlan
@@ -88,7 +88,10 @@ class _ModelStep:
             for p, shape in zip(self.ports, shapes, strict=True)
         ]
         item = items[0] if len(items) == 1 else dict(zip(self._names(), items, strict=True))
-        self._run_batch([item] * size)
+        try:
+            self._run_batch([item] * size)
+        except Exception as error:
+            raise EngineError(f"`{self.name}` fails on a batch of {size}: {error}") from error
 
     def _names(self) -> list[str]:
         return [p.name for p in self.ports]
@@ -127,6 +130,9 @@ class _ModelStep:
             items = items + [items[-1]] * (self.fixed - count)  # the model takes no other size
         feeds = {p.name: self._stack(p, items) for p in self.ports}
         outputs = self.session.run(feeds)
+        for output in outputs:
+            if output.shape[:1] != (len(items),):
+                raise ValueError(f"{len(items)} items gave an output of shape {output.shape}")
         if len(outputs) == 1:
             return [np.asarray(row) for row in outputs[0][:count]]
         names = self.session.outputs

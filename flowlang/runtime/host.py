@@ -95,6 +95,36 @@ def check_picture(
     return picture
 
 
+def as_bmp(data: bytes, picture: Picture | None = None) -> bytes:
+    """A picture file as an uncompressed one of the same pixels, upright. Raises BadRequest."""
+    import cv2
+    import numpy as np
+
+    if picture is not None and not picture.is_complete and picture.format == "jpeg":
+        data += b"\xff\xd9"
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise BadRequest("not a picture that can be decoded")
+    return cv2.imencode(".bmp", image)[1].tobytes()
+
+
+def sample_pictures(count: int) -> list[bytes]:
+    """Made-up photographs (JPEG, 500x375, 4:2:0) to measure decoders with, always the same."""
+    import cv2
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        image = sum(
+            cv2.resize(random.normal(0, scale, (375 // cell, 500 // cell, 3)), (500, 375))
+            for cell, scale in ((1, 12.0), (4, 14.0), (16, 20.0), (64, 30.0))
+        )
+        levels = np.clip(image + 128, 0, 255).astype(np.uint8)
+        found.append(cv2.imencode(".jpg", levels, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes())
+    return found
+
+
 def _resize(node: Node, settings: Mapping[str, Any]) -> Work:
     import cv2
     import numpy as np

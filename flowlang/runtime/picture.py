@@ -39,6 +39,7 @@ class Picture:
     is_complete: bool
     is_progressive: bool
     channels: int | None
+    stores_rgb: bool = False  # a JPEG without the usual YCbCr, which hardware decoders take for it
 
 
 def read_picture(data: Buffer) -> Picture:
@@ -73,7 +74,7 @@ def _recognise(start: bytes) -> tuple[str, Callable[[Buffer], Picture]]:
     raise UnreadablePicture(f"not a picture: starts with {start!r}")
 
 
-_EOI, _SOS = 0xD9, 0xDA
+_EOI, _SOS, _ADOBE = 0xD9, 0xDA, 0xEE  # T.81 table B.1; Adobe Technical Note 5116
 _BARE_MARKERS = frozenset((0x01, *range(0xD0, 0xD9)))  # those without a length after them
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _HIERARCHICAL = frozenset((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF))
@@ -82,7 +83,7 @@ _PROGRESSIVE = frozenset((0xC2, 0xCA))
 
 def _read_jpeg(data: Buffer) -> Picture:
     """Walk the segments to the first scan. A thumbnail's own markers lie inside a segment."""
-    at, frame_at = 2, 0
+    at, frame_at, is_rgb = 2, 0, False
     for _ in range(MAX_STEPS):
         prefix, marker, size = unpack_from(">BBH", data, at)
         if prefix != 0xFF or marker == 0xFF or marker == 0:
@@ -92,17 +93,19 @@ def _read_jpeg(data: Buffer) -> Picture:
         elif marker == _EOI:
             raise UnreadablePicture("a JPEG that ends before its pixels")
         else:
+            if marker == _ADOBE and size >= 14 and data[at + 4 : at + 9] == b"Adobe":
+                is_rgb = data[at + 15] == 0
             if marker in _FRAMES:
                 if frame_at:
                     raise UnreadablePicture("a JPEG with two frame headers")
                 frame_at = at
             at += 2 + size
             if marker == _SOS:
-                return _read_frame(data, frame_at, at)
+                return _read_frame(data, frame_at, at, is_rgb)
     raise UnreadablePicture(f"a JPEG with over {MAX_STEPS} segments before its pixels")
 
 
-def _read_frame(data: Buffer, at: int, scan_at: int) -> Picture:
+def _read_frame(data: Buffer, at: int, scan_at: int, is_rgb: bool) -> Picture:
     """The picture of the frame header at `at`, whose first scan's bits start at `scan_at`."""
     if not at:
         raise UnreadablePicture("a JPEG whose pixels come before its frame header")
@@ -119,7 +122,9 @@ def _read_frame(data: Buffer, at: int, scan_at: int) -> Picture:
         codes = 1 if is_progressive else 2
         least = codes * _count_blocks(data, at + 10, channels, width, height) // 8
     end = _find_last_eoi(data, scan_at)
-    return Picture("jpeg", width, height, end - scan_at >= least, is_progressive, channels)
+    stores_rgb = channels == 3 and (is_rgb or bytes(data[at + 10 : at + 19 : 3]) == b"RGB")
+    is_complete = end - scan_at >= least
+    return Picture("jpeg", width, height, is_complete, is_progressive, channels, stores_rgb)
 
 
 def _count_blocks(data: Buffer, at: int, channels: int, width: int, height: int) -> int:

@@ -1,13 +1,14 @@
 """A request on its way, and the ways in which its answer reaches whoever asked.
 
-Layer 3. A reply is told of an answer with `settle`; what it returns, if anything, is called once for
-a whole batch of answers, so that a thousand requests of one event loop cost one wake-up.
+Layer 3. A reply is told of an answer with `settle`; what it returns, if anything, is called once
+for a whole batch of answers, so that a thousand requests of one event loop cost one wake-up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
@@ -36,7 +37,9 @@ class Reply(Protocol):
 class Request:
     """One call of a flow. `outcome` is its result, or the exception it failed with."""
 
-    __slots__ = ("arrived_s", "entrance", "missing", "outcome", "reply", "token", "values")
+    __slots__ = (
+        "arrived_s", "entrance", "is_under_way", "missing", "outcome", "reply", "token", "values",
+    )  # fmt: skip
 
     def __init__(
         self, entrance: Entrance, value: Any, reply: Reply, token: Any, arrived_s: float
@@ -46,6 +49,7 @@ class Request:
         self.token = token
         self.arrived_s = arrived_s
         self.outcome: Any = UNANSWERED
+        self.is_under_way = False  # in the stages, not in the backlog of the entrance
         self.values: Any = value  # the item; a list of slots once the flow has several units
         self.missing: list[int] = []
 
@@ -81,9 +85,13 @@ class Waiter:
         """The result of the request. Raises what it failed with."""
         self._bell.acquire()
         outcome = request.outcome
-        if isinstance(outcome, BaseException):
+        if not isinstance(outcome, BaseException):
+            return outcome
+        request.outcome = None  # or the error, through its traceback, would hold itself
+        try:
             raise outcome
-        return outcome
+        finally:
+            del outcome
 
 
 class FutureReply:
@@ -93,13 +101,15 @@ class FutureReply:
 
     def settle(self, request: Request) -> None:
         future: Future[Any] = request.token
+        request.token = None  # the future knows the request, to cancel it: no ring of the two
         try:
             if isinstance(request.outcome, BaseException):
                 future.set_exception(request.outcome)
             else:
                 future.set_result(request.outcome)
-        except InvalidStateError:
-            pass  # cancelled by its owner in the meantime
+        except InvalidStateError:  # cancelled by its owner in the meantime
+            if future.cancelled():
+                future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` never ends
 
 
 class LoopReply:
@@ -108,7 +118,7 @@ class LoopReply:
     __slots__ = ("_answers", "_loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop = weakref.ref(loop)  # kept by its loop, so it must not keep the loop
         self._answers: deque[Request] = deque()
 
     def settle(self, request: Request) -> Wake:
@@ -116,10 +126,14 @@ class LoopReply:
         return self._wake
 
     def _wake(self) -> None:
+        loop = self._loop()
         try:
-            self._loop.call_soon_threadsafe(self._drain)
+            if loop is not None:
+                loop.call_soon_threadsafe(self._drain)
+                return
         except RuntimeError:
-            self._answers.clear()  # the loop is closed: nobody is left to tell
+            pass
+        self._answers.clear()  # the loop is closed or gone: nobody is left to tell
 
     def _drain(self) -> None:
         answers = self._answers

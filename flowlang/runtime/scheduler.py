@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ class Entrance:
         used = {u.stage for u in program.units if u.stage is not None}
         room = sum(stages[s].plan.instances * stages[s].plan.batch[2] for s in used)
         self.limit = program.queue + room
-        self.width = 2 * room if len(program.units) > 1 else self.limit
+        self.width = 2 * room if room and len(program.units) > 1 else self.limit
         self.consumers: list[list[int]] = [[] for _ in range(program.slots)]
         for index, unit in enumerate(program.units):
             for slot in set(unit.inputs):
@@ -109,6 +110,7 @@ class Scheduler:
         self._quiet = threading.Condition(self._lock)
         self._expiries: list[tuple[float, int, Request, Item | None]] = []
         self._order = itertools.count()
+        self._alarm_s = math.inf  # when whoever calls `expire` means to do so next
         self._is_draining = False
         self._is_closed = False
         self.on_expiry: Callable[[], object] = lambda: None  # rung when the next expiry moved up
@@ -143,9 +145,11 @@ class Scheduler:
             if allowed_s is not None:
                 self._expire_at(now + allowed_s, request, None, after)
             if entrance.under_way >= entrance.width:
-                entrance.backlog.append(request)
+                backlog = entrance.backlog
+                while backlog and backlog[0].is_answered:
+                    backlog.popleft()
+                backlog.append(request)
             else:
-                entrance.under_way += 1
                 self._start(entrance, request, now, after)
         after.run()
         return request
@@ -174,7 +178,10 @@ class Scheduler:
             due = None
             if not batch:
                 due = stage.batcher.due_s()
-                if bell is not None:
+                if bell is not None and self._is_closed:
+                    stage.rung += 1
+                    more = bell
+                elif bell is not None:
                     stage.idle.append(bell)
             else:
                 size = len(batch)
@@ -209,7 +216,8 @@ class Scheduler:
                     continue
                 item.is_over = True
                 if isinstance(outcome, Exception):
-                    self._answer(request, _as_request_error(outcome), after)
+                    name = self._stage_of(item).plan.name
+                    self._answer(request, _as_request_error(outcome, name), after)
                 elif request.entrance.is_single:
                     self._answer(request, outcome, after)
                 else:
@@ -226,23 +234,22 @@ class Scheduler:
         with self._lock:
             stage.lost -= 1
 
-    def fail_if_lost(self, stage: Stage, error: RequestError) -> None:
+    def fail_if_lost(self, stage: Stage, message: str) -> None:
         """Where a stage has no instance left, answer what waits for it instead of keeping it."""
         while stage.lost >= stage.plan.instances:
             items, _ = self.take(stage)
             if not items:
                 return
-            self.finish(items, [error] * len(items))
+            self.finish(items, [StageFailed(message, stage=stage.plan.name) for _ in items])
 
     # Time
 
     def next_expiry_s(self) -> float | None:
-        """When `expire` has something to do."""
+        """When `expire` has something to do; if that moves up, `on_expiry` is rung."""
         with self._lock:
-            heap = self._expiries
-            while heap and (heap[0][2].is_answered):
-                heapq.heappop(heap)
-            return heap[0][0] if heap else None
+            self._drop_expiries()
+            self._alarm_s = self._expiries[0][0] if self._expiries else math.inf
+            return None if self._alarm_s == math.inf else self._alarm_s
 
     def expire(self) -> None:
         """Answer every request whose deadline has passed."""
@@ -298,7 +305,7 @@ class Scheduler:
 
     def abandon(self, items: Sequence[Item]) -> None:
         """Answer items whose instance did not come back in time."""
-        self.finish(items, [Draining("the app stopped before this was done")] * len(items))
+        self.finish(items, [Draining("the app stopped before this was done") for _ in items])
 
     @property
     def is_closed(self) -> bool:
@@ -309,9 +316,17 @@ class Scheduler:
     def _expire_at(
         self, when_s: float, request: Request, item: Item | None, after: _Afterwards
     ) -> None:
+        self._drop_expiries()
         heapq.heappush(self._expiries, (when_s, next(self._order), request, item))
-        if self._expiries[0][2] is request:
+        if when_s < self._alarm_s:
+            self._alarm_s = when_s
             after.bells.append(self.on_expiry)
+
+    def _drop_expiries(self) -> None:
+        """Let go of what was answered in time, rather than keep its answer until its deadline."""
+        heap = self._expiries
+        while heap and (heap[0][2].is_answered or (heap[0][3] is not None and heap[0][3].is_over)):
+            heapq.heappop(heap)
 
     def _stage_of(self, item: Item) -> Stage:
         number = item.request.entrance.program.units[item.unit].stage
@@ -320,6 +335,8 @@ class Scheduler:
         return self.stages[number]
 
     def _start(self, entrance: Entrance, request: Request, now: float, after: _Afterwards) -> None:
+        entrance.under_way += 1
+        request.is_under_way = True
         if entrance.is_single:
             self._queue(request, 0, request.values, now, after)
             return
@@ -359,22 +376,22 @@ class Scheduler:
                 values = [request.values[s] for s in unit.inputs]
                 if unit.stage is None:
                     ready.append((unit.output, _glue(unit.node, values)))
+                elif self._is_closed:  # nobody would take it any more
+                    self._answer(request, Draining("the app stopped before this was done"), after)
+                    return
                 else:
                     self._queue(request, index, values[0], now, after)
 
     def _answer(self, request: Request, outcome: Any, after: _Afterwards) -> None:
         request.outcome = outcome
         after.settled.append(request)
-        was_under_way = request.entrance.is_single or bool(request.missing)
         request.values = None
         entrance = request.entrance
         entrance.outstanding -= 1
-        if was_under_way:
-            entrance.under_way -= 1
+        entrance.under_way -= request.is_under_way
         while entrance.backlog and entrance.under_way < entrance.width:
             following = entrance.backlog.popleft()
             if not following.is_answered:
-                entrance.under_way += 1
                 self._start(entrance, following, self.clock(), after)
         if self._is_draining and self.outstanding == 0:
             self._quiet.notify_all()
@@ -387,7 +404,7 @@ def _glue(node: graph.Node, values: list[Any]) -> Any:
     return values[0][node.params["name"]]
 
 
-def _as_request_error(error: Exception) -> RequestError:
+def _as_request_error(error: Exception, stage: str) -> RequestError:
     if isinstance(error, RequestError):
         return error
-    return StageFailed(f"{type(error).__name__}: {error}")
+    return StageFailed(f"{type(error).__name__}: {error}", stage=stage)

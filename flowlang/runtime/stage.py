@@ -6,13 +6,14 @@ needs; it is made, warmed, used and closed in one thread, so it needs no lock.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from flowlang.diagnostics import EngineError, StageFailed
+from flowlang.diagnostics import EngineError, InternalError, RequestError, StageFailed
 from flowlang.runtime.batcher import Item
 from flowlang.runtime.scheduler import Scheduler, Stage
 
@@ -75,27 +76,40 @@ class Lane(threading.Thread):
             self.items = items
             try:
                 outcomes = instance.run([item.value for item in items])
+                if len(outcomes) != len(items):
+                    raise InternalError(f"{len(items)} items gave {len(outcomes)} outcomes")
             except InstanceLost as error:
                 log.error("an instance of stage `%s` is lost: %s", self.stage.plan.name, error)
-                self.scheduler.finish(items, [self._lost(error)] * len(items))
+                self.scheduler.finish(items, [self._lost(error) for _ in items])
                 self.items = items = []
-                instance.close()
+                self._close(instance)
                 instance = self._replacement()
                 continue
             except Exception as error:
                 log.exception("stage `%s` failed a batch", self.stage.plan.name)
-                outcomes = [error] * len(items)
+                outcomes = [_another(error) for _ in items]
             self.scheduler.finish(items, outcomes)
             self.items = items = outcomes = []  # hold no picture while waiting
-        instance.close()
+        self._close(instance)
 
     def _lost(self, error: Exception) -> StageFailed:
         return StageFailed(f"an instance was lost: {error}", stage=self.stage.plan.name)
 
     def _new_instance(self) -> Instance:
         instance = self.make()
-        instance.warm()
+        try:
+            instance.warm()
+        except BaseException:
+            self._close(instance)
+            raise
         return instance
+
+    def _close(self, instance: Instance) -> None:
+        """Close an instance. A lost one may well fail at it, and its lane goes on."""
+        try:
+            instance.close()
+        except Exception:
+            log.exception("an instance of stage `%s` did not close", self.stage.plan.name)
 
     def _replacement(self) -> Instance:
         """A new instance, however often it takes; until then what comes in is answered."""
@@ -106,7 +120,7 @@ class Lane(threading.Thread):
                 instance = self._new_instance()
             except Exception as error:
                 log.error("no new instance of stage `%s` yet: %s", self.stage.plan.name, error)
-                self.scheduler.fail_if_lost(self.stage, self._lost(error))
+                self.scheduler.fail_if_lost(self.stage, self._lost(error).message)
                 time.sleep(pause_s)
                 pause_s = min(2.0, pause_s * 2)
                 continue
@@ -128,6 +142,11 @@ class Lane(threading.Thread):
                 self._bell.acquire()  # rung just as the patience ran out
                 self.scheduler.arrived(self.stage)
         return None
+
+
+def _another(error: Exception) -> Exception:
+    """The same error for another request: each is raised in a thread of its own."""
+    return copy.copy(error) if isinstance(error, RequestError) else error
 
 
 class _Nothing:

@@ -16,7 +16,8 @@ from flowlang.syntax.scan import (
     DECLARATIONS,
     Outline,
     Piece,
-    pieces,
+    is_in_call,
+    open_bracket,
     stage_after,
     stage_before,
 )
@@ -32,6 +33,7 @@ _WORDS = {
     "RPAR": "`)`",
     "RBRACE": "`}`",
     "RSQB": "`]`",
+    "MORETHAN": "`>`",
     "LPAR": "`(`",
     "LBRACE": "`{`",
     "NAME": "a name",
@@ -53,58 +55,108 @@ def lark_errors() -> Any:
     return UnexpectedInput
 
 
-def explain(source: Source, error: Any, found: Outline, end: int | None = None) -> Diagnostic:
-    """lark's error as a Diagnostic; `end` is where the declaration in hand stops."""
+def explain(
+    source: Source, error: Any, found: Outline, start: int = 0, end: int | None = None
+) -> Diagnostic:
+    """lark's error as a Diagnostic; `start` and `end` bound the declaration in hand."""
     from lark.exceptions import UnexpectedCharacters
 
     if isinstance(error, UnexpectedCharacters):
         return _character(source, error.pos_in_stream or 0)
     token, accepts = error.token, set(error.accepts or error.expected)
     if token.type == "$END":
-        return _ends_early(source, accepts, found, len(source.text) if end is None else end)
-    start, stop = token.start_pos, token.start_pos + len(token)
-    if token == ">" and source.text[start - 1 : start] == "-":
-        start -= 1
-    return _token(source, str(token.type), Span(source, start, stop), accepts)
+        unclosed = [b for b in found.unclosed if b.start >= start]
+        return _ends_early(source, accepts, unclosed, start, end)
+    span = Span(source, token.start_pos, token.start_pos + len(token))
+    for complaint in (_arrow, _number, _branch, _neighbour, _mark):
+        if diagnostic := complaint(span, str(token.type), accepts):
+            return diagnostic
+    return Diagnostic(
+        "unexpected-token",
+        f"`{span.text}` cannot stand here",
+        Label(span, f"expected {_listed(accepts)}"),
+    )
+
+
+# Characters that mean nothing
+
+_LOOKALIKE = {"\u2192": "->", "\u21d2": "=>", "\u2013": "-", "\u2014": "-", "&": "and", "!": "not"}
+_QUOTES = "'`\u2018\u2019\u201c\u201d\u00ab\u00bb"
+_REMARK = {
+    ";": "nothing needs to end a line or a declaration",
+    "@": "strings are written in double quotes",
+    "\\": "strings are written in double quotes, with `\\\\` for a backslash",
+    ".": "a dot touches the name after it, and in a number stands between digits",
+}
 
 
 def _character(source: Source, at: int) -> Diagnostic:
     char = source.text[at]
     span = Span(source, at, at + 1)
     if char == '"':
-        line = source.line(span.line)
-        rest = line[span.column - 1 :].rstrip()
-        return Diagnostic(
-            "unclosed-string",
-            "this string is not closed on its line",
-            Label(Span(source, at, at + max(1, len(rest)))),
-            help=rest.rstrip(",)") + '"',
-        )
+        return _unclosed_string(span)
+    if char in _QUOTES:
+        return _wrong_quotes(span)
+    help_text, note = _LOOKALIKE.get(char), _REMARK.get(char)
+    if char in "&!" and source.text[at : at + 2] == "&&":
+        span = Span(source, at, at + 2)
     plain = unicodedata.normalize("NFKC", char)
     if not char.isascii() and plain.isascii() and plain.strip():
-        return Diagnostic(
-            "unexpected-character",
-            f"`{char}` is a full-width character",
-            Label(span),
-            help=plain,
-            fix=span,
-        )
-    named = unicodedata.name(char, f"U+{ord(char):04X}").lower()
-    shown = f"`{char}`" if char.isprintable() else named
-    help_text = '"' if char in "'\u2018\u2019\u201c\u201d`" else None
+        help_text = plain
+    elif char.isalpha():
+        note = "names are written with the letters a to z, digits and `_`"
+    named = unicodedata.name(char, "").lower() or f"U+{ord(char):04X}"
+    shown = f"`{span.text}`" if char.isprintable() else named
+    if not char.isascii() and char.isprintable():
+        shown = f"{shown} ({named})"
     return Diagnostic(
         "unexpected-character",
         f"{shown} means nothing here",
         Label(span),
         help=help_text,
-        note="strings are written in double quotes" if help_text else None,
+        note=note,
         fix=span if help_text else None,
     )
 
 
-def _ends_early(source: Source, accepts: set[str], found: Outline, end: int) -> Diagnostic:
-    code = _code_end(source.text, end)
-    if code == 0:
+def _unclosed_string(opening: Span) -> Diagnostic:
+    """The string is shown as far as it can be meant: to a comma, a bracket or the line's end."""
+    source = opening.source
+    rest = source.line(opening.line)[opening.column - 1 :].rstrip()
+    meant = re.match(r'"[^,(){}\[\]]*', rest)
+    text = (meant.group() if meant else rest).rstrip().rstrip("\\")
+    span = Span(source, opening.start, opening.start + len(text))
+    return Diagnostic(
+        "unclosed-string",
+        "this string is not closed on its line",
+        Label(span),
+        help=f'{text}"',
+        fix=span,
+    )
+
+
+def _wrong_quotes(opening: Span) -> Diagnostic:
+    source = opening.source
+    rest = source.line(opening.line)[opening.column - 1 :]
+    quoted = re.match(f'[{_QUOTES}]([^{_QUOTES}"\\\\]*)[{_QUOTES}]', rest)
+    span = Span(source, opening.start, opening.start + (quoted.end() if quoted else 1))
+    return Diagnostic(
+        "unexpected-character",
+        f"`{opening.text}` means nothing here: strings are written in double quotes",
+        Label(span),
+        help=f'"{quoted.group(1)}"' if quoted else '"',
+        fix=span,
+    )
+
+
+# Text that ends too early
+
+
+def _ends_early(
+    source: Source, accepts: set[str], unclosed: list[Piece], start: int, end: int | None
+) -> Diagnostic:
+    code = _code_end(source.text, start, len(source.text) if end is None else end)
+    if code == start == 0:
         return Diagnostic(
             "empty-program",
             "there is no flow in this file",
@@ -112,90 +164,249 @@ def _ends_early(source: Source, accepts: set[str], found: Outline, end: int) -> 
             help='decode -> resize(224) -> rgb -> trt("model.onnx")',
         )
     here = Span(source, code, code)
-    bracket = _open_bracket(found, code)
-    if bracket and {"RPAR", "RBRACE", "RSQB"} & accepts:
-        return Diagnostic(
-            "unclosed-bracket",
-            f"`{bracket.text}` is not closed",
-            Label(here, f"expected `{CLOSER[bracket.text]}`"),
-            (Label(Span(source, bracket.start, bracket.start + 1), "opened here"),),
-            help=stage_before(source.text, code) + CLOSER[bracket.text],
-        )
-    if source.text[:code].endswith("->"):
-        return Diagnostic(
-            "missing-stage",
-            "there is no stage after this `->`",
-            Label(Span(source, code - 2, code)),
-        )
+    if unclosed and {"RPAR", "RBRACE", "RSQB"} & accepts:
+        return _unclosed_bracket(here, unclosed[-1])
+    if source.text[start:code].endswith("->"):
+        arrow = Span(source, code - 2, code)
+        return Diagnostic("missing-stage", "there is no stage after this `->`", Label(arrow))
+    is_typed = {"EQUAL", "LBRACE"} <= accepts and "COLON" not in accepts
     return Diagnostic(
-        "unexpected-end", "this ends too early", Label(here, f"expected {_listed(accepts)}")
+        "unexpected-end",
+        "this ends too early",
+        Label(here, f"expected {_listed(accepts)}"),
+        note="types stand after `:`, the pipeline after `=`" if is_typed else None,
     )
 
 
-def _code_end(text: str, end: int) -> int:
+def _unclosed_bracket(here: Span, opening: Piece) -> Diagnostic:
+    closer = CLOSER[opening.text]
+    before = stage_before(here.source.text, here.start)
+    fix = Span(here.source, *before) if before else here
+    return Diagnostic(
+        "unclosed-bracket",
+        f"`{opening.text}` is not closed",
+        Label(here, f"expected `{closer}`"),
+        (Label(Span(here.source, opening.start, opening.start + 1), "opened here"),),
+        help=f"{_one_line(fix)}{closer}",
+        fix=fix,
+    )
+
+
+def _code_end(text: str, start: int, end: int) -> int:
     """Offset after the last code before `end`: blanks and comments left out."""
-    last = 0
-    for found in re.finditer(r'#[^\n]*|"(?:\\.|[^"\\\n])*"|\S', text[:end]):
+    last = start
+    for found in re.finditer(r'#[^\n]*|"(?:\\.|[^"\\\n])*"|[^\s"#]+|"', text[start:end]):
         if not found.group().startswith("#"):
-            last = found.end()
+            last = start + found.end()
     return last
 
 
-def _open_bracket(found: Outline, before: int) -> Piece | None:
-    return next((b for b in reversed(found.unclosed) if b.start < before), None)
+# Tokens in the wrong place: each function knows one kind of mistake, or gives None
+
+_UNITS = ("us", "ms", "s", "KiB", "MiB", "GiB")
+_ARROWS = frozenset({"=>", "|>", ">", ">>", "|", "~>", "-->", "->>", "--", "- >"})
 
 
-def _token(source: Source, kind: str, span: Span, accepts: set[str]) -> Diagnostic:
-    text, found = source.text, span.text
+def _arrow(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
+    """Something drawn like an arrow, where `->` is meant."""
+    text = span.source.text
+    start, end = span.start, span.end
+    while end < len(text) and text[end] in "->|=":
+        end += 1
+    while start and text[start - 1] in "-=|~>":
+        start -= 1
+    if span.text == ">" and text[:start].endswith("- "):
+        start -= 2
+    drawn = Span(span.source, start, end)
+    if drawn.text == "||":
+        return _swapped(drawn, "`||` is written `or`", "or")
+    if drawn.text == "->" and span.text == ">":
+        return Diagnostic("missing-stage", "there is no stage before this `->`", Label(drawn))
+    is_arrow = drawn.text in _ARROWS and (start < span.start or "ARROW" in accepts)
+    if not is_arrow or stage_before(text, start) is None:
+        return None
+    return Diagnostic(
+        "wrong-arrow",
+        f"stages are joined with `->`, not `{drawn.text}`",
+        Label(drawn),
+        help="->",
+        fix=drawn,
+    )
+
+
+def _number(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
+    """A unit that does not touch its number, or is none."""
+    text = span.source.text
+    before = text[max(0, span.start - 40) : span.start]
+    number = re.search(r"(?<![\w.])[0-9]+(\.[0-9]+)?(\s*)$", before)
+    if kind != "NAME" or number is None:
+        return None
+    both = Span(span.source, span.start - len(number.group()), span.end)
+    digits, gap, unit = number.group().strip(), number.group(2), span.text
+    if unit in _UNITS and gap:
+        return Diagnostic(
+            "missing-unit",
+            f"`{unit}` must touch its number",
+            Label(both),
+            help=f"{digits}{unit}",
+            fix=both,
+        )
+    if gap or not unit.isalpha():
+        return None
+    like = {"KB": "KiB", "MB": "MiB", "GB": "GiB", "K": "KiB", "M": "MiB", "G": "GiB"}
+    meant = like.get(unit.upper(), "ms" if unit.lower().startswith("m") else "s")
+    is_time = unit.lower() in ("sec", "secs", "second", "seconds", "msec", "millis")
+    is_known = unit.upper() in like or is_time or unit.lower() in _UNITS
+    help_text = f"{digits}{meant}" if is_known else digits if unit == "px" else None
+    return Diagnostic(
+        "unknown-unit",
+        f"there is no unit `{unit}`",
+        Label(span),
+        help=help_text,
+        note=f"units are {' '.join(_UNITS)} and %, and touch their number",
+        fix=both if help_text else None,
+    )
+
+
+def _branch(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
+    """An `if` without its `else`, or with branches of several stages."""
+    if "ELSE" not in accepts or "NAME" in accepts:
+        return None
+    if span.text == "->":
+        return Diagnostic(
+            "unexpected-token",
+            "a way out of an `if` that has several stages needs parentheses",
+            Label(span),
+            note="if .wide then (cut(w=512) -> map(rec) -> join) else rec",
+        )
+    return Diagnostic(
+        "unexpected-token",
+        f"`if` needs its `else` before `{span.text}`",
+        Label(span),
+        help=f"else pass {span.text}",
+        fix=span,
+    )
+
+
+def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
+    """Two things side by side with no arrow or comma between them."""
+    text, found = span.source.text, span.text
     if kind == "$END" or found in DECLARATIONS:
         return Diagnostic(
             "unexpected-token",
             f"a new declaration starts before the last one is complete: `{found}`",
             Label(span, f"expected {_listed(accepts)}"),
         )
-    starts = kind in STARTS_STAGE or found in ("if", "match")
-    if starts and _wants_comma(text, span, accepts):
+    before = stage_before(text, span.start)
+    starts_stage = kind in STARTS_STAGE or found in ("if", "match")
+    if before is None or not (starts_stage or (found == "else" and "COMMA" in accepts)):
+        return None
+    if found == "[" and before[1] == span.start and text[before[0]].isidentifier():
+        return _swapped(span, "arguments stand in parentheses", "(")
+    if found.startswith("x") and (said := _copies(span)):
+        return said
+    left = Span(span.source, *before)
+    if left.text in ("let", "return"):
+        return Diagnostic(
+            "unexpected-token",
+            f"`{left.text}` stands only in the body of a flow",
+            Label(left),
+            note="flow name { let picture = in -> decode return picture -> rgb }",
+        )
+    if _wants_comma(text, span, accepts):
+        right = Span(span.source, span.start, _argument_end(text, span))
         return Diagnostic(
             "missing-comma",
             f"expected `,` before `{found}`",
             Label(span),
-            help=f"{_before(text, span)}, {_argument(text, span)}",
+            help=f"{_one_line(left)}, {_one_line(right)}",
+            fix=left.to(right),
         )
-    if starts and "ARROW" in accepts:
-        return Diagnostic(
-            "missing-arrow",
-            f"expected `->` before `{found}`",
-            Label(span, "nothing flows into this stage"),
-            help=f"{_before(text, span)} -> {stage_after(text, span.start)}",
-        )
-    if found in ("=>", "|", ">", "|>", "~") and "ARROW" in accepts:
-        return Diagnostic(
-            "wrong-arrow",
-            f"stages are joined with `->`, not `{found}`",
-            Label(span),
-            help="->",
-            fix=span,
-        )
-    if found == "->" and "NAME" in accepts:
+    if "ARROW" not in accepts:
+        return None
+    right = Span(span.source, *stage_after(text, span.start))
+    return Diagnostic(
+        "missing-arrow",
+        f"expected `->` before `{found}`",
+        Label(span, "nothing flows into this stage"),
+        help=f"{_one_line(left)} -> {_one_line(right)}",
+        fix=left.to(right),
+    )
+
+
+def _copies(span: Span) -> Diagnostic | None:
+    """`x 4` and `x0`, written for `x4`."""
+    if re.fullmatch(r"x0+", span.text):
+        message = f"`{span.text}` would be no copy at all"
+        return Diagnostic("bad-range", message, Label(span), help="x1", fix=span)
+    digits = re.compile(r"\s+([1-9][0-9]*)").match(span.source.text, span.end)
+    if span.text != "x" or digits is None:
+        return None
+    both = Span(span.source, span.start, digits.end())
+    return _swapped(both, "copies are written in one word", f"x{digits.group(1)}")
+
+
+def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
+    """A mark that belongs somewhere else."""
+    text, found = span.source.text, span.text
+    for start in (span.start, max(0, span.start - 1)):
+        if text[start : start + 2] in ("//", "/*"):
+            return _swapped(Span(span.source, start, start + 2), "a comment starts with `#`", "#")
+    if found == "->" and "STRING" in accepts:
         return Diagnostic("missing-stage", "there is no stage before this `->`", Label(span))
     if found in (")", "]", "}"):
-        return Diagnostic(
-            "unexpected-token",
-            f"`{found}` closes nothing that is open here",
-            Label(span),
-            note=f"expected {_listed(accepts)}",
-        )
+        return _closer(span, accepts)
     if found == "=" and "COLON" in accepts:
+        return _swapped(span, "a record's field is given with `:`", ":")
+    if found == ":" and is_in_call(text, span.start):
+        return _swapped(span, "an argument is given with `=`", "=")
+    if "GIVES" in accepts and found in ("->", ":", "then"):
+        return _swapped(span, "what a `match` does is given with `=>`", "=>")
+    if "EQUAL" in accepts and "ARROW" not in accepts:
+        return _unequal(span, kind)
+    if "RETURN" in accepts and "NAME" not in accepts and kind in STARTS_STAGE:
+        return _swapped(span, "the body of a flow ends with `return`", f"return {found}")
+    word = re.compile(r"[\w./-]+").match(text, span.start)
+    if accepts == {"STRING"} and word:
+        named = Span(span.source, span.start, word.end())
+        return _swapped(named, "a file is named in double quotes", f'"{named.text}"')
+    if found == "," and accepts <= {"NAME", "RBRACE", "LPAR", "REPEAT", "FIELD", "__FIELD"}:
         return Diagnostic(
             "unexpected-token",
-            "a record's field is given with `:`",
+            "nothing stands between the lines of a schedule",
             Label(span),
-            help=":",
-            fix=span,
+            note="schedule { net(batch=1..8) x2   small(batch=1..32) }",
         )
+    return None
+
+
+def _unequal(span: Span, kind: str) -> Diagnostic | None:
+    """A declaration whose `=` is missing, or drawn otherwise."""
+    if span.text in ("->", "=>", "==", ":="):
+        return _swapped(span, "what is declared stands after `=`", "=")
+    if kind in STARTS_STAGE or kind in ("INT", "FLOAT", "QUANTITY"):
+        return _swapped(span, f"expected `=` before `{span.text}`", f"= {span.text}")
+    return None
+
+
+def _swapped(span: Span, message: str, right: str) -> Diagnostic:
+    return Diagnostic("unexpected-token", message, Label(span), help=right, fix=span)
+
+
+def _closer(span: Span, accepts: set[str]) -> Diagnostic:
+    before = span.source.text[: span.start].rstrip()
+    if before.endswith("->"):
+        message = f"there is no stage before this `{span.text}`"
+        return Diagnostic("missing-stage", message, Label(span))
+    opening = open_bracket(span.source.text, span.start)
+    if opening is None:
+        message = f"`{span.text}` closes nothing that is open here"
+        return Diagnostic("unexpected-token", message, Label(span), note="remove it")
+    if CLOSER[opening] != span.text:
+        return _swapped(span, f"`{span.text}` cannot close a `{opening}`", CLOSER[opening])
     return Diagnostic(
         "unexpected-token",
-        f"`{found}` cannot stand here",
+        f"`{span.text}` comes too early",
         Label(span, f"expected {_listed(accepts)}"),
     )
 
@@ -203,24 +414,25 @@ def _token(source: Source, kind: str, span: Span, accepts: set[str]) -> Diagnost
 def _wants_comma(text: str, span: Span, accepts: set[str]) -> bool:
     if "COMMA" not in accepts:
         return False
-    named = re.compile(r"\s*[=:](?!=)").match(text, span.end) is not None
-    return named or "ARROW" not in accepts or text[: span.start].rstrip()[-1:] in '}"0123456789'
+    if "ARROW" not in accepts or re.compile(r"\s*[=:](?!=)").match(text, span.end):
+        return True
+    if text[: span.start].rstrip()[-1:] in '}"0123456789':
+        return True
+    return is_in_call(text, span.start) and text[span.end : span.end + 1] != "("
 
 
-def _before(text: str, span: Span) -> str:
-    before = stage_before(text, span.start)
-    if not before:
-        found = [p for p in pieces(text) if p.kind == "string" and p.start < span.start]
-        before = found[-1].text if found else ""
-    return before
+def _argument_end(text: str, span: Span) -> int:
+    found = re.compile(r"[\w.]+\s*[=:]\s*[\w.%]+|[\w.]+").match(text, span.start)
+    return found.end() if found else span.end
 
 
-def _argument(text: str, span: Span) -> str:
-    found = re.compile(r"[\w.]+\s*[=:]?\s*[^,)}\]\n]*").match(text, span.start)
-    return found.group().strip() if found else span.text
+def _one_line(span: Span) -> str:
+    return " ".join(span.text.split())
 
 
 def _listed(accepts: set[str]) -> str:
+    if "PLUS" in accepts:
+        accepts = accepts - {"MORETHAN"}  # a comparison is never what is missing
     words = [_WORDS[a] for a in _WORDS if a in accepts]
     if "NAME" in accepts and len(accepts) > 10:
         words = [

@@ -59,7 +59,7 @@ def _quoted(value: str) -> str:
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
-def _lead_end(node: _Element) -> int:
+def _lead_end(node: _Element | _Statement) -> int:
     """Where an element's first words end, which no line end divides; comments there go before."""
     while True:
         match node:
@@ -233,7 +233,8 @@ class _Writer:
         parts: list[Doc] = []
         after: int | None = None
         for statement in statements:
-            gap = self._gap(after, statement)
+            start = statement.span.start
+            gap, _ = self._remarks.between(after, start, _lead_end(statement))
             parts += [separator, gap, self._statement(statement)]
             after = statement.span.end
         last, _ = self._remarks.between(after, None, end)
@@ -242,16 +243,6 @@ class _Writer:
         return Group(
             (opening, Nest((*parts, HARD if not parts else NOTHING, last)), separator, "}")
         )
-
-    def _gap(self, after: int | None, statement: _Statement) -> Doc:
-        match statement:
-            case tree.Let():
-                until = statement.span.start
-            case tree.Entry(path, args):
-                until = path.span.end if args else statement.span.end
-            case _:
-                until = _lead_end(statement)
-        return self._remarks.between(after, statement.span.start, until)[0]
 
     def _statement(self, statement: _Statement) -> Doc:
         match statement:

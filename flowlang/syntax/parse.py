@@ -6,6 +6,7 @@ reading goes on at the next declaration keyword.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
@@ -13,6 +14,7 @@ import os
 import re
 from collections.abc import Callable
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +25,12 @@ from flowlang.syntax.scan import RESERVED, Outline, outline
 if TYPE_CHECKING:
     from lark import Lark, Token, Tree
 
-MAX_SOURCE_BYTES = 1 << 20
-MAX_DEPTH = 100
+MAX_SOURCE_BYTES = 64 << 10
+MAX_DEPTH = 64
+MAX_ERRORS = 100  # syntax errors after which reading stops
+MAX_DIGITS = 9  # of a number of copies
 EDITION = 1
+UNTOLD = frozenset({""})  # names were lost, and which ones cannot be told
 
 
 def grammar_text() -> str:
@@ -76,38 +81,36 @@ def read_source(path: str | os.PathLike[str], name: str | None = None) -> Source
 def decode_source(raw: bytes, name: str) -> Source:
     """Bytes to Source, or CompileError where they are no program text."""
     if len(raw) > MAX_SOURCE_BYTES:
-        start = Source(name, raw[:80].decode("utf-8", "replace"))
-        raise CompileError(
-            [
-                Diagnostic(
-                    "too-large",
-                    f"this is larger than a flow may be ({MAX_SOURCE_BYTES >> 10} KiB)",
-                    Label(Span(start, 0, 1)),
-                    note="a flow names its models and word lists as files; it does not hold them",
-                )
-            ]
-        )
+        raise _too_large(Source(name, raw[:80].decode("utf-8", "replace")))
+    raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode()
     except UnicodeDecodeError as error:
-        text = raw[: error.start].decode("utf-8-sig", "replace")
-        return _no_text(Source(name, text + "\N{REPLACEMENT CHARACTER}"), len(text))
+        text = raw[: error.start].decode()
+        raise _no_text(Source(name, text + "\N{REPLACEMENT CHARACTER}"), len(text)) from None
     at = text.find("\0")
     if at >= 0:
-        return _no_text(Source(name, text[: at + 1]), at)
+        raise _no_text(Source(name, text[: at + 1]), at)
     return Source(name, text)
 
 
-def _no_text(source: Source, offset: int) -> Source:
-    raise CompileError(
-        [
-            Diagnostic(
-                "not-text",
-                "this is not text in UTF-8, so it is no flow",
-                Label(Span(source, offset, offset + 1), "the first byte that is no text"),
-            )
-        ]
+def _too_large(source: Source) -> CompileError:
+    problem = Diagnostic(
+        "too-large",
+        f"this is larger than a flow may be ({MAX_SOURCE_BYTES >> 10} KiB)",
+        Label(Span(source, 0, 1)),
+        note="a flow names its models and word lists as files; it does not hold them",
     )
+    return CompileError([problem])
+
+
+def _no_text(source: Source, offset: int) -> CompileError:
+    problem = Diagnostic(
+        "not-text",
+        "this is not text in UTF-8, so it is no flow",
+        Label(Span(source, offset, offset + 1), "the first byte that is no text"),
+    )
+    return CompileError([problem])
 
 
 def parse(source: Source) -> tree.Program:
@@ -122,12 +125,12 @@ def parse_leniently(
     source: Source,
 ) -> tuple[tree.Program, list[Diagnostic], frozenset[str]]:
     """What could be read of a source, its syntax errors, and the names it failed to declare."""
-    found = outline(source)
     if len(source.text) > MAX_SOURCE_BYTES:
-        decode_source(source.text.encode(), source.name)
-    if problem := _unreadable(source, found):
-        return _program(source, [], found), [problem], frozenset()
-    reader = _Reader(source)
+        raise _too_large(source)
+    found = outline(source)
+    if found.depth > MAX_DEPTH:
+        return _program(source, [], found), [_too_deep(source, found)], UNTOLD
+    reader = _Reader(source, found)
     try:
         program = reader.program(_lark().parse(source.text), found)
     except complaint.lark_errors() as error:
@@ -135,49 +138,53 @@ def parse_leniently(
     return program, reader.diagnostics, frozenset()
 
 
-def _unreadable(source: Source, found: Outline) -> Diagnostic | None:
-    if found.depth > MAX_DEPTH:
-        return Diagnostic(
-            "too-deep",
-            f"this is nested more than {MAX_DEPTH} deep",
-            Label(Span(source, found.deepest, found.deepest + 1)),
-            help="name the inner part: flow inner = ...",
-        )
-    return None
+def _too_deep(source: Source, found: Outline) -> Diagnostic:
+    return Diagnostic(
+        "too-deep",
+        f"this is nested more than {MAX_DEPTH} deep",
+        Label(Span(source, found.deepest, found.deepest + 1)),
+        help="name the inner part: flow inner = ...",
+    )
 
 
 def _parse_by_declaration(
     source: Source, found: Outline, whole: Exception
 ) -> tuple[tree.Program, list[Diagnostic], frozenset[str]]:
     """Read each declaration on its own; the unreadable ones give a diagnostic each."""
-    starts = list(found.declarations)
-    if not starts:
-        return _program(source, [], found), [complaint.explain(source, whole, found)], frozenset()
-    head = source.text[: starts[0]]
-    bounds = [*zip(starts, [*starts[1:], len(source.text)], strict=True)]
-    diagnostics: list[Diagnostic] = []
+    from lark.utils import TextSlice
+
+    if not found.declarations:
+        return _program(source, [], found), [complaint.explain(source, whole, found)], UNTOLD
+    starts = [0, *found.declarations, len(source.text)]
     items: list[tree.Item] = []
+    diagnostics: list[Diagnostic] = []
     lost: set[str] = set()
-    if not re.fullmatch(r"(\s|#[^\n]*\n?)*(flowlang\s+[0-9]+)?(\s|#[^\n]*\n?)*", head):
-        bounds.insert(0, (0, starts[0]))
-    for start, end in bounds:
-        # Blanks in front keep lark's offsets those of the whole file.
-        text = re.sub(r"[^\n]", " ", source.text[:start]) + source.text[start:end]
-        reader = _Reader(source)
-        try:
-            part = reader.program(_lark().parse(text), found)
-        except complaint.lark_errors() as error:
-            diagnostics.append(complaint.explain(source, error, found, end))
-            name = re.match(r"(?:export\s+)?\w+\s+(\w+)", source.text[start:end])
-            lost.add(name.group(1) if name else "")
+    reader = _Reader(source, found)
+    for start, end in pairwise(starts):
+        if start == 0 and reader.is_head(end):
             continue
-        diagnostics.extend(reader.diagnostics)
-        items.extend(part.items)
-        if part.pipeline is not None:
-            diagnostics.append(_stray_pipeline(part.pipeline))
+        try:
+            part = reader.program(_lark().parse(TextSlice(source.text, start, end)), found)
+        except complaint.lark_errors() as error:
+            diagnostics.append(complaint.explain(source, error, found, start, end))
+            lost.add(_declared_name(source.text[start:end]))
+        else:
+            items.extend(part.items)
+            if part.pipeline is not None:
+                diagnostics.append(_stray_pipeline(part.pipeline))
+        if len(diagnostics) + len(reader.diagnostics) >= MAX_ERRORS:
+            break
+    diagnostics += reader.diagnostics
     if not diagnostics:
         diagnostics.append(complaint.explain(source, whole, found))
-    return _program(source, items, found), diagnostics, frozenset(lost)
+    return _program(source, items, found), diagnostics, frozenset(lost) | UNTOLD
+
+
+def _declared_name(text: str) -> str:
+    """The name a declaration would have declared, as far as it can be told."""
+    pattern = r'(?:export\s+)?(?:use\s*(?:"[^"\n]*)?"?\s*as|\w+)\s+(\w+)'
+    name = re.match(pattern, text)
+    return name.group(1) if name else ""
 
 
 def _stray_pipeline(pipeline: tree.Expr) -> Diagnostic:
@@ -185,7 +192,7 @@ def _stray_pipeline(pipeline: tree.Expr) -> Diagnostic:
         "stray-pipeline",
         "a bare pipeline is the whole file; beside declarations it needs a name",
         Label(pipeline.span),
-        help=f"flow main = {' '.join(pipeline.span.text.split())}",
+        help=f"export flow main = {' '.join(pipeline.span.text.split())}",
         fix=pipeline.span,
     )
 
@@ -198,13 +205,42 @@ def _program(source: Source, items: list[tree.Item], found: Outline) -> tree.Pro
 _BINARY = {"or_expr": "or", "and_expr": "and"}
 
 
+def _doc_comments(found: Outline) -> dict[int, str]:
+    """By number of the line after a run of `##` comments, their text."""
+    docs: dict[int, str] = {}
+    lines: list[str] = []
+    last_line = -1
+    for comment in found.comments:
+        if not comment.is_own_line or not comment.text.startswith("##"):
+            continue
+        line = comment.span.line
+        if lines and line != last_line + 1:
+            docs[last_line + 1] = "\n".join(lines)
+            lines = []
+        lines.append(comment.text[2:].strip())
+        last_line = line
+    if lines:
+        docs[last_line + 1] = "\n".join(lines)
+    return docs
+
+
 class _Reader:
     """lark's tree of one text to ours; collects what the grammar lets through and we do not."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, found: Outline) -> None:
         self.source = source
         self.diagnostics: list[Diagnostic] = []
-        self.docs: dict[int, str] = {}
+        self.docs = _doc_comments(found)
+
+    def is_head(self, end: int) -> bool:
+        """Whether no more than comments and the edition stand before `end`."""
+        blank = re.sub(r"#[^\n]*", lambda c: " " * len(c.group()), self.source.text[:end])
+        code = blank.strip()
+        if re.fullmatch(r"flowlang\s+[0-9]+", code):
+            at = blank.index(code)
+            self.edition(Span(self.source, at, at + len(code)))
+            return True
+        return not code
 
     # Places and names
 
@@ -240,20 +276,9 @@ class _Reader:
     # Files and declarations
 
     def program(self, node: Tree[Token], found: Outline) -> tree.Program:
-        self.docs = self._doc_comments(found)
         rest: list[Any] = list(node.children)
         edition: Any = rest.pop(0) if getattr(rest[0], "data", "") == "version" else None
-        number = int(str(edition.children[0])) if edition is not None else None
-        if number is not None and number != EDITION:
-            self.diagnostics.append(
-                Diagnostic(
-                    "unknown-edition",
-                    f"this flowlang knows edition {EDITION} of the language, not {number}",
-                    Label(self.span(edition)),
-                    help=f"flowlang {EDITION}",
-                    fix=self.span(edition),
-                )
-            )
+        number = self.edition(self.span(edition)) if edition is not None else None
         span = Span(self.source, 0, len(self.source.text))
         first = rest[0]
         if getattr(first, "data", None) in _ITEMS:
@@ -261,23 +286,20 @@ class _Reader:
             return tree.Program(number, items, None, span, found.comments)
         return tree.Program(number, (), self.expr(first), span, found.comments)
 
-    def _doc_comments(self, found: Outline) -> dict[int, str]:
-        """Offset of the line after a run of `##` comments, to their text."""
-        docs: dict[int, str] = {}
-        lines: list[str] = []
-        last_line = -1
-        for comment in found.comments:
-            if not comment.is_own_line or not comment.text.startswith("##"):
-                continue
-            line = comment.span.line
-            lines = (
-                [*lines, comment.text[2:].strip()]
-                if line == last_line + 1
-                else [comment.text[2:].strip()]
+    def edition(self, span: Span) -> int:
+        """The edition of `flowlang 1`; another one is refused."""
+        number = re.sub(r"#[^\n]*", "", span.text).split()[-1].removeprefix("flowlang")
+        if number.lstrip("0") != str(EDITION):
+            self.diagnostics.append(
+                Diagnostic(
+                    "unknown-edition",
+                    f"this flowlang knows edition {EDITION} of the language, not {number[:20]}",
+                    Label(span),
+                    help=f"flowlang {EDITION}",
+                    fix=span,
+                )
             )
-            last_line = line
-            docs[line + 1] = "\n".join(lines)
-        return docs
+        return EDITION
 
     def doc(self, node: Tree[Token]) -> str | None:
         return self.docs.get(self.span(node).line)
@@ -309,7 +331,7 @@ class _Reader:
         exported, name, inputs, given, gives, body = node.children
         return tree.Flow(
             self.name(name, may_be_x=False),
-            tuple(self.input(i) for i in inputs.children) if inputs is not None else (),
+            tuple(self.input(i) for i in inputs.children if i) if inputs is not None else (),
             (self.type(given), self.type(gives)) if given is not None else None,
             self.body(body) if getattr(body, "data", "") == "body" else self.expr(body),
             exported is not None,
@@ -353,7 +375,7 @@ class _Reader:
         return tree.Entry(
             self.path(path),
             self.args(args) if args is not None else None,
-            int(str(count)[1:]) if count is not None else None,
+            self.copies(count) if count is not None else None,
             self.span(count) if count is not None else None,
             self.span(node),
         )
@@ -388,7 +410,7 @@ class _Reader:
                     help='write a backslash as "\\\\"',
                 )
             )
-            value = text[1:-1]
+            return tree.String(text[1:-1], self.span(token), True)
         return tree.String(value, self.span(token))
 
     def path(self, node: Any) -> tree.Path:
@@ -403,22 +425,42 @@ class _Reader:
                 self.span(a),
             )
             for a in node.children
+            if a is not None
         )
 
     def bare(self, node: Any) -> tree.Call:
+        return tree.Call(self.stage_path(node), None, self.span(node))
+
+    def stage_path(self, node: Any) -> tree.Path:
         path = self.path(node)
-        head = path.names[0]
-        if head in RESERVED and head != "in":
-            self.name(node.children[0])
-        return tree.Call(path, None, self.span(node))
+        if path.names[0] in RESERVED and path.names[0] != "in":
+            self.diagnostics.append(
+                Diagnostic(
+                    "reserved-word",
+                    f"`{path.names[0]}` is a word of the language, so no stage has this name",
+                    Label(self.span(node.children[0])),
+                )
+            )
+        return path
 
     def call(self, node: Any) -> tree.Call:
         path, args = node.children
-        return tree.Call(self.path(path), self.args(args), self.span(node))
+        return tree.Call(self.stage_path(path), self.args(args), self.span(node))
 
     def repeat(self, node: Any) -> tree.Repeat:
         stage, count = node.children
-        return tree.Repeat(self.expr(stage), int(str(count)[1:]), self.span(count), self.span(node))
+        copies = self.copies(count)
+        return tree.Repeat(self.expr(stage), copies, self.span(count), self.span(node))
+
+    def copies(self, token: Token) -> int:
+        """N of `xN`; more digits than any machine has instances are refused."""
+        digits = str(token)[1:]
+        if len(digits) > MAX_DIGITS:
+            self.diagnostics.append(
+                Diagnostic("out-of-range", "this is too large a number", Label(self.span(token)))
+            )
+            return 1
+        return int(digits)
 
     def binary(self, node: Any) -> tree.Expr:
         """`a op b op c`, left to right."""
@@ -445,7 +487,7 @@ class _Reader:
 
     def record(self, node: Any) -> tree.Record:
         fields = []
-        for child in node.children:
+        for child in filter(None, node.children):
             if child.data == "spread":
                 fields.append(tree.RecordField(None, None, self.span(child)))
                 continue

@@ -72,8 +72,6 @@ class Remarks:
         starts = [c.span.start for c in comments] + ([] if start is None else [start])
         ends = [after, *(c.span.end for c in comments)]
         blanks = [self._is_blank(*ends_at) for ends_at in zip(ends, starts, strict=False)]
-        if is_trailing:
-            blanks[0] = False
         if is_parted and not any(blanks):
             blanks[int(is_trailing)] = True
         is_blank = start is not None and blanks[-1]

@@ -27,7 +27,18 @@ _PIECE = re.compile(
       | (?P<string>"(?:\\.|[^"\\\n])*")
       | (?P<word>\.?[A-Za-z_]\w*)
       | (?P<open>[(\[{])
-      | (?P<close>[)\]}])""",
+      | (?P<close>[)\]}])
+      | (?P<mark>->|=>|[=!<>]=|[-+*/,<>])""",
+    re.VERBOSE,
+)
+# What makes a tree deeper without a bracket, and what such an expression ends at.
+_OPERATORS = frozenset({"if", "not", "and", "or", *"+-*/>", "==", "!=", "<=", ">="})
+_ENDS = frozenset({",", "->", "=>", "let", "return"})
+_HEADER = re.compile(
+    r"""export\s+flow\b
+      | (flow|param|type)\s+\w+\s*[=:({]
+      | use\s*"
+      | schedule\s*(\w+\s*)?\{""",
     re.VERBOSE,
 )
 
@@ -39,9 +50,9 @@ class Piece:
     start: int
 
 
-def pieces(text: str, start: int = 0) -> Iterator[Piece]:
-    """Comments, strings, words and brackets of a text, in order."""
-    for found in _PIECE.finditer(text, start):
+def pieces(text: str) -> Iterator[Piece]:
+    """Comments, strings, words, brackets and a few marks of a text, in order."""
+    for found in _PIECE.finditer(text):
         yield Piece(found.lastgroup or "", found.group(), found.start())
 
 
@@ -56,31 +67,104 @@ class Outline:
     deepest: int
 
 
+@dataclass(slots=True)
+class _Level:
+    """What is known of an open bracket: how deep it is so far, and its expression in hand."""
+
+    height: int = 0
+    operators: int = 0
+    inner: int = 0
+    angles: int = 0  # of types: `<` that no `>` has closed
+
+    def settle(self) -> int:
+        """The expression in hand ends: how deep the bracket is now."""
+        self.height = max(self.height, self.operators + self.angles + self.inner)
+        self.operators = self.inner = 0
+        return self.height
+
+
+class _Depth:
+    """How deep the parser's tree can be at most: brackets, operators and types in one another."""
+
+    def __init__(self) -> None:
+        self.brackets: list[Piece] = []
+        self.most = self.most_at = 0
+        self._levels = [_Level()]
+
+    def open(self, piece: Piece) -> None:
+        self.brackets.append(piece)
+        self._levels.append(_Level())
+
+    def close(self, piece: Piece) -> None:
+        if self.brackets and CLOSER[self.brackets[-1].text] == piece.text:
+            self._fold(self.brackets.pop())
+
+    def word(self, piece: Piece) -> None:
+        level = self._levels[-1]
+        if piece.text in _ENDS:
+            self._note(level.settle(), piece)
+        elif piece.text in _OPERATORS:
+            level.operators += 1
+        if piece.text == "<":
+            level.angles += 1
+            level.height = max(level.height, level.angles)
+        elif piece.text == ">" and level.angles:
+            level.angles -= 1
+
+    def restart(self, piece: Piece) -> None:
+        """A declaration starts, so whatever expression was in hand has ended."""
+        self._note(self._levels[-1].settle(), piece)
+        self._levels[-1].angles = 0
+
+    def end(self) -> None:
+        """The file ends: what is still open is measured too."""
+        for piece in reversed(self.brackets):
+            self._fold(piece)
+        self._note(self._levels[-1].settle(), None)
+
+    def _fold(self, opening: Piece) -> None:
+        height = self._levels.pop().settle() + 1
+        self._levels[-1].inner = max(self._levels[-1].inner, height)
+        self._note(height, opening)
+
+    def _note(self, height: int, piece: Piece | None) -> None:
+        if height > self.most:
+            self.most, self.most_at = height, piece.start if piece else self.most_at
+
+
 def outline(source: Source) -> Outline:
-    """Scan a whole source. Prefix words that nest without a bracket count as depth too."""
+    """Scan a whole source."""
     comments: list[Comment] = []
     declarations: list[int] = []
-    open_brackets: list[Piece] = []
-    depth = deepest = nested_words = 0
+    depth = _Depth()
     previous = ""
     for piece in pieces(source.text):
         if piece.kind == "comment":
             comments.append(_comment(source, piece))
             continue
         if piece.kind == "open":
-            open_brackets.append(piece)
+            depth.open(piece)
         elif piece.kind == "close":
-            if open_brackets and CLOSER[open_brackets[-1].text] == piece.text:
-                open_brackets.pop()
-        elif piece.text in DECLARATIONS and previous != "export":
-            declarations.append(piece.start)
-            nested_words = 0
-        elif piece.text in ("if", "not"):
-            nested_words += 1
-        if len(open_brackets) + nested_words > depth:
-            depth, deepest = len(open_brackets) + nested_words, piece.start
+            depth.close(piece)
+        elif piece.text in DECLARATIONS:
+            if previous != "export" and _declares(source.text, piece, not depth.brackets):
+                declarations.append(piece.start)
+                depth.restart(piece)
+        elif piece.kind != "string":
+            depth.word(piece)
         previous = piece.text
-    return Outline(tuple(comments), tuple(declarations), tuple(open_brackets), depth, deepest)
+    unclosed = tuple(depth.brackets)
+    depth.end()
+    return Outline(tuple(comments), tuple(declarations), unclosed, depth.most, depth.most_at)
+
+
+def _declares(text: str, piece: Piece, is_outside: bool) -> bool:
+    """Whether a declaration keyword starts one: by where it stands and what follows it."""
+    line_start = text.rfind("\n", 0, piece.start) + 1
+    starts_line = not text[line_start : piece.start].strip()
+    if is_outside and starts_line:
+        return True
+    return (is_outside or starts_line) and _HEADER.match(text, piece.start) is not None
 
 
 def _comment(source: Source, piece: Piece) -> Comment:
@@ -90,30 +174,74 @@ def _comment(source: Source, piece: Piece) -> Comment:
     return Comment(piece.text.rstrip(), not before.strip(), span)
 
 
-def stage_before(text: str, end: int) -> str:
-    """The text of the call or name that ends just before `end`, blanks skipped."""
-    end = len(text[:end].rstrip())
-    start = end
-    if text[start - 1 : start] == ")":
-        level = 0
-        while start > 0:
-            start -= 1
-            level += {")": 1, "(": -1}.get(text[start], 0)
-            if level == 0:
-                break
-    while start > 0 and (text[start - 1].isalnum() or text[start - 1] in "_."):
-        start -= 1
-    return text[start:end]
+_WINDOW = 2000  # characters looked back at, so that a long file costs no more than a short one
+_TOKEN = re.compile(r""""(?:\\.|[^"\\\n])*"|#[^\n]*|[\w.%]+|\S""")
 
 
-def stage_after(text: str, start: int) -> str:
-    """The text of the call or name that starts at `start`."""
-    found = re.compile(r"[\w.]+").match(text, start)
-    end = found.end() if found else start + 1
-    if text[end : end + 1] == "(":
-        level = 0
-        for at in range(end, len(text)):
-            level += {"(": 1, ")": -1}.get(text[at], 0)
-            if level == 0:
-                return text[start : at + 1]
-    return text[start:end]
+def _tokens_before(text: str, end: int) -> list[re.Match[str]]:
+    found = _TOKEN.finditer(text, max(0, end - _WINDOW), end)
+    return [t for t in found if not t.group().startswith("#")]
+
+
+def _opening(tokens: list[re.Match[str]], last: int) -> int | None:
+    """Index of the bracket that is open before token `last`."""
+    level = 0
+    for index in range(last - 1, -1, -1):
+        token = tokens[index].group()
+        level += (token in ")]}") - (token in "([{")
+        if level < 0:
+            return index
+    return None
+
+
+def stage_before(text: str, end: int) -> tuple[int, int] | None:
+    """Where the call, string, name or bracket that ends just before `end` starts and ends."""
+    tokens = _tokens_before(text, end)
+    at = last = len(tokens) - 1
+    if at > 0 and re.fullmatch(r"x[0-9]+", tokens[at].group()):
+        at -= 1
+    if at < 0 or tokens[at].group() in "([{,":
+        return None
+    if tokens[at].group() in ")]}":
+        opening = _opening(tokens, at)
+        if opening is None:
+            return None
+        at = opening
+        before = tokens[at - 1] if at else None
+        if before and before.end() == tokens[at].start() and before.group()[0].isidentifier():
+            at -= 1
+    return tokens[at].start(), tokens[last].end()
+
+
+def stage_after(text: str, start: int) -> tuple[int, int]:
+    """Where the call or name that starts at `start` ends."""
+    level = 0
+    end = start
+    for found in _TOKEN.finditer(text, start, start + _WINDOW):
+        token = found.group()
+        is_first = found.start() == start
+        if not is_first and not level and (token != "(" or found.start() != end):
+            break
+        level += (token in "([{") - (token in ")]}")
+        end = found.end()
+        if level < 0:
+            break
+    return start, end
+
+
+def open_bracket(text: str, at: int) -> str | None:
+    """The bracket that is open at a place, if one is near."""
+    tokens = _tokens_before(text, at)
+    opening = _opening(tokens, len(tokens))
+    return None if opening is None else tokens[opening].group()
+
+
+def is_in_call(text: str, at: int) -> bool:
+    """Whether a place is among the arguments of a call."""
+    tokens = _tokens_before(text, at)
+    opening = _opening(tokens, len(tokens))
+    if not opening or tokens[opening].group() != "(":
+        return False
+    before = tokens[opening - 1]
+    is_name = before.group()[0].isidentifier() and before.group() not in RESERVED
+    return is_name and before.end() == tokens[opening].start()

@@ -37,10 +37,14 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class String:
-    """`"..."`: the decoded value, `{param}` interpolations left as written."""
+    """`"..."`: the decoded value, `{param}` interpolations left as written.
+
+    A string that could not be decoded is kept, and `is_broken` spares it further complaints.
+    """
 
     value: str
     span: Span = field(compare=False, repr=False)
+    is_broken: bool = field(default=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

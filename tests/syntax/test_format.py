@@ -152,7 +152,7 @@ TREES = node(tree.Program, EDITIONS, some(ITEMS, 1), NONE) | node(
 # Sources: the tokens of a program with other blanks and comments between them
 
 TOKEN = re.compile(
-    r'"(?:\\.|[^"\\])*"|(?:\d+|\?)(?:x(?:\d+|\?))+|\d+(?:\.\d+)?(?:e-\d+)?(?:ms|MiB|%)?'
+    r'"(?:\\.|[^"\\])*"|(?:\d+|\?)(?:x(?:\d+|\?))+|\d+(?:\.\d+)?(?:e-\d+)?(?:[um]?s|[KMG]iB|%)?'
     r"|\.\.\.|\.\.|\.?[A-Za-z_]\w*|->|=>|\?\?|[=!<>]=|\S"
 )
 TRIVIA = st.sampled_from(
@@ -193,12 +193,23 @@ def comments_of(program: tree.Program) -> list[str]:
     return [comment.text.rstrip() for comment in program.comments]
 
 
+def owners_of(program: tree.Program) -> list[tuple[int, int]]:
+    """How many declarations start, and how many end, before each comment."""
+    spans = [item.span for item in program.items]
+    return [
+        (sum(s.start < place for s in spans), sum(s.end <= place for s in spans))
+        for place in (comment.span.start for comment in program.comments)
+    ]
+
+
 def check(program: tree.Program) -> str:
     """The program formatted; fails where that changes, loses or unsettles anything."""
     text = format_program(program)
     again = read(text)
     assert again == program
-    assert comments_of(again) == comments_of(program)
+    if program.comments:
+        assert comments_of(again) == comments_of(program)
+        assert owners_of(again) == owners_of(program)
     assert format_program(again) == text
     assert all(line == line.rstrip() for line in text.split("\n"))
     assert text == text.strip() + "\n"
@@ -229,6 +240,34 @@ def test_any_layout_and_comments_survive(written: tuple[tree.Program, str]) -> N
     read_back = read(text)
     assert without_docs(read_back) == program
     check(read_back)
+
+
+SNIPPETS = [
+    'flowlang 1 use "a.py" as post',
+    "param a: list<int?, 3x?> = [1, -.b, 5ms..1s]",
+    "type t = { a: post.x?, b: list<tensor<f32, 3x224x224>>? }",
+    "export flow f(a: int, b: x<y> = 5): { c: int } -> z = in.a",
+    "flow f(a: int) { let x = in let y = f({ a, ..., b: 1..4 }, c=[]) return not x }",
+    "flow f = foo() -> {} -> [] x4 -> as list<a.b>",
+    "flow f = f({})",
+    "flow f = g.f([]) x2",
+    "flow f = map({ a, ... })",
+    "flow f = if .a == 1 or b then c else if -d then (e -> g) else true",
+    'flow f = match .a.b { "b" | 5ms => c(d=e), else => as int }',
+    "flow f = match a.b { .a and not .c => h, else => g }",
+    "flow f = a(1) ?? b + c * d",
+    "schedule { a.b(c=1) x4 d x2 e.f }",
+    "schedule prod {}",
+]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+@pytest.mark.parametrize("comment", [" # c\n", "\n## c\n", " # c\n\n# d\n\n"])
+def test_a_comment_between_any_two_tokens_survives(snippet: str, comment: str) -> None:
+    """A comment stays in its declaration, or between the two it stood between."""
+    text = f"{snippet}\nflow last = in"
+    for token in TOKEN.finditer(text):
+        check(read(text[: token.start()] + comment + text[token.start() :]))
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
@@ -263,6 +302,8 @@ flow b=net
 flow long_name=net
 
 flow c=net
+flow a_name_that_does_not_leave_its_neighbours_room = net
+flow one = resize(224) -> rgb -> normalize(imagenet) -> trt("a.onnx", fp16) -> top(5)
 """,
         """\
 flowlang 1
@@ -274,7 +315,9 @@ export flow main = decode -> net  # two
 flow b         = net
 flow long_name = net
 
-flow c = net
+flow c                                              = net
+flow a_name_that_does_not_leave_its_neighbours_room = net
+flow one = resize(224) -> rgb -> normalize(imagenet) -> trt("a.onnx", fp16) -> top(5)
 """,
         id="runs of flows and of params are aligned, and a blank line or comment ends a run",
     ),
@@ -380,8 +423,8 @@ flow f( # open
   (224, # side
    # lonely
   )
-  # rgb next
-  -> { a: # value
+  -> # as it was
+  { a: # value
     rgb, b # last
   }
 flow g { # body
@@ -389,12 +432,15 @@ flow g { # body
   let x = in # in
 
   # result
-  return x
+  return # of all
+    x
   # end
 } # after
 schedule {
   # empty
 }
+type t = tensor< # kind
+  f32, 3x224x224>
 # bye""",
         """\
 # file
@@ -410,7 +456,7 @@ flow f(  # open
     224,  # side
     # lonely
   )
-  # rgb next
+  # as it was
   -> {
     a:  # value
       rgb,
@@ -422,6 +468,7 @@ flow g {  # body
   let x = in  # in
 
   # result
+  # of all
   return x
   # end
 }  # after
@@ -429,6 +476,11 @@ flow g {  # body
 schedule {
   # empty
 }
+
+type t = tensor<  # kind
+  f32,
+  3x224x224
+>
 # bye
 """,
         id="comments stay where they were",

@@ -1,0 +1,381 @@
+"""The table of the README on an NVIDIA GPU: pictures to logits, and the ceilings of the same run.
+
+    python -m benchmarks.gpu --out results.json [--seconds 4] [--only ceilings,flowlang,...]
+
+Baselines: pure TensorRT (client threads doing OpenCV and numpy, one engine, a lock), flowlang with
+decoding on the CPU, flowlang with decoding on the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.load import Result, Sampler, asyncio_clients, table, thread_clients
+from examples.models import resnet
+from flowlang import load
+from flowlang.runtime import cuda, dali, host, trt
+from flowlang.runtime.engine_store import EngineStore, default_directory
+from flowlang.runtime.rework import Prologue
+from tests.pictures import photographs
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+FLOW = (
+    "decode{decoder} -> resize(224) -> rgb -> normalize(imagenet)"
+    ' -> trt("resnet50.onnx", fp16{batch}){copies}\n'
+)
+
+
+class GpuSampler(Sampler):
+    """Also the GPU's and its JPEG engines' use, in percent, a tenth of a second apart."""
+
+    def __enter__(self) -> GpuSampler:
+        import pynvml
+
+        super().__enter__()
+        pynvml.nvmlInit()
+        self._device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._seen: list[tuple[float, float, float]] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        import pynvml
+
+        while not self._done.wait(0.1):
+            try:
+                jpeg = float(pynvml.nvmlDeviceGetJpgUtilization(self._device)[0])
+            except Exception:
+                jpeg = float("nan")
+            rates = pynvml.nvmlDeviceGetUtilizationRates(self._device)
+            used = pynvml.nvmlDeviceGetMemoryInfo(self._device).used / 2**20
+            self._seen.append((float(rates.gpu), jpeg, used))
+
+    def __exit__(self, *failure: object) -> None:
+        self._done.set()
+        self._thread.join()
+        super().__exit__(*failure)
+
+    def report(self) -> dict[str, float]:
+        found = super().report()
+        if self._seen:
+            gpu, jpeg, used = np.nanmedian(np.asarray(self._seen, np.float64), 0)
+            found |= {"gpu": float(gpu), "jpeg": float(jpeg), "gpu_mib": float(used)}
+        return found
+
+
+class Run:
+    """One run's model, pictures, engines and findings."""
+
+    def __init__(self, folder: Path, engines: Path, seconds: float) -> None:
+        self.folder = folder
+        self.engines = engines
+        self.seconds = seconds
+        self.model = resnet(folder / "resnet50.onnx", depth=50, width=64)
+        self.pictures = photographs(256)
+        self.results: list[Result] = []
+        self.found: dict[str, Any] = {"machine": machine()}
+
+    def flow(self, name: str, *, decoder: str = "", batch: str = "", copies: int = 0) -> Path:
+        path = self.folder / f"{name}.flow"
+        text = FLOW.format(
+            decoder=f"({decoder})" if decoder else "",
+            batch=f", batch={batch}" if batch else "",
+            copies=f" x{copies}" if copies else "",
+        )
+        path.write_text(text)
+        return path
+
+    def engine(self, batch: tuple[int, int, int]) -> trt.Engine:
+        prologue = Prologue("chw", 224, 224, 3, MEAN, STD)
+        spec = trt.EngineSpec(self.model, "fp16", batch, prologue)
+        return trt.Engines(EngineStore(self.engines)).of(spec, cuda.gpu(0))
+
+    def note(self, result: Result) -> None:
+        self.results.append(result)
+        print(table([result]).splitlines()[-1], flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """GPU, driver and versions, to stand beside every number."""
+    import tensorrt
+    from nvidia import dali as nvidia_dali
+
+    query = "name,driver_version,memory.total,clocks.max.sm"
+    seen = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {
+        "gpu": seen.stdout.strip(),
+        "tensorrt": tensorrt.__version__,
+        "dali": nvidia_dali.__version__,
+        "python": platform.python_version(),
+        "cores": len(__import__("os").sched_getaffinity(0)),
+    }
+
+
+# Ceilings
+
+
+def _rate(work: Sequence[Callable[[], int]], seconds: float) -> float:
+    """Items a second that several threads do together, each running its own work."""
+    counts = [0] * len(work)
+    stop = time.perf_counter() + seconds
+
+    def loop(index: int) -> None:
+        cuda.use(0)
+        while time.perf_counter() < stop:
+            counts[index] += work[index]()
+
+    threads = [threading.Thread(target=loop, args=(i,)) for i in range(len(work))]
+    start_s = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - start_s)
+
+
+def ceilings(run: Run) -> None:
+    """What the engine alone and decoding alone reach."""
+    cuda.use(0)
+    engine = run.engine((1, 64, 64))
+    found: dict[str, Any] = {}
+    for size, streams in (
+        (1, 1),
+        (4, 1),
+        (8, 1),
+        (16, 1),
+        (32, 1),
+        (64, 1),
+        (16, 3),
+        (32, 2),
+        (64, 2),
+    ):
+        contexts = []
+        for _ in range(streams):
+            context = trt.Context(engine, cuda.Stream(), use_graphs=True)
+            context.warm()
+            contexts.append(context)
+
+        def once(context: trt.Context, size: int = size) -> int:
+            context.start(size)
+            context.stream.wait()
+            return size
+
+        rate = _rate([lambda c=c: once(c) for c in contexts], 1.0)  # type: ignore[misc]
+        found[f"engine b{size} x{streams}"] = round(rate)
+        for context in contexts:
+            context.close()
+    run.found["engine"] = found
+    print("engine", found, flush=True)
+    decoding = dali.choose_decoding(0, 3, host.sample_pictures(8) * 7)
+    print(dali.describe(decoding), flush=True)
+    run.found["decoding"] = {
+        "engines": decoding.uses_engines,
+        "hardware_load": decoding.hardware_load,
+        "threads": decoding.threads,
+        "rate": round(decoding.rate),
+    }
+    run.found["decode"] = _decode_rates(run, decoding)
+    print("decode", run.found["decode"], flush=True)
+
+
+def _decode_rates(run: Run, decoding: dali.Decoding) -> dict[str, int]:
+    from flowlang.plan.files import compile_file
+    from flowlang.plan.rewrite import rewrite
+
+    path = run.folder / "decode.flow"
+    path.write_text("decode -> resize(224) -> rgb\n")
+    flow = rewrite(compile_file(path).flows[0])
+    nodes = [n for n in flow.nodes() if n is not flow.input]
+    arrays = [np.frombuffer(p, np.uint8) for p in run.pictures]
+    found = {}
+    for size, pipelines in (
+        (1, 1),
+        (4, 1),
+        (8, 1),
+        (16, 1),
+        (32, 1),
+        (56, 1),
+        (56, 2),
+        (28, 4),
+        (56, 3),
+        (64, 3),
+    ):
+        regions = [dali.Region(nodes, size, 0, decoding) for _ in range(pipelines)]
+        streams = [cuda.Stream() for _ in regions]
+
+        def once(
+            index: int, size: int = size, regions: Any = regions, streams: Any = streams
+        ) -> int:
+            at = int(time.perf_counter() * 1e6) % (len(arrays) - size)
+            result = regions[index].run(arrays[at : at + size], streams[index].handle)
+            streams[index].wait()
+            del result
+            return size
+
+        for index in range(pipelines):
+            once(index)
+        rate = _rate([lambda i=i: once(i) for i in range(pipelines)], 1.0)  # type: ignore[misc]
+        found[f"b{size} x{pipelines}"] = round(rate)
+        for region in regions:
+            region.close()
+    return found
+
+
+# Peers
+
+
+def pure_tensorrt(run: Run) -> None:
+    """Client threads doing OpenCV and numpy, one engine behind a lock, one picture at a time."""
+    import cv2
+
+    cuda.use(0)
+    spec = trt.EngineSpec(run.model, "fp16", (1, 64, 64), None)
+    engine = trt.Engines(EngineStore(run.engines)).of(spec, cuda.gpu(0))
+    stream = cuda.Stream()
+    context = trt.Context(engine, stream, use_graphs=False)
+    context.warm()
+    staged = cuda.PinnedBuffer((1, 3, 224, 224), "float32")
+    target = next(iter(context.inputs.values()))
+    lock = threading.Lock()
+    mean, std = np.asarray(MEAN, np.float32), np.asarray(STD, np.float32)
+
+    def call(data: bytes) -> Any:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        image = cv2.cvtColor(cv2.resize(image, (224, 224)), cv2.COLOR_BGR2RGB)
+        values = ((image.astype(np.float32) - mean) / std).transpose(2, 0, 1)
+        with lock:
+            cuda.use(0)
+            staged.array[0] = values
+            cuda.copy_to_device(target, staged, staged.size_bytes, stream)
+            context.start(1)
+            return context.collect(1)
+
+    for clients in (1, 10, 20):
+        run.note(
+            thread_clients(
+                "pure TensorRT, threads",
+                call,
+                run.pictures,
+                clients,
+                run.seconds,
+                sampler=GpuSampler,
+            )
+        )
+
+
+def flowlang_flow(
+    run: Run, label: str, path: Path, counts: Sequence[int], *, threads: Sequence[int] = ()
+) -> None:
+    with load(path, device="gpu", engines=run.engines) as app:
+        flow = next(iter(app.flows.values()))
+        for clients in counts:
+            run.note(
+                asyncio_clients(
+                    f"{label}, asyncio", flow.acall, run.pictures, clients, run.seconds,
+                    sampler=GpuSampler,
+                )
+            )  # fmt: skip
+        for clients in threads:
+            run.note(
+                thread_clients(
+                    f"{label}, threads",
+                    flow,
+                    run.pictures,
+                    clients,
+                    run.seconds,
+                    sampler=GpuSampler,
+                )
+            )
+        stage = app.scheduler.stages[-1]
+        print("batches", dict(sorted(stage.batch_sizes.items())), flush=True)
+
+
+ALL = (1, 10, 20, 64, 256)
+
+
+def on_gpu(run: Run) -> None:
+    flowlang_flow(run, "flowlang, GPU decode", run.flow("gpu"), ALL, threads=(1, 10, 20, 64, 256))
+
+
+def on_cpu(run: Run) -> None:
+    flow = run.flow("cpu", decoder="libjpeg")
+    flowlang_flow(run, "flowlang, CPU decode", flow, ALL)
+
+
+def variants(run: Run) -> None:
+    """Lanes and batch sizes side by side, to choose the defaults from."""
+    for copies, most in ((2, 64), (4, 64), (6, 64), (8, 64)):
+        label = f"x{copies}"
+        path = run.flow(f"v{copies}", batch=f"1..{most}", copies=copies)
+        counts = (10, 64, 256)
+        try:
+            flowlang_flow(run, label, path, counts)
+        except Exception:
+            traceback.print_exc()
+
+
+def share(run: Run) -> None:
+    """Share of the run's own ceiling at saturation."""
+    decode = max(run.found.get("decode", {}).values(), default=0)
+    engine = max(run.found.get("engine", {}).values(), default=0)
+    ours = max((r.qps for r in run.results if "GPU decode, asyncio" in r.what), default=0.0)
+    if decode and engine and ours:
+        run.found["share_of_ceiling"] = round(ours / min(decode, engine), 3)
+        print(
+            f"share of min(decode {decode:,}, engine {engine:,}): {ours / min(decode, engine):.2f}"
+        )
+
+
+PARTS: dict[str, Callable[[Run], None]] = {
+    "ceilings": ceilings,
+    "pure": pure_tensorrt,
+    "gpu": on_gpu,
+    "cpu": on_cpu,
+    "variants": variants,
+    "share": share,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--only", default="ceilings,pure,gpu,cpu,share")
+    parser.add_argument("--engines", type=Path, default=default_directory())
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), options.engines, options.seconds)
+        print(json.dumps(run.found["machine"]), flush=True)
+        for name in options.only.split(","):
+            try:
+                PARTS[name](run)
+            except Exception:
+                traceback.print_exc()
+                run.found.setdefault("failed", []).append(name)
+        print(table(run.results))
+        run.found["results"] = [r.as_json() for r in run.results]
+        if options.out:
+            options.out.write_text(json.dumps(run.found, indent=1))
+    sys.exit(1 if run.found.get("failed") else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""How far the flows of a file reach once unrolled, found out before anything is unrolled.
+
+Layer 2. Flows are inlined where they are mentioned, so one that mentions itself would never end,
+and a few lines can stand for more stages than any memory holds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from flowlang.diagnostics import Diagnostic, Label, Span
+from flowlang.plan.arguments import Report
+from flowlang.syntax import tree
+
+MAX_NESTED = 128  # expressions in one another, through all mentions
+MAX_UNROLLED = 20_000  # expressions of all flows together
+MAX_CYCLES = 20  # reported
+
+
+@dataclass(slots=True)
+class _Own:
+    """A flow's own text: its expressions, how deep they go, and the flows they mention."""
+
+    size: int
+    depth: int
+    mentions: Counter[str]
+    places: dict[str, Span]
+
+
+class Extents:
+    """What each flow mentions, and how large it is with everything it mentions."""
+
+    def __init__(self, flows: Mapping[str, tree.Flow], report: Report) -> None:
+        self._flows = flows
+        self._report = report
+        self._own = {name: _own(flow, flows) for name, flow in flows.items()}
+        self.mentioned = {m for own in self._own.values() for m in own.mentions}
+
+    def can_unroll(self, roots: Sequence[str]) -> bool:
+        """Whether the flows end, and are of a size that can be unrolled. Reports why not."""
+        order, cycles = self._order()
+        for cycle, span in cycles[:MAX_CYCLES]:
+            self._report(_recursive(cycle, span))
+        if cycles:
+            return False
+        depths: dict[str, int] = {}
+        sizes: dict[str, int] = {}
+        for name in order:
+            own = self._own[name]
+            depths[name] = own.depth + max((depths[m] for m in own.mentions), default=0)
+            sizes[name] = own.size + sum(n * sizes[m] for m, n in own.mentions.items())
+            if depths[name] > MAX_NESTED:
+                self._refuse("too-deep", name, f"nested more than {MAX_NESTED} deep")
+                return False
+        total = 0
+        for name in roots:
+            total += sizes[name]
+            if total > MAX_UNROLLED:
+                self._refuse("too-large", name, f"more than {MAX_UNROLLED} parts")
+                return False
+        return True
+
+    def _refuse(self, slug: str, name: str, what: str) -> None:
+        message = f"with all that it mentions, `{name}` is {what}"
+        note = "flows are unrolled at compile time, each mention again"
+        self._report(Diagnostic(slug, message, Label(self._flows[name].name_span), note=note))
+
+    def _order(self) -> tuple[list[str], list[tuple[list[str], Span]]]:
+        """The flows, those mentioned before those that mention them; and every way in a circle."""
+        order: list[str] = []
+        cycles: list[tuple[list[str], Span]] = []
+        done: set[str] = set()
+        for start in self._own:
+            if start in done:
+                continue
+            path: dict[str, Iterator[tuple[str, Span]]] = {
+                start: iter(self._own[start].places.items())
+            }
+            while path:
+                at = next(reversed(path))
+                name, span = next(path[at], (None, None))
+                if name is None or span is None:
+                    done.add(at)
+                    order.append(at)
+                    path.popitem()
+                elif name in path and len(cycles) < MAX_CYCLES:
+                    names = list(path)
+                    cycles.append(([*names[names.index(name) :], name], span))
+                elif name not in path and name not in done:
+                    path[name] = iter(self._own[name].places.items())
+        return order, cycles
+
+
+def _recursive(cycle: list[str], span: Span) -> Diagnostic:
+    shown = cycle if len(cycle) < 10 else [*cycle[:5], "...", *cycle[-3:]]
+    return Diagnostic(
+        "recursive-flow",
+        f"`{cycle[0]}` would run itself",
+        Label(span, " -> ".join(shown)),
+        note="flows are unrolled at compile time; repeat over a list with `map`",
+    )
+
+
+def _own(flow: tree.Flow, flows: Mapping[str, tree.Flow]) -> _Own:
+    hidden = {let.name for let in flow.body.lets} if isinstance(flow.body, tree.Body) else set()
+    own = _Own(0, 0, Counter(), {})
+    stack: list[tuple[object, int]] = [(flow.body, 1)]
+    while stack:
+        part, depth = stack.pop()
+        own.size += 1
+        own.depth = max(own.depth, depth)
+        if isinstance(part, tree.Call):
+            name = str(part.path)
+            if name in flows and name not in hidden:
+                own.mentions[name] += 1
+                own.places.setdefault(name, part.path.span)
+        stack.extend((child, depth + 1) for child in reversed(children(part)))
+    return own
+
+
+def calls(expr: object) -> Iterator[tree.Call]:
+    """Every call in an expression, in order of writing."""
+    stack = [expr]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, tree.Call):
+            yield part
+        stack.extend(reversed(children(part)))
+
+
+def children(expr: object) -> list[object]:
+    """The expressions directly inside one."""
+    match expr:
+        case tree.Body(lets, result):
+            return [*(let.value for let in lets), result]
+        case tree.Pipeline(parts) | tree.Fallback(parts) | tree.ListOf(parts):
+            return list(parts)
+        case tree.Call(_, args):
+            return [arg.value for arg in args or ()]
+        case tree.Record(fields):
+            return [field_value(field) for field in fields if field.name]
+        case tree.Group(value) | tree.Unary(_, value) | tree.Repeat(value):
+            return [value]
+        case tree.If(condition, then, otherwise):
+            return [condition, then, otherwise]
+        case tree.Match(_, arms):
+            return [arm.value for arm in arms]
+        case tree.Binary(_, left, right):
+            return [left, right]
+    return []
+
+
+def field_value(field: tree.RecordField) -> tree.Expr:
+    """What a record's field is made from: `{a}` is `{a: a}`."""
+    return field.value or tree.Call(tree.Path((field.name or "",), field.span), None, field.span)

@@ -1,0 +1,174 @@
+"""Types as they are written in a file, made into types.
+
+Layer 2. What is wrong in one is reported at its place, and it counts as unknown.
+"""
+
+from __future__ import annotations
+
+from flowlang.diagnostics import Diagnostic, Label, Span
+from flowlang.plan.arguments import Report, did_you_mean
+from flowlang.plan.types import (
+    COLOURS,
+    DTYPES,
+    NAMED,
+    UNKNOWN,
+    Image,
+    ListOf,
+    Optional,
+    Record,
+    Shape,
+    Tensor,
+    Type,
+    Unknown,
+    is_vast,
+)
+from flowlang.syntax import tree
+
+BUILT_IN = frozenset({*NAMED, "image", "tensor", "list"})
+MAX_NESTED = 64
+MAX_DIGITS = 12  # of a side
+
+
+class WrittenTypes:
+    """The types a file declares, and all those it writes."""
+
+    def __init__(self, report: Report, lost: frozenset[str]) -> None:
+        self._report = report
+        self._lost = lost
+        self._declared: dict[str, tree.TypeDef] = {}
+        self._resolved: dict[str, Type] = {}
+        self._resolving: list[str] = []
+        self._depth = 0
+
+    def declare(self, item: tree.TypeDef) -> None:
+        if item.name in BUILT_IN:
+            message = f"`{item.name}` is a type of the language, so it cannot be declared"
+            self._error(
+                "reserved-word", message, item.name_span, help=f"{item.name}_", fix=item.name_span
+            )
+            return
+        self._declared[item.name] = item
+
+    def resolve_all(self) -> None:
+        for item in self._declared.values():
+            self._named(item.name, item.name_span)
+
+    def resolve(self, given: tree.TypeExpr) -> Type:
+        """The type that is written."""
+        if self._depth >= MAX_NESTED:
+            message = f"this type is nested more than {MAX_NESTED} deep"
+            self._error("too-deep", message, given.span)
+            return UNKNOWN
+        self._depth += 1
+        kind = self._resolve(given)
+        self._depth -= 1
+        if is_vast(kind):
+            self._error("too-large", "this type has too many parts", given.span)
+            return UNKNOWN
+        return Optional(kind) if given.optional and not isinstance(kind, Unknown) else kind
+
+    def _error(
+        self,
+        slug: str,
+        message: str,
+        span: Span,
+        help: str | None = None,  # noqa: A002 - the Diagnostic's own word
+        note: str | None = None,
+        fix: Span | None = None,
+    ) -> None:
+        self._report(Diagnostic(slug, message, Label(span), help=help, note=note, fix=fix))
+
+    def _resolve(self, given: tree.TypeExpr) -> Type:
+        if given.name is None:
+            return self._record(given)
+        name = str(given.name)
+        if name in self._declared and not given.arguments:
+            return self._named(name, given.span)
+        if name == "list":
+            return self._list(given)
+        if name == "image":
+            return self._image(given)
+        if name == "tensor":
+            return self._tensor(given)
+        if name in NAMED and not given.arguments:
+            return NAMED[name]
+        if name not in self._lost:
+            self._error(
+                "unknown-type",
+                f"there is no type `{given.span.text}`",
+                given.span,
+                help=did_you_mean(name, sorted({*BUILT_IN, *self._declared} - {name})),
+            )
+        return UNKNOWN
+
+    def _record(self, given: tree.TypeExpr) -> Type:
+        fields: dict[str, Type] = {}
+        for field in given.fields:
+            if field.name in fields:
+                message = f"this record has two fields named `{field.name}`"
+                self._error("duplicate-name", message, field.span)
+            fields[field.name] = self.resolve(field.type)
+        return Record(tuple(fields.items()))
+
+    def _named(self, name: str, span: Span) -> Type:
+        if name in self._resolved:
+            return self._resolved[name]
+        if name in self._resolving:
+            self._error("recursive-type", f"the type `{name}` would hold itself", span)
+            return UNKNOWN
+        self._resolving.append(name)
+        kind = self.resolve(self._declared[name].type)
+        self._resolving.pop()
+        self._resolved[name] = Record(kind.fields, name) if isinstance(kind, Record) else kind
+        return self._resolved[name]
+
+    def _list(self, given: tree.TypeExpr) -> Type:
+        inner = given.arguments[0] if len(given.arguments) == 1 else None
+        if isinstance(inner, tree.TypeExpr):
+            return ListOf(self.resolve(inner))
+        message = "a list has the type of its items"
+        self._error("unknown-type", message, given.span, help="list<label>")
+        return UNKNOWN
+
+    def _image(self, given: tree.TypeExpr) -> Type:
+        image = Image()
+        for part in given.arguments:
+            word = part if isinstance(part, str) else str(part.name)
+            shape = self._shape(part, given) if isinstance(part, str) else None
+            if word in COLOURS:
+                image = Image(word, image.dtype, image.height, image.width)
+            elif word in ("u8", "f32"):
+                image = Image(image.colour, word, image.height, image.width)
+            elif shape is not None and len(shape) == 2:
+                image = Image(image.colour, image.dtype, *shape)
+            elif word not in ("hwc", "undecided"):
+                self._error(
+                    "unknown-type",
+                    f"`{word}` says nothing about an image",
+                    given.span,
+                    help="image<rgb, u8, hwc>",
+                    note="a colour (rgb, bgr, gray), levels (u8, f32), a height x width",
+                )
+        return image
+
+    def _tensor(self, given: tree.TypeExpr) -> Type:
+        dtype, *rest = given.arguments or ("",)
+        word = dtype if isinstance(dtype, str) else str(dtype.name)
+        if word not in DTYPES or len(rest) > 1 or (rest and not isinstance(rest[0], str)):
+            self._error(
+                "unknown-type",
+                "a tensor has a dtype and a shape",
+                given.span,
+                help="tensor<f32, 3x224x224>",
+                note=f"dtypes are {' '.join(DTYPES)}",
+            )
+            return UNKNOWN
+        shape = self._shape(rest[0], given) if rest and isinstance(rest[0], str) else None
+        return Tensor(word, shape)
+
+    def _shape(self, text: str, given: tree.TypeExpr) -> Shape | None:
+        sides = text.split("x")
+        if any(len(side) > MAX_DIGITS for side in sides):
+            self._error("out-of-range", "this is too large a number", given.span)
+            return None
+        return tuple(None if side == "?" else int(side) for side in sides)

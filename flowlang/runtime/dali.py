@@ -1,0 +1,264 @@
+"""Regions as NVIDIA DALI pipelines: decode, resize, colour, crop, normalize, pack in one go.
+
+Layer 3, and the only file importing nvidia.dali. The same graph is built for the GPU (`mixed`
+decoding on the JPEG engines) and, with no device, for DALI's CPU backend, so that machines without
+a GPU test the graph that runs on one, against `host.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flowlang.diagnostics import EngineError
+from flowlang.plan import graph
+from flowlang.plan.graph import Node
+from flowlang.plan.rewrite import levels_of
+from flowlang.plan.types import Image
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger("flowlang.dali")
+
+INPUT = "pictures"
+LOWERED = frozenset({"decode", "resize", "rgb", "bgr", "gray", "crop", "normalize", graph.PACK})
+
+
+@functools.cache
+def _dali() -> Any:
+    try:
+        from nvidia import dali
+        from nvidia.dali import fn, tensors, types  # noqa: F401
+    except ImportError as error:
+        raise EngineError(
+            f"decoding on a GPU needs NVIDIA DALI ({error}): pip install 'flowlang[gpu]'"
+        ) from None
+    return dali
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How JPEG is decoded: the share given to the hardware engines, and CPU threads a pipeline.
+
+    `uses_engines` is what a measurement at start-up saw, `rate` the pictures a second of the best
+    setting, in one pipeline.
+    """
+
+    hardware_load: float = 1.0
+    threads: int = 2
+    uses_engines: bool = False
+    rate: float = 0.0
+
+
+class Region:
+    """A pipeline for runs of 1 to `batch` pictures. For one thread only."""
+
+    def __init__(
+        self, nodes: Sequence[Node], batch: int, device: int | None, decoding: Decoding
+    ) -> None:
+        dali = _dali()
+        self.batch = batch
+        pipe = dali.Pipeline(
+            batch_size=batch,
+            num_threads=decoding.threads,
+            device_id=device,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+        with pipe:
+            data = dali.fn.external_source(
+                name=INPUT, ndim=1, dtype=dali.types.UINT8, no_copy=True, device="cpu"
+            )
+            pipe.set_outputs(_lower(dali, nodes, data, device, decoding))
+        pipe.build()
+        self._pipe = pipe
+        self._wrap = dali.tensors.TensorCPU
+
+    def run(self, pictures: list[NDArray[Any]], stream: int | None = None) -> Any:
+        """The batch's result (DALI's TensorListGPU, or TensorListCPU without a device).
+
+        On a GPU it is ordered on `stream` and must be kept until what reads it there is done.
+        Raises RuntimeError where any picture cannot be decoded; the pipeline stays usable.
+        """
+        wrap = self._wrap  # done here, DALI skips its search for what kind of array each one is
+        pipe = self._pipe
+        pipe.feed_input(INPUT, [wrap(p) for p in pictures])
+        pipe.schedule_run()
+        return pipe.outputs(stream)[0]
+
+    def close(self) -> None:
+        del self._pipe
+
+
+def arrays(result: Any) -> list[NDArray[Any]]:
+    """A result of the CPU backend as one array a picture."""
+    import numpy as np
+
+    return [np.array(result.at(i)) for i in range(len(result))]
+
+
+def _lower(dali: Any, nodes: Sequence[Node], data: Any, device: int | None, how: Decoding) -> Any:
+    """The region's operators as DALI's. Inside, an image of undecided colour is RGB."""
+    colour = "rgb"
+    for node in nodes:
+        if node.op == "decode":
+            data = _decode(dali, data, device, how)
+        elif node.op == "resize":
+            data = _resize(dali, data, node)
+        elif node.op in ("rgb", "bgr", "gray"):
+            data, colour = _recolour(dali, data, colour, node.op), node.op
+        elif node.op == "crop":
+            data = _crop(dali, data, node)
+        elif node.op in ("normalize", graph.PACK):
+            data = _levels(dali, data, node, colour)
+        else:
+            raise EngineError(f"`{node.op}` does not run in a DALI region")
+    last = nodes[-1].type
+    if isinstance(last, Image) and last.colour is None:
+        data = _recolour(dali, data, colour, "bgr")
+    return data
+
+
+def _decode(dali: Any, data: Any, device: int | None, how: Decoding) -> Any:
+    if device is None:
+        return dali.fn.decoders.image(data, device="cpu", output_type=dali.types.RGB)
+    return dali.fn.decoders.image(
+        data,
+        device="mixed",
+        output_type=dali.types.RGB,
+        jpeg_fancy_upsampling=True,  # interpolated chroma, as libjpeg-turbo does
+        hw_decoder_load=how.hardware_load,
+        preallocate_width_hint=1024,
+        preallocate_height_hint=1024,
+    )
+
+
+def _resize(dali: Any, data: Any, node: Node) -> Any:
+    params = node.params
+    size, fit = params["size"], params["fit"]
+    h, w = (size, size) if size is not None else (params["h"], params["w"])
+    # subpixel_scale would shift the sampling grid by the rounding of the output's size.
+    options = {
+        "interp_type": dali.types.INTERP_LINEAR,
+        "antialias": params["antialias"],
+        "subpixel_scale": False,
+    }
+    if fit == "shorter":
+        return dali.fn.resize(data, resize_shorter=float(size), **options)
+    if fit == "stretch":
+        sides = {"resize_y": h, "resize_x": w}
+        return dali.fn.resize(data, **{k: float(v) for k, v in sides.items() if v}, **options)
+    data = dali.fn.resize(data, size=[float(h), float(w)], mode="not_larger", **options)
+    if fit == "pad":
+        return dali.fn.pad(data, axes=(0, 1), shape=(h, w), fill_value=float(params["fill"]))
+    return dali.fn.crop(
+        data,
+        crop=(float(h), float(w)),
+        out_of_bounds_policy="pad",
+        fill_values=[float(params["fill"])],
+        rounding="truncate",
+    )
+
+
+def _recolour(dali: Any, data: Any, given: str, wanted: str) -> Any:
+    if given == wanted:
+        return data
+    names = {"rgb": dali.types.RGB, "bgr": dali.types.BGR, "gray": dali.types.GRAY}
+    return dali.fn.color_space_conversion(data, image_type=names[given], output_type=names[wanted])
+
+
+def _crop(dali: Any, data: Any, node: Node) -> Any:
+    params = node.params
+    size = params["size"]
+    h, w = (size, size) if size is not None else (params["h"], params["w"])
+    sides = {"crop_h": h, "crop_w": w}
+    return dali.fn.crop(data, rounding="truncate", **{k: float(v) for k, v in sides.items() if v})
+
+
+def _levels(dali: Any, data: Any, node: Node, colour: str) -> Any:
+    """`normalize`, or the packing of a model's input."""
+    types = dali.types
+    if node.op == "normalize":
+        mean, std = levels_of(node)
+        dtype, layout = types.FLOAT, "HWC"
+    else:
+        mean, std = node.params["mean"], node.params["std"]
+        dtype = {"f32": types.FLOAT, "f16": types.FLOAT16, "u8": types.UINT8}[node.params["dtype"]]
+        layout = node.params["layout"].upper()
+        if mean is None and node.params["dtype"] == "u8":
+            return data if layout == "HWC" else dali.fn.transpose(data, perm=[2, 0, 1])
+    channels = 1 if colour == "gray" else 3
+    return dali.fn.crop_mirror_normalize(
+        data,
+        dtype=dtype,
+        output_layout=layout,
+        mean=list(mean or (0.0,) * channels),
+        std=list(std or (1.0,) * channels),
+    )
+
+
+# Choosing how to decode
+
+
+def choose_decoding(device: int, lanes: int, pictures: Sequence[bytes]) -> Decoding:
+    """The fastest way to decode here, found by decoding `pictures` a few times each way.
+
+    Hardware engines are never assumed: many GPUs have none, and containers without the `video`
+    capability hide them. Without them CPU threads carry the work, as many as the lanes leave each.
+    """
+    cores = len(os.sched_getaffinity(0))
+    share = max(2, cores // max(1, lanes))
+    without = _rate(device, Decoding(0.0, 2), pictures)
+    engines = _rate(device, Decoding(1.0, 2), pictures)
+    uses_engines = engines > 1.5 * without
+    if uses_engines:
+        choices = [(1.0, 2), (1.0, min(4, share))]
+    else:
+        choices = [(0.0, share), (0.65, share), (1.0, share)]
+    measured = [
+        Decoding(load, threads, uses_engines, _rate(device, Decoding(load, threads), pictures))
+        for load, threads in dict.fromkeys(choices)
+    ]
+    best = max(measured, key=lambda d: d.rate)
+    log.info("%s", describe(best))
+    return best
+
+
+def describe(how: Decoding) -> str:
+    """What was chosen, for the log and `explain`."""
+    who = "the GPU's JPEG engines" if how.uses_engines else "CPU threads and CUDA (no JPEG engines)"
+    return (
+        f"JPEG is decoded by {who}: hardware load {how.hardware_load:g}, {how.threads} threads a "
+        f"lane, {how.rate:,.0f} pictures/s in one pipeline"
+    )
+
+
+def _rate(device: int, how: Decoding, pictures: Sequence[bytes]) -> float:
+    """Pictures a second that one pipeline decodes."""
+    import numpy as np
+
+    batch = [np.frombuffer(p, np.uint8) for p in pictures]
+    dali = _dali()
+    pipe = dali.Pipeline(
+        batch_size=len(batch), num_threads=how.threads, device_id=device, prefetch_queue_depth=1
+    )
+    with pipe:
+        data = dali.fn.external_source(
+            name=INPUT, ndim=1, dtype=dali.types.UINT8, no_copy=True, device="cpu"
+        )
+        pipe.set_outputs(_decode(dali, data, device, how))
+    pipe.build()
+    for _ in range(2):
+        pipe.run(**{INPUT: batch})
+    best_s = float("inf")
+    for _ in range(5):
+        start_s = time.perf_counter()
+        pipe.run(**{INPUT: batch})
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return len(batch) / best_s

@@ -1,0 +1,80 @@
+"""How the instances of a physical plan are made, and what they share.
+
+Layer 3. The one table from devices to modules: a module that needs a heavy package is imported
+here, when the first stage asks for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowlang.plan.physical import PhysicalPlan, StagePlan, decodes_on_gpu
+from flowlang.runtime.stage import Instance
+
+if TYPE_CHECKING:
+    from flowlang.runtime.gpu import GpuResources
+    from flowlang.runtime.ort import Sessions
+
+log = logging.getLogger("flowlang")
+
+# The interpreter lets a thread run for 5 ms before another gets its turn. A lane that comes back
+# from the GPU would wait that long for a client's thread, which is several batches.
+SWITCH_INTERVAL_S = 0.0005
+
+
+class Instances:
+    """Makes instances; owns the sessions and engines they share. Called from the lanes' threads."""
+
+    def __init__(self, plan: PhysicalPlan, engines: Path | None = None) -> None:
+        self._plan = plan
+        self._engines = engines
+        self._lock = threading.Lock()
+        self._sessions: Sessions | None = None
+        self._resources: dict[int, GpuResources] = {}
+
+    def make(self, stage: StagePlan, number: int) -> Instance:
+        """The instance of a stage with this number (from 0). Raises EngineError."""
+        if stage.device == "gpu":
+            from flowlang.runtime.gpu import GpuInstance
+
+            gpu = stage.gpus[number]
+            return GpuInstance(stage, gpu, self._resources_of(gpu))
+        from flowlang.runtime.cpu import CpuInstance
+        from flowlang.runtime.ort import Sessions
+
+        with self._lock:
+            if self._sessions is None:
+                self._sessions = Sessions(self._plan.machine.cores)
+        return CpuInstance(stage, self._sessions)
+
+    def _resources_of(self, gpu: int) -> GpuResources:
+        with self._lock:
+            if gpu not in self._resources:
+                sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+                self._resources[gpu] = self._new_resources(gpu)
+            return self._resources[gpu]
+
+    def _new_resources(self, gpu: int) -> GpuResources:
+        from flowlang.runtime import cuda, dali, trt
+        from flowlang.runtime.engine_store import EngineStore, default_directory
+        from flowlang.runtime.gpu import GpuResources
+        from flowlang.runtime.host import sample_pictures
+
+        cuda.use(gpu)
+        lanes = [s for s in self._plan.stages for g in s.gpus if g == gpu]
+        decoding = dali.Decoding()
+        if any(decodes_on_gpu(s.region) for s in lanes):
+            pictures = sample_pictures(8) * 7  # the engines work best on multiples of seven
+            decoding = dali.choose_decoding(gpu, len(lanes), pictures)
+        store = EngineStore(self._engines or default_directory())
+        return GpuResources(trt.Engines(store), decoding)
+
+    def close(self) -> None:
+        for resources in self._resources.values():
+            resources.close()
+        self._resources.clear()
+        self._sessions = None

@@ -1,0 +1,364 @@
+"""Models as TensorRT engines: built, cached, and run through execution contexts.
+
+Layer 3, and the only file importing tensorrt. One path for TensorRT 8.6, 10 and 11: tensors by
+name, and what a release has or lacks is asked of the module, not of its version. No TensorRT object
+is made before CUDA has answered: without a driver its constructors crash the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowlang.diagnostics import EngineError
+from flowlang.plan.onnx import file_sha256
+from flowlang.runtime import cuda, rework
+from flowlang.runtime.engine_store import EngineKey, EngineStore
+from flowlang.runtime.stage import InstanceLost
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger("flowlang.trt")
+
+WORKSPACE = 2 << 30
+GRAPHED_SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
+
+
+@functools.cache
+def _trt() -> Any:
+    reason = cuda.why_no_gpu()
+    if reason:
+        raise EngineError(f"there is no GPU to run on: {reason}")
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise EngineError(
+            f"running models on a GPU needs TensorRT ({error}): pip install 'flowlang[gpu]'"
+        ) from None
+    return tensorrt
+
+
+@functools.cache
+def _logger() -> Any:
+    trt = _trt()
+    levels = {
+        trt.ILogger.INTERNAL_ERROR: logging.ERROR,
+        trt.ILogger.ERROR: logging.ERROR,
+        trt.ILogger.WARNING: logging.DEBUG,  # TensorRT warns of what its user cannot mend
+        trt.ILogger.INFO: logging.DEBUG,
+        trt.ILogger.VERBOSE: logging.NOTSET,
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels.get(severity, logging.DEBUG)
+            if level >= logging.ERROR:
+                self.last = message
+            if level > logging.NOTSET:
+                log.log(level, "%s", message)
+
+    return Logger()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What an engine is built from. `batch` is (least, best, most)."""
+
+    model: Path
+    precision: str
+    batch: tuple[int, int, int]
+    prologue: rework.Prologue | None
+    workspace: int = WORKSPACE
+
+    def key(self, gpu: cuda.Gpu) -> EngineKey:
+        """The key under which the engine is stored for a GPU."""
+        trt = _trt()
+        low, best, high = self.batch
+        normalisation = None
+        if self.prologue is not None:
+            p = self.prologue
+            normalisation = (p.mean or (), p.std or (), (p.height, p.width, p.channels))
+        return EngineKey(
+            model_sha256=_sha256(self.model, self.model.stat().st_mtime_ns),
+            precision=self.precision,
+            profile=(("input", (low,), (best,), (high,)),),
+            normalisation=normalisation,
+            options=(
+                ("layout", self.prologue.layout if self.prologue else "as is"),
+                ("workspace", str(self.workspace)),
+            ),
+            tensorrt=trt.__version__,
+            gpu=gpu.name,
+            compute_capability=gpu.compute_capability,
+            driver_class=gpu.driver,
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: Path, changed_ns: int) -> str:
+    return file_sha256(path)
+
+
+# Building
+
+
+def build(spec: EngineSpec, progress: Callable[[str], None] = lambda step: None) -> bytes:
+    """An engine's plan, from its model. Takes from seconds to minutes.
+
+    `progress` is told of each step where TensorRT reports them. Raises EngineError with TensorRT's
+    own reason where it cannot be built.
+    """
+    trt = _trt()
+    model = rework.load(spec.model)
+    if spec.precision == "int8" and not rework.has_quantization(model):
+        raise EngineError(
+            f"`{spec.model.name}` has no quantize/dequantize nodes, so it cannot run in int8: "
+            "quantize it first, for example with onnxruntime.quantization.quantize_static"
+        )
+    creation = trt.NetworkDefinitionCreationFlag
+    is_strong = hasattr(creation, "STRONGLY_TYPED")
+    if spec.precision == "fp16" and is_strong:
+        model = rework.to_fp16(model)
+    if spec.prologue is not None:
+        model = rework.prepend(model, spec.prologue)
+    flags = 0
+    if hasattr(creation, "EXPLICIT_BATCH"):
+        flags |= 1 << int(creation.EXPLICIT_BATCH)
+    if is_strong:
+        flags |= 1 << int(creation.STRONGLY_TYPED)
+    builder = trt.Builder(_logger())
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, _logger())
+    if not parser.parse(model.SerializeToString(), str(spec.model)):
+        reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise EngineError(f"TensorRT cannot read `{spec.model.name}`: {reasons}")
+    config = _configuration(trt, builder, network, spec, is_strong, progress)
+    started_s = time.monotonic()
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"TensorRT cannot build `{spec.model.name}`: {_logger().last}")
+    log.info("built `%s` in %.0f s", spec.model.name, time.monotonic() - started_s)
+    return bytes(plan)
+
+
+def _configuration(
+    trt: Any,
+    builder: Any,
+    network: Any,
+    spec: EngineSpec,
+    is_strong: bool,
+    progress: Callable[[str], None],
+) -> Any:
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
+    if not is_strong:  # weakly typed: what the graph already says must be permitted
+        if spec.precision in ("fp16", "int8"):
+            config.set_flag(trt.BuilderFlag.FP16)
+        if spec.precision == "int8":
+            config.set_flag(trt.BuilderFlag.INT8)
+    preview = getattr(trt, "PreviewFeature", None)
+    if preview is not None and hasattr(preview, "PROFILE_SHARING_0806") and not is_strong:
+        config.set_preview_feature(preview.PROFILE_SHARING_0806, True)
+    sources = getattr(trt, "TacticSource", None)
+    if hasattr(sources, "CUDNN") and hasattr(config, "set_tactic_sources"):
+        # TensorRT's own kernels and nothing else: cuBLAS and cuDNN are large and were never faster.
+        left_out = ("CUBLAS", "CUBLAS_LT", "CUDNN")
+        mask = config.get_tactic_sources()
+        for name in left_out:
+            if hasattr(sources, name):
+                mask &= ~(1 << int(getattr(sources, name)))
+        config.set_tactic_sources(mask)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shape = tuple(tensor.shape)
+        if any(side < 0 for side in shape[1:]):
+            raise EngineError(
+                f"`{spec.model.name}` takes sizes that change ({tensor.name}: {shape}); an engine "
+                "needs them fixed: resize to both sides, or run this flow on the CPU"
+            )
+        if shape[0] < 0:
+            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in spec.batch))
+    config.add_optimization_profile(profile)
+    monitor = getattr(trt, "IProgressMonitor", None)
+    if monitor is not None and hasattr(config, "progress_monitor"):
+        config.progress_monitor = _monitor(monitor, progress)
+    return config
+
+
+def _monitor(kind: Any, progress: Callable[[str], None]) -> Any:
+    """TensorRT's progress interface (10 and later), telling of each phase as it starts."""
+
+    class Monitor(kind):  # type: ignore[misc]
+        def __init__(self) -> None:
+            kind.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            progress(f"{phase_name} ({num_steps} steps)")
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return True
+
+        def phase_finish(self, phase_name: str) -> None: ...
+
+    return Monitor()
+
+
+# Running
+
+
+class Engine:
+    """An engine loaded on one GPU, its weights shared by all its contexts."""
+
+    def __init__(self, plan: bytes, spec: EngineSpec) -> None:
+        trt = _trt()
+        self.spec = spec
+        self._runtime = trt.Runtime(_logger())
+        self.engine = self._runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise EngineError(f"TensorRT cannot load the engine of `{spec.model.name}`")
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        is_input = trt.TensorIOMode.INPUT
+        self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == is_input]
+        self.outputs = [n for n in names if self.engine.get_tensor_mode(n) != is_input]
+        # TensorRT makes a context in milliseconds, but not two at once on one engine.
+        self.lock = threading.Lock()
+
+    def dtype(self, name: str) -> str:
+        """numpy's name of a tensor's dtype."""
+        trt = _trt()
+        import numpy as np
+
+        return str(np.dtype(trt.nptype(self.engine.get_tensor_dtype(name))))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape without its batch dimension."""
+        return tuple(self.engine.get_tensor_shape(name))[1:]
+
+
+class Context:
+    """One execution context: its buffers, its stream, a graph for each batch size. One thread's.
+
+    Inputs are written to `inputs[name]` (device memory, batch first); `run` gives the outputs.
+    """
+
+    def __init__(self, engine: Engine, stream: cuda.Stream, *, use_graphs: bool) -> None:
+        import numpy as np
+
+        self.engine = engine
+        self.stream = stream
+        self.most = engine.spec.batch[2]
+        with engine.lock:
+            self._context = engine.engine.create_execution_context()
+        if self._context is None:
+            raise EngineError(
+                f"no execution context for `{engine.spec.model.name}`: out of GPU memory "
+                f"({cuda.free_bytes():,} bytes free)"
+            )
+        self.row_bytes: dict[str, int] = {}
+        self.inputs: dict[str, cuda.DeviceBuffer] = {}
+        self.outputs: dict[str, cuda.DeviceBuffer] = {}
+        self.results: dict[str, cuda.PinnedBuffer] = {}
+        for name in (*engine.inputs, *engine.outputs):
+            dtype, shape = engine.dtype(name), engine.shape(name)
+            row = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            buffer = cuda.DeviceBuffer(row * self.most)
+            self.row_bytes[name] = row
+            self._context.set_tensor_address(name, buffer.address)
+            if name in engine.inputs:
+                self.inputs[name] = buffer
+            else:
+                self.outputs[name] = buffer
+                self.results[name] = cuda.PinnedBuffer((self.most, *shape), dtype)
+        self._shaped = 0
+        self._graphs: dict[int, cuda.Graph] = {}
+        self.sizes = [s for s in GRAPHED_SIZES if s < self.most] + [self.most]
+        self.use_graphs = use_graphs
+
+    def warm(self) -> None:
+        """Run every batch size once and capture it, so that a request only replays."""
+        low = self.engine.spec.batch[0]
+        if not self.use_graphs:
+            for size in {low, self.most}:
+                self._enqueue(size)
+                self.stream.wait()
+            return
+        for size in (s for s in self.sizes if s >= low):
+            self._enqueue(size)  # TensorRT sets itself up for a shape outside of a capture
+            self.stream.wait()
+            self._graphs[size] = self.stream.capture(functools.partial(self._enqueue, size))
+
+    def _enqueue(self, size: int) -> None:
+        if size != self._shaped:
+            for name in self.engine.inputs:
+                if not self._context.set_input_shape(name, (size, *self.engine.shape(name))):
+                    raise EngineError(f"`{self.engine.spec.model.name}` takes no batch of {size}")
+            self._shaped = size
+        if not self._context.execute_async_v3(self.stream.handle):
+            raise InstanceLost(f"TensorRT stopped: {_logger().last}")
+        for name, target in self.results.items():
+            cuda.copy_to_host(target, self.outputs[name], size * self.row_bytes[name], self.stream)
+
+    def start(self, count: int) -> None:
+        """Put a batch of `count` items on the stream, and the copy of its outputs behind it."""
+        graph = None
+        if self.use_graphs:
+            # A batch between two captured sizes runs as the larger: the rows behind it are unused.
+            size = next(s for s in self.sizes if s >= max(count, self.engine.spec.batch[0]))
+            graph = self._graphs.get(size)
+        if graph is not None:
+            graph.launch()
+        else:
+            self._enqueue(max(count, self.engine.spec.batch[0]))
+
+    def collect(self, count: int) -> Mapping[str, NDArray[Any]]:
+        """Wait for the batch, and copy its outputs out of the pinned memory."""
+        self.stream.wait()
+        return {name: target.array[:count].copy() for name, target in self.results.items()}
+
+    def close(self) -> None:
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        for buffer in (*self.inputs.values(), *self.outputs.values()):
+            buffer.close()
+        for result in self.results.values():
+            result.close()
+        self._context = None
+
+
+class Engines:
+    """The engines of an app, one a spec and GPU, built on first need through the store."""
+
+    def __init__(self, store: EngineStore) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._loaded: dict[tuple[EngineSpec, int], Engine] = {}
+
+    def of(self, spec: EngineSpec, gpu: cuda.Gpu) -> Engine:
+        """The engine of a spec on a GPU: already loaded, from the store, or built now."""
+        with self._lock:
+            found = self._loaded.get((spec, gpu.index))
+            if found is None:
+                plan = self._plan(spec, gpu)
+                found = self._loaded[spec, gpu.index] = Engine(plan, spec)
+            return found
+
+    def _plan(self, spec: EngineSpec, gpu: cuda.Gpu) -> bytes:
+        key = spec.key(gpu)
+        loaded = self._store.load(key)
+        if loaded.engine is not None:
+            return loaded.engine
+        log.warning("building an engine for `%s`: %s", spec.model.name, loaded.reason)
+        return self._store.build(key, lambda: build(spec))

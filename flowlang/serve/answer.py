@@ -1,0 +1,167 @@
+"""What goes over the wire: results and errors to bodies, headers and JSON bodies to values.
+
+Layer 4. Knows nothing of connections or routes. What a client is told of an error never holds a
+place in a file, a path or a traceback: those go to the log, under the request's id.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flowlang.app import plain
+from flowlang.diagnostics import BadRequest, RequestError, StageFailed
+from flowlang.plan.types import Image, Record, Scalar, Tensor, Type, Unknown
+from flowlang.runtime.ort import numpy_dtype
+
+JSON, OCTETS, HTML = b"application/json", b"application/octet-stream", b"text/html; charset=utf-8"
+WANTED = frozenset((b"content-length", b"content-encoding", b"x-deadline-ms", b"x-request-id"))
+RETRY_S = b"1"
+
+_ID = re.compile(rb"[\x20-\x7e]{1,128}")
+_MILLISECONDS = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,6})?")
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response but for what every response carries."""
+
+    status: int
+    body: bytes
+    kind: bytes = JSON
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class Refusal(RequestError):
+    """A request turned away before a flow saw it; `is_last` where its body is left unread."""
+
+    def __init__(
+        self,
+        code: str,
+        http_status: int,
+        message: str,
+        *,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        is_last: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.http_status = http_status
+        self.headers = (*headers, (b"connection", b"close")) if is_last else headers
+
+
+def encode(result: Any) -> tuple[bytes, bytes]:
+    """A result's content type and body: bytes as they are, anything else as JSON.
+
+    JSON has no NaN and no infinities; they become null.
+    """
+    if isinstance(result, (bytes, bytearray, memoryview)):
+        return OCTETS, bytes(result)
+    return JSON, to_json(plain(result))
+
+
+def to_json(value: Any) -> bytes:
+    """Plain values as compact JSON in UTF-8."""
+    try:
+        text = _encode(value)
+    except ValueError:
+        text = _encode(_finite(value))
+    return text.encode("utf-8", "replace")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return value
+
+
+def error_answer(error: RequestError, flow: str | None, request_id: bytes) -> Answer:
+    """What a client is told of a request that was not answered with a result."""
+    message = error.message
+    if isinstance(error, StageFailed):  # its message may be any exception's
+        message = f"stage `{error.stage}` failed" if error.stage else "the flow failed"
+    headers = error.headers if isinstance(error, Refusal) else ()
+    if error.http_status in (429, 503):
+        headers = (*headers, (b"retry-after", RETRY_S))
+    told = {
+        "code": error.code,
+        "message": message,
+        "stage": error.stage,
+        "flow": flow,
+        "request_id": request_id.decode("ascii"),
+    }
+    return Answer(error.http_status, to_json({"error": told}), JSON, headers)
+
+
+def request_id_of(given: bytes | None) -> bytes:
+    """The client's id for its request if it can be repeated as it is, else a new one."""
+    if given is not None and _ID.fullmatch(given):
+        return given
+    return b"%016x" % random.getrandbits(64)
+
+
+def deadline_of(given: bytes | None) -> float | None:
+    """Seconds, of an X-Deadline-Ms header. Raises BadRequest."""
+    if given is None:
+        return None
+    if not _MILLISECONDS.fullmatch(given) or not float(given):
+        raise BadRequest("X-Deadline-Ms is a number of milliseconds above 0, such as 250")
+    return float(given) / 1e3
+
+
+def takes_bytes(kind: Type) -> bool:
+    """Whether a flow takes the request's body as it is, rather than JSON."""
+    return isinstance(kind, Unknown) or (isinstance(kind, Scalar) and kind.name == "bytes")
+
+
+def reader_of(kind: Type) -> Callable[[bytes], Any] | None:
+    """What makes a flow's item of a body; None where the body is the item."""
+    if takes_bytes(kind):
+        return None
+
+    def read(body: bytes) -> Any:
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"this flow takes JSON, {kind}: {_reason(error)}") from None
+        return _item(value, kind)
+
+    return read
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at line {error.lineno}, column {error.colno}"
+    return "the body is not UTF-8" if isinstance(error, UnicodeError) else "it cannot be read"
+
+
+def _item(value: Any, kind: Type) -> Any:
+    """A JSON value as a flow takes it: lists become arrays, and strings in base64 bytes."""
+    if isinstance(kind, Record) and isinstance(value, dict):
+        fields = dict(kind.fields)
+        return {n: _item(v, fields[n]) if n in fields else v for n, v in value.items()}
+    if isinstance(kind, (Tensor, Image)):
+        import numpy as np
+
+        try:
+            return np.asarray(value, numpy_dtype(kind.dtype))
+        except (ValueError, TypeError, OverflowError):
+            raise BadRequest(f"this flow takes {kind}, and the JSON is no such array") from None
+    if isinstance(kind, Scalar) and kind.name == "bytes":
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, TypeError, ValueError):
+            raise BadRequest("bytes inside JSON are given as a string in base64") from None
+    return value

@@ -1,0 +1,114 @@
+"""Wrong programs: what is said of them, and that taking the advice mends them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flowlang.diagnostics import Diagnostic, as_json, render
+from tests.cases import ERRORS, REGENERATE, Case, all_cases, applied, check, read_cases
+from tests.standins import furnish
+
+CASES = list(all_cases())
+FILES = sorted(ERRORS.glob("*.flow"))
+EACH_CASE = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return furnish(tmp_path_factory.mktemp("app"))
+
+
+@pytest.fixture(autouse=True)
+def folder(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs stand in a folder with the files they name."""
+    monkeypatch.chdir(furnished)
+    return furnished
+
+
+def told(found: list[Diagnostic]) -> list[Diagnostic]:
+    """The errors; where there are none, what else was said."""
+    return [d for d in found if d.severity == "error"] or found
+
+
+def said(case: Case) -> str:
+    return "\n\n".join(render(d) for d in told(check(case.text, case.options)))
+
+
+def texts(file: Path) -> dict[str, str]:
+    """By name of a case, the expected text."""
+    expected: dict[str, str] = {}
+    for part in file.with_suffix(".txt").read_text("utf-8").split("#= ")[1:]:
+        name, _, text = part.partition("\n")
+        expected[name] = text.strip("\n")
+    return expected
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_what_is_said_of_a_wrong_program(file: Path) -> None:
+    """Each wrong program gives exactly the text that stands beside it."""
+    got = {case.name: said(case) for case in read_cases(file)}
+    if REGENERATE:
+        text = "\n\n".join(f"#= {name}\n{words}" for name, words in got.items())
+        file.with_suffix(".txt").write_text(f"{text}\n", "utf-8")
+    assert got == texts(file)
+
+
+@EACH_CASE
+def test_a_case_is_filed_under_a_slug_it_gives(case: Case) -> None:
+    """Every program under a slug's name really gives that slug."""
+    assert case.slug in {d.slug for d in check(case.text, case.options)}
+
+
+def test_every_slug_has_two_wrong_programs() -> None:
+    """No kind of mistake is covered by one program only; some need bytes that no text file holds."""
+    counts = {file.stem: len(read_cases(file)) for file in FILES}
+    assert {slug for slug, count in counts.items() if count < 2} == {"too-deep"}
+
+
+def fixes() -> Iterator[tuple[Case, Diagnostic]]:
+    for case in CASES:
+        for diagnostic in check(case.text, case.options):
+            if diagnostic.fix is not None:
+                yield case, diagnostic
+
+
+def test_taking_the_advice_mends_the_mistake() -> None:
+    """A help that says where it goes removes the very complaint it stands under."""
+    count = 0
+    for case, diagnostic in fixes():
+        count += 1
+        mended = applied(diagnostic)
+        left = {(d.slug, d.message) for d in check(mended, case.options)}
+        before = [d for d in check(case.text, case.options) if same(d, diagnostic)]
+        after = [d for d in check(mended, case.options) if same(d, diagnostic)]
+        assert len(after) < len(before), f"{case}: {diagnostic.help!r} leaves {left}"
+    assert count > 50
+
+
+def same(one: Diagnostic, other: Diagnostic) -> bool:
+    return (one.slug, one.message) == (other.slug, other.message)
+
+
+@EACH_CASE
+def test_places_lie_in_their_sources(case: Case) -> None:
+    """Every place named by a diagnostic is inside its source, and its lines count from 1."""
+    for diagnostic in check(case.text, case.options):
+        for label in (diagnostic.primary, *diagnostic.secondary):
+            assert 0 <= label.span.start <= label.span.end <= len(label.span.source.text)
+        fields = as_json(diagnostic)
+        assert fields["line"] >= 1
+        assert fields["column"] >= 1
+
+
+@EACH_CASE
+def test_messages_follow_the_house_style(case: Case) -> None:
+    """A message is lower case, on one line, without a full stop, and at most one sentence long."""
+    for diagnostic in check(case.text, case.options):
+        message = diagnostic.message
+        assert "\n" not in message
+        assert not message.endswith(".")
+        assert not message[0].isupper()
+        assert len(message) < 160

@@ -1,0 +1,176 @@
+"""Which items make a batch, held against a plain list that is searched from the front."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowlang.runtime.batcher import Batcher, Item
+from flowlang.runtime.request import Request
+from flowlang.runtime.scheduler import Entrance, Scheduler
+from tests.simulation import Clock, Simulation, plan_of
+
+
+@cache
+def entrance() -> Entrance:
+    """The door of a flow, for requests to belong to."""
+    with TemporaryDirectory() as folder:
+        return Scheduler(plan_of("pass", Path(folder)), Clock()).entrances["main"]
+
+
+@cache
+def nobody() -> Simulation:
+    """A reply that is never told anything here."""
+    with TemporaryDirectory() as folder:
+        return Simulation(plan_of("pass", Path(folder)), lambda stage, items: 0.0)
+
+
+def item_at(arrived_s: float) -> Item:
+    request = Request(entrance(), None, nobody(), None, arrived_s)
+    return Item(request, 0, None, arrived_s)
+
+
+def filled(batcher: Batcher, *arrivals_s: float) -> list[Item]:
+    items = [item_at(arrived_s) for arrived_s in arrivals_s]
+    for item in items:
+        batcher.put(item)
+    return items
+
+
+def test_a_lone_item_is_taken_at_once() -> None:
+    """Without a wait, one item is a batch as soon as it is there, whatever the bounds say."""
+    batcher = Batcher(4, 8, 0.0, 2)
+    items = filled(batcher, 1.0)
+    assert batcher.due_s() == 1.0
+    assert batcher.take(1.0, 2) == items
+    assert batcher.take(1.0, 2) == []
+    assert batcher.due_s() is None
+
+
+@pytest.mark.parametrize(
+    ("waiting", "free", "size"),
+    [(10, 1, 8), (10, 2, 5), (10, 3, 4), (10, 4, 3), (10, 10, 2), (10, 99, 2), (1, 3, 1), (3, 1, 3)],
+)
+def test_what_waits_is_spread_over_the_free_instances(waiting: int, free: int, size: int) -> None:
+    """An instance takes its share of what waits: at least the lower bound, at most the upper."""
+    batcher = Batcher(2, 8, 0.0, 4)
+    items = filled(batcher, *[0.0] * waiting)
+    assert batcher.take(0.0, free) == items[:size]
+
+
+@pytest.mark.parametrize(("waiting", "size"), [(1, 1), (3, 1), (4, 2), (9, 3), (90, 30), (300, 64)])
+def test_a_shared_stage_counts_busy_instances_too(waiting: int, size: int) -> None:
+    """Where a batch saves nothing, a lone free instance leaves the others their share."""
+    batcher = Batcher(1, 64, 0.0, 3, is_shared=True)
+    filled(batcher, *[0.0] * waiting)
+    assert len(batcher.take(0.0, 1)) == size
+
+
+def test_an_incomplete_batch_is_held_until_its_oldest_item_has_waited() -> None:
+    """With a wait, a batch is due when it is complete or when its oldest item has waited."""
+    batcher = Batcher(1, 3, 0.5, 1)
+    items = filled(batcher, 1.0, 1.25)
+    assert batcher.due_s() == 1.5
+    assert batcher.take(1.375, 1) == []
+    assert batcher.take(1.5, 1) == items
+    items = filled(batcher, 2.0, 2.0, 2.0, 2.0)
+    assert batcher.due_s() == 2.0
+    assert batcher.take(2.0, 4) == items[:3]
+    assert batcher.due_s() == 2.5
+
+
+def test_answered_items_delay_and_complete_nothing() -> None:
+    """Items whose request is answered, or that are over, are not taken and set no due time."""
+    batcher = Batcher(1, 8, 0.5, 1)
+    first, second, third = filled(batcher, 1.0, 1.125, 1.25)
+    first.request.outcome = "cancelled"
+    second.is_over = True
+    assert batcher.due_s() == 1.75
+    assert batcher.take(1.5, 1) == []
+    assert batcher.take(1.75, 1) == [third]
+
+
+def test_answered_items_do_not_pile_up_while_no_instance_asks() -> None:
+    """Requests that expire in front of a stuck stage leave its queue as others join it."""
+    batcher = Batcher(1, 8, 0.0, 1)
+    for number in range(100):
+        for item in filled(batcher, float(number)):
+            item.request.outcome = "expired"
+    assert len(batcher.waiting) == 1
+
+
+@dataclass(slots=True)
+class Oracle:
+    """What should wait: a list, searched from the front."""
+
+    low: int
+    high: int
+    wait_s: float
+    instances: int
+    is_shared: bool
+    waiting: list[Item] = field(default_factory=list)
+
+    def live(self) -> list[Item]:
+        return [i for i in self.waiting if not i.request.is_answered and not i.is_over]
+
+
+STEP = st.one_of(
+    st.tuples(st.just("put"), st.integers(0, 3)),
+    st.tuples(st.just("take"), st.integers(1, 4)),
+    st.tuples(st.just("answer"), st.integers(0, 30)),
+    st.tuples(st.just("pass"), st.integers(1, 5)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 5), st.integers(0, 8), st.sampled_from([0.0, 0.25, 1.0]), st.integers(1, 4),
+    st.booleans(), st.lists(STEP, max_size=60),
+)  # fmt: skip
+def test_batches_keep_order_bounds_and_shares(
+    low: int, more: int, wait_s: float, instances: int, is_shared: bool, steps: list[tuple[str, int]]
+) -> None:
+    """Whatever happens, a batch is the front of what waits, within its bounds and its share."""
+    high = low + more
+    batcher = Batcher(low, high, wait_s, instances, is_shared=is_shared)
+    oracle = Oracle(low, high, wait_s, instances, is_shared)
+    now_s = 0.0
+    for step, number in steps:
+        if step == "pass":
+            now_s += number * 0.125
+        elif step == "put":
+            oracle.waiting += filled(batcher, *[now_s] * number)
+        elif step == "answer" and number < len(oracle.waiting):
+            oracle.waiting[number].request.outcome = "answered"
+        elif step == "take":
+            check_take(batcher, oracle, now_s, number)
+
+
+def check_take(batcher: Batcher, oracle: Oracle, now_s: float, free: int) -> None:
+    live = oracle.live()
+    oracle.waiting = oracle.waiting[oracle.waiting.index(live[0]) :] if live else []
+    due_s = batcher.due_s()
+    batch = batcher.take(now_s, free)
+    assert batch == live[: len(batch)]
+    assert len(batch) <= oracle.high
+    assert (due_s is None) == (not live)
+    if not live:
+        return
+    oldest_s = live[0].arrived_s
+    is_due = len(live) >= oracle.high or now_s >= oldest_s + oracle.wait_s
+    assert due_s is not None and due_s <= oldest_s + oracle.wait_s
+    assert batch or not is_due
+    if oracle.waiting == live:
+        among = oracle.instances if oracle.is_shared else free
+        share = len(live) if oracle.wait_s else math.ceil(len(live) / among)
+        size = min(oracle.high, len(live), max(oracle.low, share))
+        assert len(batch) == (size if is_due else 0)
+    if batch:
+        oracle.waiting = oracle.waiting[oracle.waiting.index(batch[-1]) + 1 :]

@@ -1,0 +1,162 @@
+"""A headless Chromium, driven through its DevTools protocol over two pipes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PATIENCE_S = 30.0
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--no-first-run",
+    "--no-proxy-server",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-dev-shm-usage",
+    "--disable-extensions",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--remote-debugging-pipe",
+    "--window-size=1100,800",
+)
+# Chromium reads commands from descriptor 3 and writes answers to 4. The two given may be those
+# very numbers, so they are moved out of the way first.
+LAUNCH = """
+import fcntl, os, sys
+reads, writes = (fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3])
+os.dup2(reads, 3)
+os.dup2(writes, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+def find_chromium() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+class Browser:
+    """One page of a fresh browser. `events` are what the page told unasked."""
+
+    def __init__(self, program: str, folder: Path) -> None:
+        reads, self._out = os.pipe()
+        self._in, writes = os.pipe()
+        arguments = [sys.executable, "-c", LAUNCH, str(reads), str(writes), program, *FLAGS]
+        self._process = subprocess.Popen(
+            [*arguments, f"--user-data-dir={folder}"],
+            pass_fds=(reads, writes),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(reads)
+        os.close(writes)
+        self._received = b""
+        self._count = 0
+        self.events: list[dict[str, Any]] = []
+        self._session: str | None = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def close(self) -> None:
+        self._session = None
+        self.call("Browser.close")
+        self._process.wait(PATIENCE_S)
+        os.close(self._out)
+        os.close(self._in)
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """The result of a command. Raises RuntimeError with what the browser says of it."""
+        self._count += 1
+        message: dict[str, Any] = {"id": self._count, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") != self._count:
+                self.events.append(answer)
+            elif "error" in answer:
+                raise RuntimeError(f"{method}: {answer['error']['message']}")
+            else:
+                result: dict[str, Any] = answer["result"]
+                return result
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._received:
+            if not select.select([self._in], [], [], PATIENCE_S)[0]:
+                raise TimeoutError("the browser does not answer")
+            read = os.read(self._in, 1 << 20)
+            if not read:
+                raise RuntimeError("the browser has ended")
+            self._received += read
+        message, _, self._received = self._received.partition(b"\0")
+        parsed: dict[str, Any] = json.loads(message)
+        return parsed
+
+    def open(self, url: str) -> None:
+        """Load a page, up to its load event."""
+        self.events.clear()
+        self.call("Page.navigate", url=url)
+        self.wait_for("document.readyState == 'complete'")
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page. Raises RuntimeError if it throws."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
+        return answer["result"].get("value")
+
+    def wait_for(self, expression: str) -> Any:
+        """The value of an expression once it is true. Raises TimeoutError."""
+        end_s = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end_s:
+            value = self.evaluate(expression)
+            if value:
+                return value
+            time.sleep(0.02)
+        raise TimeoutError(expression)
+
+    def choose_file(self, selector: str, path: Path) -> None:
+        """Set a file input, as the file dialog would."""
+        found = self.call("Runtime.evaluate", expression=f"document.querySelector({selector!r})")
+        object_id = found["result"]["objectId"]
+        self.call("DOM.setFileInputFiles", files=[str(path)], objectId=object_id)
+
+    def screenshot(self) -> bytes:
+        """The whole page as a PNG file."""
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        return base64.b64decode(shot)
+
+    def complaints(self) -> list[str]:
+        """Exceptions of the page's script, and errors the browser logged (as of a broken CSP)."""
+        self.call("Runtime.evaluate", expression="0")
+        return [
+            json.dumps(event["params"])
+            for event in self.events
+            if event.get("method") == "Runtime.exceptionThrown"
+            or (
+                event.get("method") == "Log.entryAdded"
+                and event["params"]["entry"]["level"] == "error"
+            )
+        ]
+
+    def requested(self) -> list[str]:
+        """The URLs the page asked for."""
+        return [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event.get("method") == "Network.requestWillBeSent"
+        ]

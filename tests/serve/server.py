@@ -1,0 +1,188 @@
+"""Real servers for tests: processes, what they serve, and raw connections to them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from examples import models
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 30.0  # a test that waits longer than this for anything has failed
+
+FLOWS = """
+## Three best classes of one picture.
+export flow classify: bytes -> list<label> =
+  decode -> resize(64) -> rgb -> normalize(imagenet) -> trt("classifier.onnx") -> softmax
+  -> top(3, names="classes.txt")
+export flow two = decode -> resize(64) -> rgb -> normalize(imagenet) -> trt("two_heads.onnx")
+export flow echo = pass
+export flow same = trt("identity.onnx")
+export flow pair = trt("two_inputs.onnx")
+export flow held = trt("identity.onnx", batch=1..64, wait=60s)
+export flow thousand = trt("identity.onnx", batch=1..1000, wait=60s)
+schedule { echo(queue=1000) }
+"""
+
+
+def write_flows(folder: Path) -> Path:
+    """Every kind of flow the tests ask for; `held` and `thousand` wait for a full batch."""
+    models.resnet(folder / "classifier.onnx", width=8, size=64, classes=10)
+    models.labels(folder / "classes.txt", 10)
+    models.two_heads(folder / "two_heads.onnx")
+    models.two_inputs(folder / "two_inputs.onnx")
+    models.identity(folder / "identity.onnx", ("N", 3))
+    return write(folder / "all.flow", FLOWS)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, "utf-8")
+    return path
+
+
+class Server:
+    """A server process. `url` is where it listens; `client` speaks to it."""
+
+    def __init__(self, arguments: list[str], errors: Path) -> None:
+        self._errors = errors
+        with errors.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+            )
+        self._guard = threading.Timer(PATIENCE_S * 2, self.process.kill)
+        self._guard.daemon = True
+        self._guard.start()
+        self.url = self._line("loading, on ").rpartition(" ")[2].strip()
+        self.port = int(self.url.rpartition(":")[2])
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+
+    def _line(self, start: str) -> str:
+        stdout = self.process.stdout
+        assert stdout is not None
+        line = stdout.readline()
+        assert line.startswith(start), line + self.errors
+        return line
+
+    def wait_ready(self) -> Server:
+        self._line("serving ")
+        return self
+
+    @property
+    def errors(self) -> str:
+        """What it wrote to stderr."""
+        return self._errors.read_text()
+
+    def health(self) -> dict[str, Any]:
+        health: dict[str, Any] = self.client.get("/health/ready").json()
+        return health
+
+    def wait_inside(self, count: int) -> None:
+        """Wait until so many requests are inside."""
+        wait_until(lambda: self.health()["requests"] == count)
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> int:
+        """The exit status, once the process has ended."""
+        return self.process.wait(PATIENCE_S)
+
+    def connect(self) -> Raw:
+        return Raw(self.port)
+
+    def close(self) -> None:
+        self._guard.cancel()
+        self.process.kill()
+        self.process.wait()
+        self.client.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str) -> Iterator[Server]:
+    """`flowlang serve` on a free port; killed at the end if it still runs."""
+    with running(folder, "-m", "flowlang", "serve", "--port", "0", *arguments) as server:
+        yield server
+
+
+@contextmanager
+def running(folder: Path, *arguments: str) -> Iterator[Server]:
+    """A Python program that serves."""
+    server = Server(list(arguments), folder / f"stderr-{time.monotonic_ns()}")
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Wait for something to come true. Fails after PATIENCE_S."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < end_s, "it did not come true"
+        time.sleep(0.01)
+
+
+class Raw:
+    """A bare connection, for what no client library would send."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE_S)
+        self._reader = self.socket.makefile("rb")
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._reader.close()
+        self.socket.close()
+
+    def send(self, *parts: bytes | str) -> None:
+        self.socket.sendall(b"".join(p.encode() if isinstance(p, str) else p for p in parts))
+
+    def post(self, path: str, body: bytes, *headers: str) -> None:
+        """Send a whole request."""
+        self.send(head(path, len(body), *headers), body)
+
+    def answer(self) -> tuple[int, dict[str, str], bytes]:
+        """The next response: its status, headers (names in lower case) and body."""
+        status = int(self._reader.readline().split()[1])
+        lines = iter(lambda: self._reader.readline().strip().decode(), "")
+        headers = {n.lower(): v.strip() for n, _, v in (line.partition(":") for line in lines)}
+        return status, headers, self._reader.read(int(headers["content-length"]))
+
+    def error(self) -> tuple[int, str]:
+        """The next response, an error: its status and code."""
+        status, _, body = self.answer()
+        return status, json.loads(body)["error"]["code"]
+
+    def wait_closed(self) -> None:
+        """Wait for the server to close the connection. Raises TimeoutError if it does not."""
+        with contextlib.suppress(ConnectionResetError):
+            self._reader.read()
+
+
+def head(path: str, length: int, *headers: str) -> str:
+    lines = [f"POST {path} HTTP/1.1", "Host: test", f"Content-Length: {length}", *headers]
+    return "\r\n".join([*lines, "", ""])

@@ -1,0 +1,76 @@
+"""Model files that say what a model takes and gives, and compute nothing: enough for checking.
+
+Every program under tests/errors, on the pages of the errors and in docs/language.md finds the files
+it names in a folder furnished here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from onnx import TensorProto, helper, save_model
+
+Dims: TypeAlias = "Sequence[int | str | None] | None"
+Port: TypeAlias = "tuple[str, str, Dims]"
+
+DTYPES = {
+    "f16": TensorProto.FLOAT16, "f32": TensorProto.FLOAT, "f64": TensorProto.DOUBLE,
+    "u8": TensorProto.UINT8, "i8": TensorProto.INT8, "u16": TensorProto.UINT16,
+    "i16": TensorProto.INT16, "i32": TensorProto.INT32, "i64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+}  # fmt: skip
+
+IMAGE: Port = ("data", "f32", ("N", 3, 224, 224))
+LOGITS: Port = ("logits", "f32", ("N", 1000))
+
+MODELS: dict[str, tuple[list[Port], list[Port]]] = {
+    "resnet50.onnx": ([IMAGE], [LOGITS]),
+    "small.onnx": ([IMAGE], [LOGITS]),
+    "model.onnx": ([IMAGE], [LOGITS]),
+    "models/resnet50.onnx": ([IMAGE], [LOGITS]),
+    "fixed.onnx": ([("data", "f32", (4, 3, 224, 224))], [("logits", "f32", (4, 1000))]),
+    "gray.onnx": ([("data", "f32", ("N", 1, 28, 28))], [("digits", "f32", ("N", 10))]),
+    "levels.onnx": ([("picture", "u8", ("N", None, None, 3))], [LOGITS]),
+    "ids.onnx": ([("ids", "i64", ("N", 16))], [("vector", "f32", ("N", 64))]),
+    "vector.onnx": ([("vector", "f32", ("N", 1000))], [("score", "f32", ("N", 2))]),
+    "det.onnx": (
+        [("images", "f32", ("N", 3, 480, 640))],
+        [("boxes", "f32", ("N", 100, 4)), ("scores", "f32", ("N", 100))],
+    ),
+    "pair.onnx": (
+        [("left", "f32", ("N", 1000)), ("right", "f32", ("N", 1000))],
+        [("score", "f32", ("N", 1))],
+    ),
+    "rec.onnx": ([("x", "f32", ("N", 1, 32, 512))], [("steps", "f32", ("N", 64, 97))]),
+}
+TEXTS = {
+    "imagenet.txt": "".join(f"class {i}\n" for i in range(1000)),
+    "models/imagenet.txt": "".join(f"class {i}\n" for i in range(1000)),
+    "keys.txt": "".join(f"{chr(0x61 + i % 26)}\n" for i in range(96)),
+    "notes.txt": "not a model\n",
+}
+
+
+def write_model(path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Path:
+    """Write a model that declares these inputs and outputs: (name, dtype, dimensions) each."""
+
+    def declare(port: Port) -> Any:
+        name, dtype, dims = port
+        return helper.make_tensor_value_info(name, DTYPES[dtype], dims)
+
+    nodes = [helper.make_node("Identity", [inputs[0][0]], [name]) for name, _, _ in outputs]
+    graph = helper.make_graph(nodes, "standin", [*map(declare, inputs)], [*map(declare, outputs)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_model(helper.make_model(graph), path)
+    return path
+
+
+def furnish(folder: Path) -> Path:
+    """Write all stand-in files into a folder."""
+    for name, (inputs, outputs) in MODELS.items():
+        write_model(folder / name, inputs, outputs)
+    for name, text in TEXTS.items():
+        (folder / name).write_text(text, "utf-8")
+    return folder
