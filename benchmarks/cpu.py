@@ -1,0 +1,443 @@
+"""The tables of the README on a CPU, each number beside the limit measured in the same rounds.
+
+    python -m benchmarks.cpu [--rounds 5] [--seconds 4] [--only classify,overhead,batching,startup]
+
+The variants of a job take turns, round after round, and ratios are taken within a round: a machine
+that is slow for a minute is slow for all of them. What other processes used meanwhile is noted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.load import Result, asyncio_clients, machine_cpu_seconds, table, thread_clients
+from examples.models import mlp, resnet
+from flowlang import Flow, load
+from tests.pictures import photographs
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+CLIENTS, MANY = 10, 64
+QUIET_CORES = 0.15  # what others may use without the machine counting as noisy
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+PACKAGES = ("numpy", "opencv-python-headless", "onnxruntime", "onnx", "lark", "click", "uvloop")
+
+Variants: TypeAlias = Mapping[str, Callable[[], Result]]
+
+
+class Run:
+    """One run: its folder of models and flows, how long it measures, what it found."""
+
+    def __init__(self, folder: Path, rounds: int, seconds: float, patience_s: float) -> None:
+        self.folder = folder
+        self.rounds = rounds
+        self.seconds = seconds
+        self.patience_s = patience_s
+        self.cores = len(os.sched_getaffinity(0))
+        self.found: dict[str, Any] = {"machine": machine(), "jobs": {}}
+
+    def flow(self, name: str, text: str) -> Path:
+        path = self.folder / f"{name}.flow"
+        path.write_text(text + "\n")
+        return path
+
+    def wait_for_quiet(self) -> None:
+        """Wait until others leave the machine alone, as long as there is patience left."""
+        while self.patience_s > 0:
+            start_s, busy_s = time.perf_counter(), machine_cpu_seconds()
+            time.sleep(0.5)
+            passed_s = time.perf_counter() - start_s
+            if (machine_cpu_seconds() - busy_s) / passed_s < QUIET_CORES:
+                return
+            self.patience_s -= passed_s
+
+    def measure(self, variants: Variants, rounds: int | None = None) -> dict[str, list[Result]]:
+        """Every variant once a round, each round starting with another one."""
+        found: dict[str, list[Result]] = {name: [] for name in variants}
+        order = list(variants)
+        for number in range(rounds or self.rounds):
+            for name in order[number % len(order) :] + order[: number % len(order)]:
+                self.wait_for_quiet()
+                found[name].append(variants[name]())
+        return found
+
+    def note(
+        self, job: str, found: Mapping[str, list[Result]], ratios: Mapping[str, list[float]]
+    ) -> None:
+        """Keep a job's findings: the median round of each variant, and the ratios of rounds."""
+        print(f"\n### {job}\n\n{table([middle(r) for r in found.values()])}\n")
+        for what, values in ratios.items():
+            print(f"- {what}: **{spread(values)}**", flush=True)
+        others = [r.usage["others"] for results in found.values() for r in results]
+        self.found["jobs"][job] = {
+            "ratios": {what: summary(values) for what, values in ratios.items()},
+            "others_cores": round(statistics.median(others), 2),
+            "is_noisy": statistics.median(others) > QUIET_CORES,
+            "rounds": {name: [r.as_json() for r in results] for name, results in found.items()},
+        }
+
+
+def machine() -> dict[str, Any]:
+    """Processor and versions, to stand beside every number."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "flowlang": version("flowlang"),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def middle(results: Sequence[Result]) -> Result:
+    """The round of the median rate."""
+    return sorted(results, key=lambda r: r.qps)[len(results) // 2]
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 4),
+        "least": round(min(values), 4),
+        "most": round(max(values), 4),
+    }
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def rates(found: Mapping[str, list[Result]], name: str, over: str) -> list[float]:
+    """A variant's rate over another's, round by round."""
+    return [a.qps / b.qps for a, b in zip(found[name], found[over], strict=True)]
+
+
+def latencies(found: Mapping[str, list[Result]], name: str, over: str) -> list[float]:
+    """A variant's median latency over another's, round by round."""
+    return [a.p50_ms / b.p50_ms for a, b in zip(found[name], found[over], strict=True)]
+
+
+# A classifier: JPEG to logits
+
+
+def prepare(picture: bytes) -> NDArray[np.float32]:
+    """A JPEG as the model's input, float32 1x3x224x224, with what is fastest in OpenCV."""
+    import cv2
+
+    image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
+    image = cv2.cvtColor(cv2.resize(image, (224, 224)), cv2.COLOR_BGR2RGB)
+    out = np.empty((1, 3, 224, 224), np.float32)
+    for plane, levels, target in zip(cv2.split(image), LEVELS, out[0], strict=True):
+        cv2.LUT(plane, levels, dst=target)
+    return out
+
+
+LEVELS = [
+    ((np.arange(256, dtype=np.float32) - np.float32(m)) / np.float32(s)).astype(np.float32)
+    for m, s in zip(MEAN, STD, strict=True)
+]
+
+
+def session(model: Path, threads: int = 0) -> Any:
+    """An ONNX Runtime session with its default options, or with this many threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def independent_loops(run: Run, model: Path, inputs: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A call for as many threads as cores, each with an ONNX Runtime of one thread to itself."""
+    own = threading.local()
+    free = deque(session(model, 1) for _ in range(run.cores))
+
+    def call(item: Any) -> Any:
+        if not hasattr(own, "session"):
+            own.session = free[0]
+            free.rotate()
+        return own.session.run(None, {"data": inputs(item)})
+
+    return call
+
+
+def behind_a_lock(model: Path) -> Callable[[bytes], Any]:
+    """Client threads prepare their pictures, and share one ONNX Runtime one at a time."""
+    shared, lock = session(model), threading.Lock()
+
+    def call(picture: bytes) -> Any:
+        values = prepare(picture)
+        with lock:
+            return shared.run(None, {"data": values})
+
+    return call
+
+
+def classify(run: Run) -> None:
+    """ResNet-50 from JPEG to logits, against loops that have nothing to schedule."""
+    model = resnet(run.folder / "resnet50.onnx", depth=50, width=64)
+    pictures = photographs(64)
+    text = 'decode -> resize(224) -> rgb -> normalize(imagenet) -> trt("resnet50.onnx"{})'
+    loops, default = independent_loops(run, model, prepare), session(model)
+    baseline = behind_a_lock(model)
+    seconds = run.seconds
+    with (
+        app(run, "plain", text.format("")) as flow,
+        app(run, "batched", text.format(", batch=1..4")) as batched,
+    ):
+        check_answers(flow, default, pictures[0])
+        found = run.measure(
+            {
+                "independent loops": lambda: thread_clients(
+                    "limit: one independent loop a core", loops, pictures, run.cores, seconds
+                ),
+                "baseline": lambda: thread_clients(
+                    "baseline: ONNX Runtime behind a lock, threads",
+                    baseline, pictures, CLIENTS, seconds,
+                ),  # fmt: skip
+                "asyncio": lambda: asyncio_clients(
+                    "flowlang, asyncio", flow.acall, pictures, CLIENTS, seconds
+                ),
+                "threads": lambda: thread_clients(
+                    "flowlang, threads", flow, pictures, CLIENTS, seconds
+                ),
+                "batched asyncio": lambda: asyncio_clients(
+                    "flowlang batch=1..4, asyncio", batched.acall, pictures, CLIENTS, seconds
+                ),
+                "batched threads": lambda: thread_clients(
+                    "flowlang batch=1..4, threads", batched, pictures, CLIENTS, seconds
+                ),
+                "loop alone": lambda: thread_clients(
+                    "one loop, ONNX Runtime's default threads",
+                    lambda p: default.run(None, {"data": prepare(p)}), pictures, 1, seconds / 2,
+                ),
+                "flowlang alone": lambda: thread_clients(
+                    "flowlang, one caller", flow, pictures, 1, seconds / 2
+                ),
+            }
+        )  # fmt: skip
+    ours = ("asyncio", "threads", "batched asyncio", "batched threads")
+    ratios = {f"{n} over the limit": rates(found, n, "independent loops") for n in ours}
+    ratios["limit over the baseline"] = rates(found, "independent loops", "baseline")
+    ratios["asyncio over the baseline"] = rates(found, "asyncio", "baseline")
+    ratios["p50 of one caller over the loop's"] = latencies(found, "flowlang alone", "loop alone")
+    run.note("classify", found, ratios)
+
+
+def check_answers(flow: Flow, reference: Any, picture: bytes) -> None:
+    """A benchmark of wrong answers would be worth nothing."""
+    expected = reference.run(None, {"data": prepare(picture)})[0][0]
+    if not np.allclose(flow(picture), expected, rtol=1e-3, atol=1e-3):
+        raise RuntimeError("flowlang and the loop it is measured against give different logits")
+
+
+@contextmanager
+def app(run: Run, name: str, text: str) -> Iterator[Flow]:
+    with load(run.flow(name, text), device="cpu") as loaded:
+        yield next(iter(loaded.flows.values()))
+
+
+# What the runtime itself costs
+
+
+class BareLoop:
+    """The least that can group calls of an event loop: a queue, a thread, and Futures.
+
+    Each batch costs one `call_soon_threadsafe`. It knows no deadline, no limit and no cancelling.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[asyncio.Future[Any], asyncio.AbstractEventLoop, Any]] = deque()
+        self._bell = threading.Semaphore(0)
+        self._is_idle = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    async def call(self, item: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._waiting.append((future, loop, item))
+        if self._is_idle:
+            self._is_idle = False
+            self._bell.release()
+        return await future
+
+    def _work(self) -> None:
+        while True:
+            if not self._waiting:
+                self._is_idle = True
+                if not self._waiting:
+                    self._bell.acquire()
+            batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            if any(future is None for future, _, _ in batch):
+                return
+            if batch:
+                loop = batch[0][1]
+                loop.call_soon_threadsafe(self._answer, batch)
+
+    @staticmethod
+    def _answer(batch: Sequence[tuple[asyncio.Future[Any], Any, Any]]) -> None:
+        for future, _, item in batch:
+            if not future.done():
+                future.set_result(item)
+
+
+def overhead(run: Run) -> None:
+    """A flow that does nothing: what a request costs besides its work."""
+    seconds, items, bare = run.seconds / 2, [b"x"], BareLoop()
+    with app(run, "pass", "flow echo: bytes -> bytes = pass") as flow:
+        found = run.measure(
+            {
+                "blocking": lambda: thread_clients("one blocking caller", flow, items, 1, seconds),
+                "uvloop": lambda: asyncio_clients("uvloop", flow.acall, items, MANY, seconds),
+                "asyncio": lambda: asyncio_clients(
+                    "asyncio's own loop", flow.acall, items, MANY, seconds, run=asyncio.run
+                ),
+                "bare uvloop": lambda: asyncio_clients(
+                    "bare queue, uvloop", bare.call, items, MANY, seconds
+                ),
+                "bare asyncio": lambda: asyncio_clients(
+                    "bare queue, asyncio's own loop",
+                    bare.call,
+                    items,
+                    MANY,
+                    seconds,
+                    run=asyncio.run,
+                ),  # fmt: skip
+            }
+        )
+    ratios = {
+        "p50 of one blocking caller, microseconds": [r.p50_ms * 1e3 for r in found["blocking"]],
+        "requests a second, uvloop": [r.qps for r in found["uvloop"]],
+        "requests a second, asyncio's own loop": [r.qps for r in found["asyncio"]],
+        "uvloop over the bare queue": rates(found, "uvloop", "bare uvloop"),
+        "asyncio over the bare queue": rates(found, "asyncio", "bare asyncio"),
+    }
+    run.note("overhead", found, ratios)
+
+
+# What batching is for
+
+
+def batching(run: Run) -> None:
+    """A model whose time goes into reading its weights, in batches of 1 and of up to 8."""
+    mlp(run.folder / "mlp.onnx", inputs=2048, hidden=4096, layers=4, outputs=1000)
+    random = np.random.default_rng(0)
+    items = list(random.standard_normal((64, 2048), dtype=np.float32))
+    text = 'flow main: tensor<f32, 2048> -> tensor<f32, 1000> = trt("mlp.onnx", batch={})'
+    loops = independent_loops(run, run.folder / "mlp.onnx", lambda item: item[None])
+    with ExitStack() as apps:
+        single, batched = (
+            apps.enter_context(app(run, f"mlp{most}", text.format(f"1..{most}"))) for most in (1, 8)
+        )
+        found = run.measure(
+            {
+                "independent loops": lambda: thread_clients(
+                    "one independent loop a core, batch 1", loops, items, run.cores, run.seconds / 2
+                ),
+                "batch=1": lambda: asyncio_clients(
+                    "flowlang batch=1", single.acall, items, 16, run.seconds / 2
+                ),
+                "batch=1..8": lambda: asyncio_clients(
+                    "flowlang batch=1..8", batched.acall, items, 16, run.seconds / 2
+                ),
+            }
+        )
+    ratios = {
+        "batch=1..8 over batch=1": rates(found, "batch=1..8", "batch=1"),
+        "batch=1 over the loops": rates(found, "batch=1", "independent loops"),
+    }
+    run.note("batching", found, ratios)
+
+
+# Start-up
+
+
+def startup(run: Run) -> None:
+    """A whole `flowlang explain` of the one-liner, beside the interpreter alone."""
+    resnet(run.folder / "resnet50.onnx", depth=50, width=64)
+    path = run.flow(
+        "one-line", 'decode -> resize(224) -> rgb -> trt("resnet50.onnx", fp16, batch=1..4) x4'
+    )
+    # Compiled modules are part of an installation, whatever is set for this process.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(run.folder / "compiled")
+    commands = {
+        "interpreter": ["-c", "pass"],
+        "import": ["-c", "import flowlang"],
+        "explain": ["-m", "flowlang", "explain", str(path)],
+    }
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for number in range(2 * run.rounds + 1):
+        for name, arguments in commands.items():
+            run.wait_for_quiet()
+            start_s = time.perf_counter()
+            subprocess.run(
+                [sys.executable, *arguments], env=environment, check=True, capture_output=True
+            )
+            if number:  # the first one fills the caches
+                times[name].append((time.perf_counter() - start_s) * 1e3)
+    beyond = [a - b for a, b in zip(times["explain"], times["interpreter"], strict=True)]
+    print("\n### startup\n")
+    for name, values in {**times, "explain beyond the interpreter": beyond}.items():
+        print(f"- {name}, ms: **{spread(values)}**")
+    self_ms = {name: summary(values) for name, values in times.items()}
+    self_ms["explain beyond the interpreter"] = summary(beyond)
+    run.found["jobs"]["startup"] = {"milliseconds": self_ms}
+
+
+JOBS: dict[str, Callable[[Run], None]] = {
+    "classify": classify,
+    "overhead": overhead,
+    "batching": batching,
+    "startup": startup,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each loop of the classifier")
+    parser.add_argument("--only", default=",".join(JOBS), help="jobs, with commas between them")
+    parser.add_argument("--models", type=Path, help="folder to keep the models in")
+    parser.add_argument(
+        "--patience", type=float, default=60.0, help="seconds to wait for a quiet machine, in all"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.models or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = Run(folder, options.rounds, options.seconds, options.patience)
+        for name in options.only.split(","):
+            JOBS[name](run)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(run.found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

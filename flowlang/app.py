@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import os
 import time
 import weakref
@@ -67,6 +68,7 @@ class Flow:
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopReply] = (
             weakref.WeakKeyDictionary()
         )
+        self._last_loop: tuple[weakref.ref[asyncio.AbstractEventLoop], LoopReply] | None = None
 
     def __call__(self, item: Any, *, deadline_s: float | None = None) -> Any:
         """The answer for one item, waiting for it.
@@ -91,9 +93,8 @@ class Flow:
     async def acall(self, item: Any, *, deadline_s: float | None = None) -> Any:
         """The answer for one item, without blocking the event loop."""
         loop = asyncio.get_running_loop()
-        reply = self._loops.get(loop)
-        if reply is None:
-            reply = self._loops[loop] = LoopReply(loop)
+        last = self._last_loop
+        reply = last[1] if last is not None and last[0]() is loop else self._reply_of(loop)
         future = loop.create_future()
         request = self._submit(item, reply, future, deadline_s)
         try:
@@ -101,6 +102,14 @@ class Flow:
         except asyncio.CancelledError:
             self._scheduler.cancel(request)
             raise
+
+    def _reply_of(self, loop: asyncio.AbstractEventLoop) -> LoopReply:
+        """The reply of an event loop; the last one used is found without a look-up."""
+        reply = self._loops.get(loop)
+        if reply is None:
+            reply = self._loops[loop] = LoopReply(loop)
+        self._last_loop = (weakref.ref(loop), reply)
+        return reply
 
     def map(
         self,
@@ -181,6 +190,9 @@ class App:
         self._start()
 
     def _start(self) -> None:
+        # Lanes import what they need. Threads that import numpy for the first time together, one of
+        # them through another package, can find it half made.
+        importlib.import_module("numpy")
         self._watch.start()
         for lane in self._lanes:
             lane.start()
@@ -193,28 +205,30 @@ class App:
 
     def __getitem__(self, name: str) -> Flow:
         """A flow by name. Raises FlowError with the names there are."""
-        if name not in self.flows:
-            raise FlowError(f"there is no flow `{name}`; there is {', '.join(self.flows)}")
-        return self.flows[name]
+        return self.flow(name)
 
-    @property
-    def _only(self) -> Flow:
-        if len(self.flows) != 1:
-            names = ", ".join(f'app["{n}"]' for n in self.flows)
-            raise FlowError(f"this file has several flows, so say which one: {names}")
-        return next(iter(self.flows.values()))
+    def flow(self, name: str | None = None) -> Flow:
+        """A flow by name, or the only one. Raises FlowError with the names there are."""
+        names = ", ".join(f"`{n}`" for n in self.flows)
+        if name is None:
+            if len(self.flows) != 1:
+                raise FlowError(f"there are several flows, so name one of them: {names}")
+            return next(iter(self.flows.values()))
+        if name not in self.flows:
+            raise FlowError(f"there is no flow `{name}`; there is {names}")
+        return self.flows[name]
 
     def __call__(self, item: Any, *, deadline_s: float | None = None) -> Any:
         """See Flow.__call__."""
-        return self._only(item, deadline_s=deadline_s)
+        return self.flow()(item, deadline_s=deadline_s)
 
     def submit(self, item: Any, *, deadline_s: float | None = None) -> Future[Any]:
         """See Flow.submit."""
-        return self._only.submit(item, deadline_s=deadline_s)
+        return self.flow().submit(item, deadline_s=deadline_s)
 
     async def acall(self, item: Any, *, deadline_s: float | None = None) -> Any:
         """See Flow.acall."""
-        return await self._only.acall(item, deadline_s=deadline_s)
+        return await self.flow().acall(item, deadline_s=deadline_s)
 
     def map(
         self,
@@ -225,7 +239,7 @@ class App:
         deadline_s: float | None = None,
     ) -> Iterator[Any]:
         """See Flow.map."""
-        return self._only.map(items, errors=errors, ahead=ahead, deadline_s=deadline_s)
+        return self.flow().map(items, errors=errors, ahead=ahead, deadline_s=deadline_s)
 
     def close(self, grace_s: float = GRACE_S) -> bool:
         """Take no more, answer what was accepted, stop. Closing twice does nothing.
@@ -288,7 +302,10 @@ def _accept_array(item: Any, kind: Image | Tensor) -> Any:
     from flowlang.runtime.ort import numpy_dtype
 
     dtype = numpy_dtype(kind.dtype)
-    array = item if isinstance(item, np.ndarray) else np.asarray(item, dtype)
+    try:
+        array = item if isinstance(item, np.ndarray) else np.asarray(item, dtype)
+    except (ValueError, TypeError, OverflowError):
+        raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}") from None
     if str(array.dtype) != dtype:
         raise BadRequest(f"this flow takes {kind}, not an array of {array.dtype}")
     if isinstance(kind, Image):

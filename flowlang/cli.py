@@ -5,11 +5,11 @@ Layer 4. Exit status: 0 all well, 1 an item or a check failed, 2 wrong use.
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import re
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,15 +21,15 @@ from flowlang.diagnostics import (
     CompileError,
     Diagnostic,
     FlowError,
-    RequestError,
     render,
     to_json,
 )
+from flowlang.rows import shown
 
 if TYPE_CHECKING:
-    from flowlang.app import App
+    from flowlang.app import App, Flow
 
-FAILED, WRONG_USE = 1, 2
+FAILED, INTERRUPTED = 1, 130
 _STYLES = {"error": "red", "warning": "yellow", "hint": "cyan"}
 
 
@@ -44,28 +44,63 @@ def _print_diagnostic(diagnostic: Diagnostic, *, err: bool = True) -> None:
     click.echo(err=err)
 
 
-def _fail(error: Exception, status: int = FAILED) -> NoReturn:
-    """Say what went wrong as it deserves, and end with a status."""
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' if number != 1 else ''}"
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Say what went wrong as it deserves, and end."""
     if isinstance(error, CompileError):
         for diagnostic in error.diagnostics:
             _print_diagnostic(diagnostic)
-        count = len(error.diagnostics)
-        click.echo(f"{count} error{'s' if count > 1 else ''}", err=True)
+        click.echo(_count(len(error.diagnostics), "error"), err=True)
     elif isinstance(error, OSError):
-        click.echo(f"flowlang: {error.filename}: {error.strerror}", err=True)
+        click.echo(f"flowlang: {_reason(error)}", err=True)
     else:
         click.echo(f"flowlang: {error}", err=True)
-    sys.exit(status)
+    sys.exit(FAILED)
 
 
-def _values(pairs: tuple[str, ...]) -> dict[str, str]:
+def _reason(error: OSError) -> str:
+    """What the operating system says, and of which file."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{shown(error.filename)}: {error.strerror}"
+
+
+class _Commands(click.Group):
+    """The commands, with one end for each way in which any of them can fail."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FlowError as error:
+            _fail(error)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # who read our output has gone: click ends it silently
+                raise
+            _fail(error)
+        except KeyboardInterrupt:
+            click.echo("flowlang: interrupted", err=True)
+            sys.stdout.flush()
+            # A thread inside a model's code aborts the process if the interpreter ends around it.
+            os._exit(INTERRUPTED)
+
+
+def _values(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
     values = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise click.UsageError(f"--set takes NAME=VALUE, not {pair!r}")
+        if not equals or not name.strip():
+            raise click.BadParameter(f"it takes NAME=VALUE, not {pair!r}")
         values[name.strip()] = value
     return values
+
+
+def _checked_device(ctx: click.Context, param: click.Parameter, device: str | None) -> str | None:
+    if device is not None and not re.fullmatch("cpu|gpu(:[0-9]+)?", device):
+        raise click.BadParameter(f"{device!r} is none of cpu, gpu and gpu:NUMBER")
+    return device
 
 
 _FILE = click.Path(exists=True, dir_okay=False)
@@ -75,7 +110,12 @@ def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of every command that plans a flow."""
     for option in (
         click.option(
-            "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Override a param."
+            "--set",
+            "values",
+            multiple=True,
+            metavar="NAME=VALUE",
+            callback=_values,
+            help="Override a param.",
         ),
         click.option(
             "--schedule", metavar="NAME", help="Lay a named schedule over the unnamed one."
@@ -86,35 +126,39 @@ def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _device = click.option(
-    "--device", metavar="DEVICE", help="Where to run: cpu. The default is the best there is."
+    "--device",
+    metavar="DEVICE",
+    callback=_checked_device,
+    help="Where to run: cpu, gpu or gpu:NUMBER. The default is the GPU where there is one.",
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="flowlang")
 def main() -> None:
     """One line of pipeline, checked before it runs, served on the whole machine."""
 
 
 @main.command()
-@click.argument("file", type=_FILE)
+@click.argument("files", nargs=-1, required=True, type=_FILE)
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
 @_plan_options
-def check(file: str, form: str, pairs: tuple[str, ...], schedule: str | None) -> None:
-    """Check FILE: every error in one run, nothing is run."""
+def check(files: tuple[str, ...], form: str, values: dict[str, str], schedule: str | None) -> None:
+    """Check FILES: every error in one run, nothing is run."""
     from flowlang.plan.files import check as check_file
 
-    found = check_file(file, values=_values(pairs), schedule=schedule)
-    errors = [d for d in found if d.severity == "error"]
+    found = {file: check_file(file, values=values, schedule=schedule) for file in files}
     if form == "json":
-        click.echo(to_json(found))
-    else:
-        for diagnostic in found:
-            _print_diagnostic(diagnostic, err=False)
-        click.echo(
-            f"{file}: {f'{len(errors)} error' + 's' * (len(errors) > 1) if errors else 'ok'}"
-        )
-    sys.exit(FAILED if errors else 0)
+        click.echo(to_json([d for diagnostics in found.values() for d in diagnostics]))
+    failed = False
+    for file, diagnostics in found.items():
+        errors = sum(d.severity == "error" for d in diagnostics)
+        failed = failed or errors > 0
+        if form == "text":
+            for diagnostic in diagnostics:
+                _print_diagnostic(diagnostic, err=False)
+            click.echo(f"{shown(file)}: {_count(errors, 'error') if errors else 'ok'}")
+    sys.exit(FAILED if failed else 0)
 
 
 @main.command()
@@ -130,8 +174,7 @@ def fmt(files: tuple[str, ...], only_check: bool) -> None:
     failed = False
     for file in files:
         try:
-            source = read_source(file)
-            text = format_program(parse(source))
+            text = format_program(parse(read_source(file)))
         except CompileError as error:
             for diagnostic in error.diagnostics:
                 _print_diagnostic(diagnostic)
@@ -139,21 +182,24 @@ def fmt(files: tuple[str, ...], only_check: bool) -> None:
             continue
         changed = text.encode() != Path(file).read_bytes()
         if changed and only_check:
-            click.echo(f"would reformat {file}")
+            click.echo(f"would reformat {shown(file)}")
             failed = True
         elif changed:
             _replace(Path(file), text)
-            click.echo(f"reformatted {file}")
+            click.echo(f"reformatted {shown(file)}")
     sys.exit(FAILED if failed else 0)
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Raises OSError."""
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, "utf-8", newline="")
-    temporary.chmod(path.stat().st_mode & 0o7777)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, "utf-8", newline="")
+        temporary.chmod(path.stat().st_mode & 0o7777)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @main.command()
@@ -164,7 +210,7 @@ def _replace(path: Path, text: str) -> None:
 @_device
 @_plan_options
 def explain(
-    file: str, physical: bool, device: str | None, pairs: tuple[str, ...], schedule: str | None
+    file: str, physical: bool, device: str | None, values: dict[str, str], schedule: str | None
 ) -> None:
     """Print the plan of FILE: operators and types, or with --physical its stages."""
     from flowlang.plan.explain import explain_physical, explain_plan
@@ -172,14 +218,11 @@ def explain(
     from flowlang.plan.physical import lower
     from flowlang.runtime.machine import this_machine
 
-    try:
-        plan = compile_file(file, values=_values(pairs), schedule=schedule)
-        if physical:
-            click.echo(explain_physical(plan, lower(plan, this_machine(device))), nl=False)
-        else:
-            click.echo(explain_plan(plan), nl=False)
-    except (FlowError, OSError) as error:
-        _fail(error)
+    plan = compile_file(file, values=values, schedule=schedule)
+    if physical:
+        click.echo(explain_physical(plan, lower(plan, this_machine(device))), nl=False)
+    else:
+        click.echo(explain_plan(plan), nl=False)
 
 
 @main.command("explain-error")
@@ -197,8 +240,7 @@ def explain_error(slug: str | None) -> None:
         from flowlang.plan.arguments import did_you_mean
 
         hint = did_you_mean(slug, pages) or "`flowlang explain-error` lists them all"
-        click.echo(f"flowlang: there is no error `{slug}`: {hint}", err=True)
-        sys.exit(WRONG_USE)
+        raise click.BadParameter(f"there is no error `{slug}`: {hint}", param_hint="SLUG")
     text = pages[slug].read_text("utf-8")
     if sys.stdout.isatty():
         from rich.console import Console
@@ -211,142 +253,62 @@ def explain_error(slug: str | None) -> None:
 
 @main.command()
 @click.argument("file", type=_FILE)
-@click.argument("pictures", nargs=-1, required=True, type=click.Path())
+@click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--json", "as_lines", is_flag=True, help="One JSON object a line: path, result or error."
+    "--json", "as_json", is_flag=True, help="One JSON object a line: path, result or error."
 )
 @click.option("--flow", "name", help="Which flow, where the file serves several.")
 @_device
 @_plan_options
 def run(
     file: str,
-    pictures: tuple[str, ...],
-    as_lines: bool,
+    pictures: tuple[Path, ...],
+    as_json: bool,
     name: str | None,
     device: str | None,
-    pairs: tuple[str, ...],
+    values: dict[str, str],
     schedule: str | None,
 ) -> None:
     """Run the flow of FILE over PICTURES (files, or folders of them)."""
-    app = _load(file, device, pairs, schedule)
-    with app:
+    from flowlang.app import load
+    from flowlang.rows import answers_of, print_json, print_text, with_progress
+
+    paths = [path for given in pictures for path in _files(given)]
+    if not paths:
+        raise click.BadParameter("there is no file in the folders given", param_hint="PICTURES")
+    with load(file, device=device, values=values, schedule=schedule) as app:
         try:
-            flow = app[name] if name else app._only
-        except FlowError as error:
-            _fail(error, WRONG_USE)
-        paths = list(_picture_files(pictures))
-        contents: dict[int, OSError] = {}
-
-        def items() -> Iterator[Any]:
-            for index, path in enumerate(paths):
-                try:
-                    yield path.read_bytes()
-                except OSError as error:
-                    contents[index] = error
-                    yield b""
-
-        answers = (
-            contents.get(index, answer)
-            for index, answer in enumerate(flow.map(items(), errors="return"))
-        )
-        printer = _print_lines if as_lines else _print_table
-        failures = printer(paths, answers)
+            answers = with_progress(answers_of(_flow(app, name), paths), len(paths))
+            failures = (print_json if as_json else print_text)(paths, answers)
+        except KeyboardInterrupt:
+            app.close(0.0)
+            raise
     sys.exit(FAILED if failures else 0)
 
 
-def _load(file: str, device: str | None, pairs: tuple[str, ...], schedule: str | None) -> App:
-    from flowlang.app import load
+def _files(path: Path) -> list[Path]:
+    """A path itself, or the files below a folder but for hidden ones."""
+    if not path.is_dir():
+        return [path]
+    return sorted(
+        found
+        for found in path.rglob("*")
+        if (found.is_file() or not found.exists())
+        and not any(part.startswith(".") for part in found.relative_to(path).parts)
+    )
+
+
+def _flow(app: App, name: str | None) -> Flow:
+    """The flow to run. Raises UsageError where there is none that takes files."""
+    from flowlang.serve.answer import takes_bytes
 
     try:
-        return load(file, device=device, values=_values(pairs), schedule=schedule)
-    except (FlowError, OSError) as error:
-        _fail(error)
-
-
-def _picture_files(paths: tuple[str, ...]) -> Iterator[Path]:
-    for path in map(Path, paths):
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.is_file())
-        else:
-            yield path
-
-
-def _error_of(answer: Any) -> dict[str, Any] | None:
-    if isinstance(answer, RequestError):
-        return {
-            "code": answer.code,
-            "message": answer.message,
-            "stage": answer.stage,
-            "place": answer.place,
-        }
-    if isinstance(answer, OSError):
-        return {"code": "unreadable", "message": answer.strerror, "stage": None, "place": None}
-    if isinstance(answer, Exception):
-        raise answer
-    return None
-
-
-def _print_lines(paths: list[Path], answers: Iterator[Any]) -> int:
-    from flowlang.app import plain
-
-    failures = 0
-    for path, answer in zip(paths, _with_progress(answers, len(paths)), strict=True):
-        error = _error_of(answer)
-        failures += error is not None
-        line = {"path": str(path), **({"error": error} if error else {"result": plain(answer)})}
-        click.echo(json.dumps(line, ensure_ascii=False))
-    return failures
-
-
-def _print_table(paths: list[Path], answers: Iterator[Any]) -> int:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    table = Table("picture", "result", box=None, pad_edge=False)
-    failures = 0
-    start_s = time.perf_counter()
-    for path, answer in zip(paths, _with_progress(answers, len(paths)), strict=True):
-        error = _error_of(answer)
-        failures += error is not None
-        cell = Text(str(answer), "red") if error else Text(_summary(answer))
-        table.add_row(Text(str(path)), cell)
-    taken_s = time.perf_counter() - start_s
-    console.print(table)
-    click.echo(
-        f"{len(paths) - failures} done, {failures} failed, {taken_s:.2f} s "
-        f"({len(paths) / max(taken_s, 1e-9):.1f}/s)",
-        err=True,
-    )
-    return failures
-
-
-def _summary(answer: Any) -> str:
-    """An answer in a table's cell."""
-    if isinstance(answer, dict) and set(answer) == {"index", "label", "score"}:
-        return f"{answer['label']} ({answer['score']:.3f})"
-    if isinstance(answer, dict):
-        return "\n".join(f"{name}: {_summary(part)}" for name, part in answer.items())
-    if isinstance(answer, list):
-        return "\n".join(_summary(part) for part in answer)
-    if hasattr(answer, "shape"):
-        first = ", ".join(f"{v:.4g}" for v in answer.reshape(-1)[:4])
-        return f"{answer.dtype} {'x'.join(map(str, answer.shape))} [{first}, ...]"
-    return str(answer)
-
-
-def _with_progress(answers: Iterator[Any], total: int) -> Iterator[Any]:
-    """The same answers, with a bar on a terminal's stderr while they come."""
-    if total < 20 or not sys.stderr.isatty():
-        yield from answers
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
-        yield from bar.track(answers, total=total)
+        flow = app.flow(name)
+    except FlowError as error:
+        raise click.UsageError(str(error)) from None
+    if not takes_bytes(flow.input):
+        raise click.UsageError(f"flow `{flow.name}` takes {flow.input}, not the bytes of a file")
+    return flow
 
 
 @main.command()
@@ -360,7 +322,7 @@ def serve(
     host: str,
     port: int,
     device: str | None,
-    pairs: tuple[str, ...],
+    values: dict[str, str],
     schedule: str | None,
 ) -> None:
     """Serve the flows of FILES over HTTP: POST a picture, get JSON."""
@@ -370,12 +332,14 @@ def serve(
     from flowlang.runtime.machine import this_machine
     from flowlang.serve.http import serve as serve_http
 
-    try:
-        machine = this_machine(device)
-        plans = [compile_file(f, values=_values(pairs), schedule=schedule) for f in files]
-        names = [flow.name for plan in plans for flow in plan.flows]
-        for name in {n for n in names if names.count(n) > 1}:
-            raise FlowError(f"two of the files serve a flow named `{name}`; give one another name")
-    except (FlowError, OSError) as error:
-        _fail(error)
-    sys.exit(serve_http(lambda: [App(p, lower(p, machine)) for p in plans], host, port))
+    machine = this_machine(device)
+    plans = {file: compile_file(file, values=values, schedule=schedule) for file in files}
+    owners: dict[str, str] = {}
+    for file, plan in plans.items():
+        for flow in plan.flows:
+            if flow.name in owners:
+                both = f"{shown(owners[flow.name])} and {shown(file)}"
+                raise FlowError(f"{both} both serve a flow named `{flow.name}`: rename one")
+            owners[flow.name] = file
+    stages = [(plan, lower(plan, machine)) for plan in plans.values()]
+    sys.exit(serve_http(lambda: [App(plan, physical) for plan, physical in stages], host, port))

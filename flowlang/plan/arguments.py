@@ -182,16 +182,7 @@ class Binder:
             numbers = value if kind == "list" else (value,) if kind in ("int", "float") else ()
             if len(numbers) in (1, 3) and all(type(n) in (int, float) for n in numbers):
                 return tuple(float(n) for n in numbers)
-        text = given.span.text
-        raise refuse(
-            "wrong-kind",
-            f"`{param.name}` of `{op.name}` is {_wants(param)}, and `{text}` is {given.noun}"
-            if not (param.kind == "word" and kind == "word")
-            else f"`{value}` is no word for `{param.name}` of `{op.name}`",
-            given.span,
-            help=did_you_mean(str(value), param.words) if param.words else None,
-            note=f"{param.name}: {' '.join(param.words)}" if param.words else None,
-        )
+        raise _wrong_kind(op, param, given)
 
     def _in_bounds(self, op: Op, param: Param, given: Constant) -> Any:
         low, high = param.low, param.high
@@ -210,12 +201,15 @@ class Binder:
             return path
         before, slash, name = str(given.value).rpartition("/")
         like = nearest(name, _files_in(path.parent))
+        note = "files are looked for in the folder of the flow"
+        if not str(given.value).isprintable():
+            note = "`\\` starts an escape in a string; folders are written with `/`"
         raise refuse(
             "missing-file",
             f"there is no file `{given.value}`",
             given.span,
             help=f'did you mean "{before}{slash}{like}"?' if like else None,
-            note="files are looked for in the folder of the flow",
+            note=note,
         )
 
     def _check_whole(self, call: tree.Call, op: Op, bound: Bound) -> None:
@@ -278,6 +272,24 @@ class Binder:
                     "out-of-range", "`std` divides, so it is not 0", Label(bound.spans["std"])
                 )
             )
+
+
+def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:
+    text, value = given.span.text, str(given.value)
+    message = f"`{param.name}` of `{op.name}` is {_wants(param)}, and `{text}` is {given.noun}"
+    if param.kind == given.kind == "word":
+        message = f"`{value}` is no word for `{param.name}` of `{op.name}`"
+    is_quoted = given.kind == "str" and (
+        value in param.words or (param.kind == "int" and value.isdecimal())
+    )
+    return refuse(
+        "wrong-kind",
+        message,
+        given.span,
+        help=value if is_quoted else did_you_mean(value, param.words),
+        note=f"{param.name}: {' '.join(param.words)}" if param.words else None,
+        fix=given.span if is_quoted else None,
+    )
 
 
 def given_setting(name: str, given: Constant, arg: tree.Arg) -> Given:

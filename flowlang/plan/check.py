@@ -81,6 +81,9 @@ def check_source(
     return Plan(source, flows, checker.elaborator.settings, params, tuple(found)), found
 
 
+_EXAMPLES = {"int": "1", "float": "0.5", "bool": "false", "duration": "5ms", "size": "64MiB"}
+
+
 class _Enough(Exception):
     """So many errors that more of them help nobody."""
 
@@ -202,12 +205,18 @@ class _Checker:
                 item.default.span,
             )
         if default.kind == "word":
+            is_below = any(
+                isinstance(i, tree.Param) and i.name == default.value for i in self._program.items
+            )
             raise refuse(
                 "unknown-name",
                 f"there is no param named `{default.value}` above this one",
                 item.default.span,
-                help=f'"{default.value}"',
-                note="a string is written in double quotes",
+                help=None if is_below else f'"{default.value}"',
+                note="params are read in order"
+                if is_below
+                else "a string is written in double quotes",
+                fix=None if is_below else item.default.span,
             )
         if item.name in self.choices.values:
             text = self.choices.values[item.name]
@@ -241,11 +250,13 @@ class _Checker:
                 )
             text = self.choices.environment.get(values[0].value)
             if text is None and len(values) == 1:
+                example = _EXAMPLES.get(self._param_kind(item) or "str", '""')
                 raise refuse(
                     "missing-variable",
                     f"the environment has no `{values[0].value}`, and there is no default",
                     call.span,
-                    help=f'env("{values[0].value}", "")',
+                    help=f'env("{values[0].value}", {example})',
+                    fix=call.span,
                 )
             if text is None:
                 return values[1], "file"
@@ -279,6 +290,8 @@ class _Checker:
         self._check_choices()
         self.types.resolve_all()
         extents = Extents(self.flows, self.report)
+        if not extents.end():
+            return ()
         served = self._served()
         roots = [
             name
@@ -336,20 +349,24 @@ class _Checker:
             kind = UNKNOWN  # a part of something: sized and coloured where it is mentioned
         item = Node(graph.INPUT, {}, (), kind, flow.name_span, Site(flow.name, flow.name_span))
         output = self.elaborator.flow(flow.name, item)
-        if (
-            is_served
-            and isinstance(kind, Unknown)
-            and len(self.diagnostics) == before
-            and any(n.op not in (graph.INPUT, "pass") for n in graph.topological(output))
-        ):
-            self.error(
-                "unknown-input",
-                f"what `{flow.name}` takes cannot be told from its first stage",
-                flow.name_span,
-                help=f"flow {flow.name}: bytes -> "
-                + ("..." if isinstance(output.type, Unknown) else str(output.type)),
-            )
+        if is_served and isinstance(kind, Unknown) and len(self.diagnostics) == before:
+            self._check_input(flow, output)
         return FlowPlan(flow.name, item, output, flow.name_span, flow.doc, is_served)
+
+    def _check_input(self, flow: tree.Flow, output: Node) -> None:
+        """A served flow says what it takes, or its first stage does; `pass` takes anything."""
+        stages = [n for n in graph.topological(output) if n.op != graph.INPUT]
+        if any(n.op == "unknown" for n in stages) or all(n.op == "pass" for n in stages):
+            return
+        first = stages[0]
+        takes = f"{{ {first.params['name']}: bytes }}" if first.op == graph.FIELD else "bytes"
+        gives = str(output.type)
+        self.error(
+            "unknown-input",
+            f"what `{flow.name}` takes cannot be told from its first stage",
+            flow.name_span,
+            help=f"flow {flow.name}: {takes} -> {'...' if 'unknown' in gives else gives}",
+        )
 
     # Schedules
 
@@ -364,6 +381,7 @@ class _Checker:
                         f"there is no flow named `{name}` to schedule",
                         entry.path.span,
                         help=did_you_mean(name, self.flows),
+                        note=f"flows are {', '.join(list(self.flows)[:8])}",
                     )
                 continue
             given = self._entry_settings(entry)
@@ -422,8 +440,11 @@ class _Checker:
                 help=did_you_mean(name, SETTINGS),
                 note=f"settings are {' '.join(SETTINGS)}",
             )
-        inside = [a.span.text for a in call.args or ()]
-        kept = [t for t in inside if t not in _rivals(call, name)]
+        op = OPS[str(call.path)]
+        param = op.param(name) if arg.name else op.param_of_word(name)
+        bound = self.elaborator.bound_at(call)
+        rival = bound.spans.get(param.name) if bound and param else None
+        kept = [a.span.text for a in call.args or () if rival not in (a.span, a.value.span)]
         mended = f"{call.path}({', '.join([*kept, arg.span.text])})"
         what = "where the model is named" if str(call.path) == "trt" else f"where `{call.path}` is"
         return refuse(
@@ -467,7 +488,7 @@ class _Checker:
         if not given:
             return
         found = list(calls(self.flows[name].body))
-        batched = [c for c in found if (op := OPS.get(str(c.path))) and op.kind == "model"]
+        batched = [c for c in found if _is_model(c)]
         for setting, value in given.items():
             level = SETTINGS[setting].level if setting in SETTINGS else "stage"
             targets = batched
@@ -485,13 +506,22 @@ class _Checker:
                     value.span,
                     help="name the part and schedule that: flow net = trt(...)"
                     if targets
-                    else None,
+                    else self._better_target(found, setting, value),
                 )
                 continue
             for call in targets:
                 if is_chosen:
                     site = Site(name, call.span)
                     self.elaborator.settings.sites.setdefault(site, {})[setting] = value
+
+    def _better_target(self, found: list[tree.Call], setting: str, value: Given) -> str | None:
+        """The same setting on a flow that is mentioned and has one operator that takes it."""
+        for name in (str(c.path) for c in found if str(c.path) in self.flows):
+            models = [c for c in calls(self.flows[name].body) if _is_model(c)]
+            if len(models) == 1:
+                shown = value.span.text
+                return f"{name} {shown}" if setting == COPIES else f"{name}({setting}={shown})"
+        return None
 
     def _check_batches(self, plans: list[FlowPlan]) -> None:
         """Settings placed by a block are held against the models as inline ones were."""
@@ -502,11 +532,9 @@ class _Checker:
                     self.elaborator.check_batch(node.model, given)
 
 
-def _rivals(call: tree.Call, word: str) -> list[str]:
-    """Words already in a call that set the same parameter as `word`."""
+def _is_model(call: tree.Call) -> bool:
     op = OPS.get(str(call.path))
-    param = op.param_of_word(word) if op else None
-    return list(param.words) if param else []
+    return op is not None and op.kind == "model"
 
 
 def _is_of(constant: Constant, kind: str) -> bool:

@@ -20,7 +20,7 @@ from flowlang.plan.model import Misfit, Packing, fit, gives, input_type
 from flowlang.plan.onnx import Model, NotAModel, read_model
 from flowlang.plan.ops import OPS, UNBUILT, Mismatch, Op
 from flowlang.plan.schedule import COPIES, Given, Settings
-from flowlang.plan.types import UNKNOWN, Image, Record, Type, Unknown, fits, is_vast
+from flowlang.plan.types import UNKNOWN, Image, Record, Type, Unknown, fits, why_vast
 from flowlang.syntax import tree
 from flowlang.syntax.scan import RESERVED
 
@@ -236,9 +236,10 @@ class Elaborator:
             spans[part.name] = part.span
             fields[part.name] = self.apply(field_value(part), item, scope)
         kind: Type = Record(tuple((n, f.type) for n, f in fields.items()))
-        if is_vast(kind):
-            message = "the records in this one have too many parts"
-            self.report(Diagnostic("too-large", message, Label(expr.span)))
+        if slug := why_vast(kind):
+            what = "have too many parts" if slug == "too-large" else "are nested too deep"
+            message = f"the records in this one {what}"
+            self.report(Diagnostic(slug, message, Label(expr.span)))
             kind = UNKNOWN
         site = Site(scope.flow, expr.span)
         params = {"names": tuple(fields)}
@@ -288,7 +289,7 @@ class Elaborator:
             return self._arrive(name, call, item)
         if name in OPS:
             return self._operator(call, OPS[name], item, scope)
-        if name in UNBUILT:
+        if name in UNBUILT and name not in self.binder.names:
             return self._unbuilt(call.span, f"`{name}`", item, scope)
         if not {name, prefix} & {*self.lost, *RESERVED} or prefix == "in":
             self.report(self._unknown_stage(call, scope))
@@ -329,7 +330,12 @@ class Elaborator:
                     f"`{name}` cannot take what {_called(item)} gives",
                     f"wants {wanted}",
                 )
+                item = replace(item, type=wanted)
         return self.flow(name, item)
+
+    def bound_at(self, call: tree.Call) -> Bound | None:
+        """The arguments of a call that has been met."""
+        return self._bound.get(call.span)
 
     def _bind(self, call: tree.Call, op: Op) -> Bound:
         """The arguments of a call, bound once however often its flow is mentioned."""
@@ -431,6 +437,7 @@ class Elaborator:
                     f"`{model.name}` would get levels normalized twice",
                     "normalized here again",
                     slug="normalized-twice",
+                    note="`mean` and `std` of a model normalize what arrives",
                 )
             elif not levels and item.type.dtype == "u8" and found.dtype != "u8":
                 self.report(
@@ -448,7 +455,7 @@ class Elaborator:
         sizer = _sizer(item, *found.sides) if found.sides else None
         if sizer is not None and found.sides:
             given = sizer.param_spans
-            place = next((given[n] for n in ("size", "h", "w") if n in given), sizer.span)
+            place = given.get("size", sizer.span)
             mended = with_sides(OPS[sizer.op], sizer.params, given, *found.sides)
             self.report(
                 Diagnostic(

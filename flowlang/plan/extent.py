@@ -36,18 +36,20 @@ class Extents:
         self._flows = flows
         self._report = report
         self._own = {name: _own(flow, flows) for name, flow in flows.items()}
+        self._order, self._cycles = self._walk()
         self.mentioned = {m for own in self._own.values() for m in own.mentions}
 
-    def can_unroll(self, roots: Sequence[str]) -> bool:
-        """Whether the flows end, and are of a size that can be unrolled. Reports why not."""
-        order, cycles = self._order()
-        for cycle, span in cycles[:MAX_CYCLES]:
+    def end(self) -> bool:
+        """Whether all flows end. Reports those that would run themselves."""
+        for cycle, span in self._cycles:
             self._report(_recursive(cycle, span))
-        if cycles:
-            return False
+        return not self._cycles
+
+    def can_unroll(self, roots: Sequence[str]) -> bool:
+        """Whether flows that end are of a size that can be unrolled. Reports why not."""
         depths: dict[str, int] = {}
         sizes: dict[str, int] = {}
-        for name in order:
+        for name in self._order:
             own = self._own[name]
             depths[name] = own.depth + max((depths[m] for m in own.mentions), default=0)
             sizes[name] = own.size + sum(n * sizes[m] for m, n in own.mentions.items())
@@ -67,7 +69,7 @@ class Extents:
         note = "flows are unrolled at compile time, each mention again"
         self._report(Diagnostic(slug, message, Label(self._flows[name].name_span), note=note))
 
-    def _order(self) -> tuple[list[str], list[tuple[list[str], Span]]]:
+    def _walk(self) -> tuple[list[str], list[tuple[list[str], Span]]]:
         """The flows, those mentioned before those that mention them; and every way in a circle."""
         order: list[str] = []
         cycles: list[tuple[list[str], Span]] = []

@@ -106,7 +106,8 @@ def _fit_image(given: Image, port: Port, model: Model) -> Packing | Misfit:
     if channels is not None and channels != given.channels:
         mend = "gray" if channels == 1 and given.dtype == "u8" else None
         counted = f"{channels} channel{'s' if channels > 1 else ''}"
-        message = f"`{model.name}` takes {counted}, and a {given.colour} image has {given.channels}"
+        colour = f"{'an' if given.colour == 'rgb' else 'a'} {given.colour}"
+        message = f"`{model.name}` takes {counted}, and {colour} image has {given.channels}"
         return Misfit("channel-mismatch", wants(port), mend, message)
     if given.dtype == "f32" and port.dtype not in ("f32", "f16"):
         return Misfit("dtype-mismatch", wants(port))

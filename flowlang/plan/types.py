@@ -164,20 +164,20 @@ def _shape_fits(given: Shape | None, wanted: Shape | None) -> bool:
     return all(w is None or w == g for g, w in zip(given, wanted, strict=True))
 
 
-def is_vast(kind: Type) -> bool:
-    """Whether a type has more parts than anyone means, or goes deeper."""
+def why_vast(kind: Type) -> str | None:
+    """`too-large` or `too-deep`, for a type of more parts or levels than anyone means."""
     parts = 0
     stack = [(kind, 0)]
     while stack:
         part, depth = stack.pop()
         parts += 1
         if parts > MAX_PARTS or depth > MAX_DEPTH:
-            return True
+            return "too-deep" if depth > MAX_DEPTH else "too-large"
         if isinstance(part, Record):
             stack += [(t, depth + 1) for _, t in part.fields]
         elif isinstance(part, (ListOf, Optional)):
             stack.append((part.item, depth + 1))
-    return False
+    return None
 
 
 def sized(image: Image, height: int | None, width: int | None) -> Image:

@@ -20,12 +20,16 @@ from flowlang.plan.types import (
     Tensor,
     Type,
     Unknown,
-    is_vast,
+    why_vast,
 )
 from flowlang.syntax import tree
 
 BUILT_IN = frozenset({*NAMED, "image", "tensor", "list"})
 MAX_NESTED = 64
+_VAST = {
+    "too-large": "this type has too many parts",
+    "too-deep": f"this type is nested more than {MAX_NESTED} deep",
+}
 MAX_DIGITS = 12  # of a side
 
 
@@ -56,14 +60,13 @@ class WrittenTypes:
     def resolve(self, given: tree.TypeExpr) -> Type:
         """The type that is written."""
         if self._depth >= MAX_NESTED:
-            message = f"this type is nested more than {MAX_NESTED} deep"
-            self._error("too-deep", message, given.span)
+            self._error("too-deep", _VAST["too-deep"], given.span)
             return UNKNOWN
         self._depth += 1
         kind = self._resolve(given)
         self._depth -= 1
-        if is_vast(kind):
-            self._error("too-large", "this type has too many parts", given.span)
+        if slug := why_vast(kind):
+            self._error(slug, _VAST[slug], given.span)
             return UNKNOWN
         return Optional(kind) if given.optional and not isinstance(kind, Unknown) else kind
 

@@ -5,7 +5,7 @@ Layer 3. An item that fails leaves the batch and takes nobody with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import EngineError, StageFailed
@@ -29,6 +29,7 @@ class CpuInstance:
         node = next((n for n in plan.nodes if n.model is not None), None)
         self.model = _ModelStep(node, sessions.of(node.model.path)) if node and node.model else None
         self.batch = plan.batch
+        self.at_work = sessions.at_work
 
     def warm(self) -> None:
         if self.model is not None:
@@ -36,6 +37,10 @@ class CpuInstance:
                 self.model.warm(size)
 
     def run(self, values: Sequence[Any]) -> list[Any]:
+        with self.at_work:
+            return self._run(values)
+
+    def _run(self, values: Sequence[Any]) -> list[Any]:
         outcomes = [_through(self.before, v) for v in values] if self.before else list(values)
         if self.model is not None:
             good = [i for i, o in enumerate(outcomes) if not isinstance(o, Exception)]
@@ -89,7 +94,7 @@ class _ModelStep:
         ]
         item = items[0] if len(items) == 1 else dict(zip(self._names(), items, strict=True))
         try:
-            self._run_batch([item] * size)
+            self._run_batch([item] * size, self.session.warm)
         except Exception as error:
             raise EngineError(f"`{self.name}` fails on a batch of {size}: {error}") from error
 
@@ -115,21 +120,21 @@ class _ModelStep:
     def _run(self, items: list[Any]) -> list[Any]:
         """A batch; where it fails, its items one by one, so that only the guilty one fails."""
         try:
-            return self._run_batch(items)
+            return self._run_batch(items, self.session.run)
         except Exception as error:
             if len(items) == 1:
                 message = f"`{self.name}` failed: {error}"
                 return [StageFailed(message, stage=self.name, place=self.place)]
         return [self._run([item])[0] for item in items]
 
-    def _run_batch(self, items: list[Any]) -> list[Any]:
+    def _run_batch(self, items: list[Any], run: Callable[..., Sequence[Any]]) -> list[Any]:
         import numpy as np
 
         count = len(items)
         if self.fixed and count < self.fixed:
             items = items + [items[-1]] * (self.fixed - count)  # the model takes no other size
         feeds = {p.name: self._stack(p, items) for p in self.ports}
-        outputs = self.session.run(feeds)
+        outputs = run(feeds)
         for output in outputs:
             if output.shape[:1] != (len(items),):
                 raise ValueError(f"{len(items)} items gave an output of shape {output.shape}")

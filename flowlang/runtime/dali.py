@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import EngineError
@@ -42,18 +42,26 @@ def _dali() -> Any:
     return dali
 
 
+SMALL_BATCH = 8  # up to this a pipeline of its own decodes: it is made for latency
+
+
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How JPEG is decoded: the share given to the hardware engines, and CPU threads a pipeline.
 
-    `uses_engines` is what a measurement at start-up saw, `rate` the pictures a second of the best
-    setting, in one pipeline.
+    `small_load` is the share in batches of up to SMALL_BATCH. `uses_engines` is what a measurement
+    at start-up saw, `rate` the pictures a second of the best setting, in one pipeline.
     """
 
     hardware_load: float = 1.0
     threads: int = 2
     uses_engines: bool = False
     rate: float = 0.0
+    small_load: float = 1.0
+
+    @property
+    def for_small(self) -> Decoding:
+        return replace(self, hardware_load=self.small_load)
 
 
 class Region:
@@ -80,17 +88,24 @@ class Region:
         self._pipe = pipe
         self._wrap = dali.tensors.TensorCPU
 
-    def run(self, pictures: list[NDArray[Any]], stream: int | None = None) -> Any:
-        """The batch's result (DALI's TensorListGPU, or TensorListCPU without a device).
+    def start(self, pictures: list[NDArray[Any]]) -> None:
+        """Begin a batch, in DALI's own threads. The arrays must be kept until its `result`."""
+        wrap = self._wrap  # done here, DALI skips its search for what kind of array each one is
+        self._pipe.feed_input(INPUT, [wrap(p) for p in pictures])
+        self._pipe.schedule_run()
+
+    def result(self, stream: int | None = None) -> Any:
+        """The begun batch (DALI's TensorListGPU, or TensorListCPU without a device).
 
         On a GPU it is ordered on `stream` and must be kept until what reads it there is done.
         Raises RuntimeError where any picture cannot be decoded; the pipeline stays usable.
         """
-        wrap = self._wrap  # done here, DALI skips its search for what kind of array each one is
-        pipe = self._pipe
-        pipe.feed_input(INPUT, [wrap(p) for p in pictures])
-        pipe.schedule_run()
-        return pipe.outputs(stream)[0]
+        return self._pipe.outputs(stream)[0]
+
+    def run(self, pictures: list[NDArray[Any]], stream: int | None = None) -> Any:
+        """`start` and `result` in one."""
+        self.start(pictures)
+        return self.result(stream)
 
     def close(self) -> None:
         del self._pipe
@@ -226,6 +241,10 @@ def choose_decoding(device: int, lanes: int, pictures: Sequence[bytes]) -> Decod
         for load, threads in dict.fromkeys(choices)
     ]
     best = max(measured, key=lambda d: d.rate)
+    few = pictures[: SMALL_BATCH // 2]
+    loads = (best.hardware_load, 0.65)
+    rates = {load: _rate(device, replace(best, hardware_load=load), few) for load in loads}
+    best = replace(best, small_load=max(rates, key=lambda load: rates[load]))
     log.info("%s", describe(best))
     return best
 
@@ -234,7 +253,8 @@ def describe(how: Decoding) -> str:
     """What was chosen, for the log and `explain`."""
     who = "the GPU's JPEG engines" if how.uses_engines else "CPU threads and CUDA (no JPEG engines)"
     return (
-        f"JPEG is decoded by {who}: hardware load {how.hardware_load:g}, {how.threads} threads a "
+        f"JPEG is decoded by {who}: hardware load {how.hardware_load:g} "
+        f"({how.small_load:g} up to {SMALL_BATCH} at once), {how.threads} threads a "
         f"lane, {how.rate:,.0f} pictures/s in one pipeline"
     )
 

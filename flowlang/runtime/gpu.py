@@ -106,12 +106,28 @@ class GpuInstance:
         self.context.warm()
 
     def run(self, values: Sequence[Any]) -> list[Any]:
-        outcomes, good, held = self.source.load(values)
-        if good:
-            self.context.start(len(good))
-            outputs = self.context.collect(len(good))
-            self._scatter(outputs, good, outcomes)
-        del held  # DALI's buffers may go back only now that the stream is done with them
+        return self.collect(self.launch(self.begin(values)))
+
+    def begin(self, values: Sequence[Any]) -> _Batch:
+        """Check the items and start decoding them; nothing of it is waited for."""
+        batch = _Batch(values)
+        self.source.begin(batch)
+        return batch
+
+    def launch(self, batch: _Batch) -> _Batch:
+        """Put what was decoded, the model and the copy of its outputs on the stream."""
+        self.source.load(batch)
+        if batch.good:
+            self.context.start(len(batch.good))
+        return batch
+
+    def collect(self, batch: _Batch) -> list[Any]:
+        """Wait for the stream and give each item its outcome."""
+        outcomes = batch.outcomes
+        if batch.good:
+            outputs = self.context.collect(len(batch.good))
+            self._scatter(outputs, batch.good, outcomes)
+        batch.held = None  # DALI's buffers may go back only now that the stream is done with them
         if not self.after:
             return outcomes
         return [o if isinstance(o, Exception) else self._finish(o) for o in outcomes]
@@ -139,6 +155,24 @@ class GpuInstance:
         self.stream.close()
 
 
+class _Batch:
+    """A batch on its way: the outcome of each item so far, and who is still in it.
+
+    `good` has the indices of the items under way, in the order of their rows; `pictures` what is
+    being decoded for them; `held` what must be kept until the stream is done.
+    """
+
+    __slots__ = ("good", "held", "outcomes", "pictures", "region", "values")
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values = values
+        self.outcomes: list[Any] = [None] * len(values)
+        self.good: list[int] = []
+        self.pictures: list[NDArray[Any]] = []
+        self.region: dali.Region | None = None
+        self.held: Any = None
+
+
 class _Pictures:
     """Encoded pictures to the engine's input, through DALI."""
 
@@ -150,31 +184,33 @@ class _Pictures:
         self.max_bytes = plan.settings.get("max_bytes", MAX_BYTES)
         self.max_pixels = plan.settings.get("max_pixels", MAX_PIXELS)
         self.allows_truncated = self.decode.params["truncated"] == "allow"
-        self.region = dali.Region(nodes, plan.batch[2], gpu, lane.resources.decoding)
+        how, most = lane.resources.decoding, plan.batch[2]
+        self.large = dali.Region(nodes, most, gpu, how)
+        self.small = self.large
+        if most > dali.SMALL_BATCH:
+            self.small = dali.Region(nodes, dali.SMALL_BATCH, gpu, how.for_small)
         self.target = next(iter(lane.context.inputs.values()))
         self.row_bytes = next(iter(lane.context.row_bytes.values()))
 
     def warm(self) -> None:
-        """Decode a full batch first: the JPEG decoder sets itself up for the first it gets."""
-        pictures = sample_pictures(4)
-        for count in (self.region.batch, 1):
-            values = [pictures[i % 4] for i in range(count)]
-            held = self.load(values)
-            self.lane.stream.wait()
-            del held
+        """Decode full batches first: the JPEG decoder sets itself up for the first it gets.
 
-    def load(self, values: Sequence[Any]) -> tuple[list[Any], list[int], Any]:
-        """Decode what can be decoded into the engine's input.
-
-        Gives the outcome of each item so far, the indices of those on their way in the order of
-        their rows, and what must be kept until the stream is done.
+        Measured on an H200: 64 pictures take 3.4 ms if the first batch was of 64, and 17 ms for
+        good if it was of one, the hardware engines left out.
         """
+        pictures = sample_pictures(4)
+        for region in (self.large, self.small):
+            for count in (region.batch, 1):
+                batch = _Batch([pictures[i % 4] for i in range(count)])
+                self.begin(batch)
+                self.load(batch)
+                self.lane.stream.wait()
+
+    def begin(self, batch: _Batch) -> None:
+        """Sort out what cannot be decoded and start on the rest."""
         import numpy as np
 
-        outcomes: list[Any] = [None] * len(values)
-        good: list[int] = []
-        pictures: list[NDArray[Any]] = []
-        for index, data in enumerate(values):
+        for index, data in enumerate(batch.values):
             try:
                 picture = check_picture(
                     data, self.max_bytes, self.max_pixels, self.allows_truncated
@@ -182,29 +218,34 @@ class _Pictures:
                 if not is_decoded(picture):
                     data = as_bmp(data, picture)
             except BadRequest as error:
-                outcomes[index] = self._blame(error)
+                batch.outcomes[index] = self._blame(error)
                 continue
-            good.append(index)
-            pictures.append(np.frombuffer(data, np.uint8))
-        if not good:
-            return outcomes, good, None
+            batch.good.append(index)
+            batch.pictures.append(np.frombuffer(data, np.uint8))
+        if batch.good:
+            batch.region = self.small if len(batch.good) <= self.small.batch else self.large
+            batch.region.start(batch.pictures)
+
+    def load(self, batch: _Batch) -> None:
+        """Queue the copy of what was decoded into the engine's input, on the GPU."""
+        if batch.region is None:
+            return
         try:
-            result = self.region.run(pictures, self.lane.stream.handle)
+            result = batch.region.result(self.lane.stream.handle)
         except RuntimeError as error:
-            log.info("a picture failed its batch of %d: %s", len(good), str(error).splitlines()[0])
-            return self._rescue(values, good, outcomes)
-        return outcomes, good, self._hand_over(result, len(good), pictures)
+            reason = str(error).splitlines()[0]
+            log.info("a picture failed its batch of %d: %s", len(batch.good), reason)
+            self._rescue(batch)
+            return
+        self._hand_over(result, batch)
 
-    def _hand_over(self, result: Any, count: int, pictures: Any) -> Any:
-        """Queue the copy of the region's result into the engine's input, on the GPU."""
+    def _hand_over(self, result: Any, batch: _Batch) -> None:
         tensor = result.as_tensor()
-        size = count * self.row_bytes
+        size = len(batch.good) * self.row_bytes
         cuda.copy_on_device(self.target.address, int(tensor.data_ptr()), size, self.lane.stream)
-        return result, tensor, pictures
+        batch.held = (result, tensor)
 
-    def _rescue(
-        self, values: Sequence[Any], good: list[int], outcomes: list[Any]
-    ) -> tuple[list[Any], list[int], Any]:
+    def _rescue(self, batch: _Batch) -> None:
         """A batch in which something cannot be decoded, once more without it.
 
         DALI names at most one of the culprits. So each picture is worked on by the reference
@@ -212,30 +253,28 @@ class _Pictures:
         """
         import numpy as np
 
-        checked = list(
-            self.lane.resources.rescuers.map(self._try_on_host, [values[i] for i in good])
-        )
-        pictures: list[NDArray[Any]] = []
+        encoded = [batch.values[i] for i in batch.good]
+        checked = list(self.lane.resources.rescuers.map(self._try_on_host, encoded))
         left: list[int] = []
-        for index, found in zip(good, checked, strict=True):
+        batch.pictures = []
+        for index, found in zip(batch.good, checked, strict=True):
             if isinstance(found, Exception):
-                outcomes[index] = found
+                batch.outcomes[index] = found
             else:
                 left.append(index)
-                pictures.append(np.frombuffer(found, np.uint8))
+                batch.pictures.append(np.frombuffer(found, np.uint8))
+        batch.good = left
         if not left:
-            return outcomes, left, None
+            return
         try:
-            result = self.region.run(pictures, self.lane.stream.handle)
+            self._hand_over(self.large.run(batch.pictures, self.lane.stream.handle), batch)
         except RuntimeError as error:
+            message = f"decode failed: {str(error).splitlines()[0]}"
             for index in left:
-                outcomes[index] = StageFailed(
-                    f"decode failed: {str(error).splitlines()[0]}",
-                    stage="decode",
-                    place=str(self.decode.span),
+                batch.outcomes[index] = StageFailed(
+                    message, stage="decode", place=str(self.decode.span)
                 )
-            return outcomes, [], None
-        return outcomes, left, self._hand_over(result, len(left), pictures)
+            batch.good = []
 
     def _try_on_host(self, data: bytes) -> bytes | Exception:
         try:
@@ -252,7 +291,9 @@ class _Pictures:
         return error
 
     def close(self) -> None:
-        self.region.close()
+        self.large.close()
+        if self.small is not self.large:
+            self.small.close()
 
 
 class _Arrays:
@@ -272,33 +313,36 @@ class _Arrays:
 
     def warm(self) -> None: ...
 
-    def load(self, values: Sequence[Any]) -> tuple[list[Any], list[int], Any]:
-        """As of _Pictures: arrays are stacked in pinned memory and copied over."""
-        outcomes: list[Any] = [None] * len(values)
-        good: list[int] = []
+    def begin(self, batch: _Batch) -> None: ...
+
+    def load(self, batch: _Batch) -> None:
+        """Stack the arrays in pinned memory and queue their copy to the GPU."""
         names = list(self.staged)
-        for index, value in enumerate(values):
+        for index, value in enumerate(batch.values):
             try:
-                for work in self.before:
-                    value = work(value)
-                for name in names:
-                    part = value if len(names) == 1 else value[name]
-                    row = self.staged[name].array[len(good)]
-                    if part.ndim == 2 and row.ndim == 3:  # gray
-                        part = part[:, :, None]
-                    if part.shape != row.shape:
-                        wanted = Tensor("f32", row.shape)
-                        raise BadRequest(f"`{self.lane.name}` takes {wanted}, not {part.shape}")
-                    row[...] = part
+                self._stage(value, len(batch.good))
             except Exception as error:
-                outcomes[index] = error
+                batch.outcomes[index] = error
                 continue
-            good.append(index)
+            batch.good.append(index)
         context = self.lane.context
-        for name in names if good else ():
-            size = len(good) * context.row_bytes[name]
+        for name in names if batch.good else ():
+            size = len(batch.good) * context.row_bytes[name]
             cuda.copy_to_device(context.inputs[name], self.staged[name], size, self.lane.stream)
-        return outcomes, good, None
+
+    def _stage(self, value: Any, row: int) -> None:
+        """One item into its row of the staged inputs. Raises BadRequest where it does not fit."""
+        for work in self.before:
+            value = work(value)
+        for name, staged in self.staged.items():
+            part = value if len(self.staged) == 1 else value[name]
+            target = staged.array[row]
+            if part.ndim == 2 and target.ndim == 3:  # gray
+                part = part[:, :, None]
+            if part.shape != target.shape:
+                wanted = Tensor("f32", target.shape)
+                raise BadRequest(f"`{self.lane.name}` takes {wanted}, not {part.shape}")
+            target[...] = part
 
     def close(self) -> None:
         for buffer in self.staged.values():

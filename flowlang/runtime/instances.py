@@ -44,11 +44,13 @@ class Instances:
             gpu = stage.gpus[number]
             return GpuInstance(stage, gpu, self._resources_of(gpu))
         from flowlang.runtime.cpu import CpuInstance
-        from flowlang.runtime.ort import Sessions
+        from flowlang.runtime.ort import Sessions, count_callers
 
         with self._lock:
             if self._sessions is None:
-                self._sessions = Sessions(self._plan.machine.cores)
+                self._sessions = Sessions(
+                    self._plan.machine.cores, count_callers(self._plan.stages)
+                )
         return CpuInstance(stage, self._sessions)
 
     def _resources_of(self, gpu: int) -> GpuResources:

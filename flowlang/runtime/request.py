@@ -115,17 +115,18 @@ class FutureReply:
 class LoopReply:
     """The reply of an event loop: answers pile up and are handed over in one wake-up."""
 
-    __slots__ = ("_answers", "_loop")
+    __slots__ = ("_answers", "_loop", "_wake")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)  # kept by its loop, so it must not keep the loop
         self._answers: deque[Request] = deque()
+        self._wake: Wake = self._call_loop  # bound once: it is looked up for every answer
 
     def settle(self, request: Request) -> Wake:
         self._answers.append(request)
         return self._wake
 
-    def _wake(self) -> None:
+    def _call_loop(self) -> None:
         loop = self._loop()
         try:
             if loop is not None:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flowlang.diagnostics import EngineError, InternalError, RequestError, StageFailed
 from flowlang.runtime.batcher import Item
@@ -35,6 +35,24 @@ class Instance(Protocol):
 
     def close(self) -> None:
         """Give back what it holds."""
+
+
+@runtime_checkable
+class Overlapping(Instance, Protocol):
+    """An instance that can begin a batch while the one before it is still being worked on.
+
+    For each batch `begin`, `launch` and `collect` are called in this order; between a batch's
+    `launch` and its `collect` the next one's `begin` may come. Any of them may raise, as `run` may.
+    """
+
+    def begin(self, values: Sequence[Any]) -> Any:
+        """Start what needs nothing of the batch before (decoding). Gives what `launch` needs."""
+
+    def launch(self, begun: Any) -> Any:
+        """Start the rest (the model). Gives what `collect` needs."""
+
+    def collect(self, launched: Any) -> list[Any]:
+        """Wait for the outcome of each item, in order."""
 
 
 class InstanceLost(Exception):
@@ -70,27 +88,74 @@ class Lane(threading.Thread):
             return
         self.is_ready.set()
         while True:
-            items = self._next_batch()
-            if items is None:
+            try:
+                if isinstance(instance, Overlapping):
+                    self._feed_overlapping(instance)
+                else:
+                    self._feed(instance)
                 break
+            except InstanceLost as error:
+                log.error("an instance of stage `%s` is lost: %s", self.stage.plan.name, error)
+                items, self.items = self.items, []
+                self.scheduler.finish(items, [self._lost(error) for _ in items])
+                self._close(instance)
+                instance = self._replacement()
+        self._close(instance)
+
+    def _feed(self, instance: Instance) -> None:
+        """Batch after batch, each done before the next is taken, until the scheduler is closed."""
+        while (items := self._next_batch()) is not None:
             self.items = items
             try:
                 outcomes = instance.run([item.value for item in items])
-                if len(outcomes) != len(items):
-                    raise InternalError(f"{len(items)} items gave {len(outcomes)} outcomes")
-            except InstanceLost as error:
-                log.error("an instance of stage `%s` is lost: %s", self.stage.plan.name, error)
-                self.scheduler.finish(items, [self._lost(error) for _ in items])
-                self.items = items = []
-                self._close(instance)
-                instance = self._replacement()
-                continue
+            except InstanceLost:
+                raise
             except Exception as error:
-                log.exception("stage `%s` failed a batch", self.stage.plan.name)
-                outcomes = [_another(error) for _ in items]
-            self.scheduler.finish(items, outcomes)
-            self.items = items = outcomes = []  # hold no picture while waiting
-        self._close(instance)
+                outcomes = self._all_failed(items, error)
+            self._finish(items, outcomes)
+            items = outcomes = []  # hold no picture while waiting
+
+    def _feed_overlapping(self, instance: Overlapping) -> None:
+        """Batch after batch, the next begun before the one under way is collected."""
+        before: list[Item] = []
+        launched: Any = None
+        while True:
+            items = self.scheduler.take(self.stage)[0] if before else self._next_batch()
+            if items is None:
+                return
+            self.items = before + items
+            begun = self._try(instance.begin, [i.value for i in items], items) if items else None
+            if before:
+                self._finish(before, self._try(instance.collect, launched, before))
+            if items and not isinstance(begun, _Failed):
+                launched = self._try(instance.launch, begun, items)
+            failed = launched if items and not isinstance(begun, _Failed) else begun
+            if isinstance(failed, _Failed):
+                self._finish(items, failed.outcomes)
+                items = []
+            before, begun = items, None
+
+    def _try(self, step: Callable[[Any], Any], given: Any, items: list[Item]) -> Any:
+        """A step of an overlapping instance; a failure becomes the outcome of all its items."""
+        try:
+            return step(given)
+        except InstanceLost:
+            raise
+        except Exception as error:
+            return _Failed(self._all_failed(items, error))
+
+    def _all_failed(self, items: list[Item], error: Exception) -> list[Any]:
+        log.exception("stage `%s` failed a batch", self.stage.plan.name)
+        return [_another(error) for _ in items]
+
+    def _finish(self, items: list[Item], outcomes: Any) -> None:
+        if isinstance(outcomes, _Failed):
+            outcomes = outcomes.outcomes
+        if len(outcomes) != len(items):
+            error = InternalError(f"{len(items)} items gave {len(outcomes)} outcomes")
+            outcomes = self._all_failed(items, error)
+        self.items = self.items[len(items) :]
+        self.scheduler.finish(items, outcomes)
 
     def _lost(self, error: Exception) -> StageFailed:
         return StageFailed(f"an instance was lost: {error}", stage=self.stage.plan.name)
@@ -142,6 +207,15 @@ class Lane(threading.Thread):
                 self._bell.acquire()  # rung just as the patience ran out
                 self.scheduler.arrived(self.stage)
         return None
+
+
+class _Failed:
+    """A step failed: the outcome of each item it worked on."""
+
+    __slots__ = ("outcomes",)
+
+    def __init__(self, outcomes: list[Any]) -> None:
+        self.outcomes = outcomes
 
 
 def _another(error: Exception) -> Exception:

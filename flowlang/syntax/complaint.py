@@ -68,6 +68,11 @@ def explain(
         unclosed = [b for b in found.unclosed if b.start >= start]
         return _ends_early(source, accepts, unclosed, start, end)
     span = Span(source, token.start_pos, token.start_pos + len(token))
+    is_complete = "$END" in accepts and (
+        "ARROW" not in accepts or source.text.startswith("param", start)
+    )
+    if is_complete and token.type in STARTS_STAGE:
+        return stray_pipeline(span)
     for complaint in (_arrow, _number, _branch, _neighbour, _mark):
         if diagnostic := complaint(span, str(token.type), accepts):
             return diagnostic
@@ -75,6 +80,17 @@ def explain(
         "unexpected-token",
         f"`{span.text}` cannot stand here",
         Label(span, f"expected {_listed(accepts)}"),
+    )
+
+
+def stray_pipeline(span: Span) -> Diagnostic:
+    """A pipeline without a name, beside declarations; `span` is its start or all of it."""
+    return Diagnostic(
+        "stray-pipeline",
+        "a bare pipeline is the whole file; beside declarations it needs a name",
+        Label(span),
+        help=f"export flow main = {_one_line(span)}",
+        fix=span,
     )
 
 
@@ -314,6 +330,9 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             note="flow name { let picture = in -> decode return picture -> rgb }",
         )
     if _wants_comma(text, span, accepts):
+        named = re.search(r"\w+\s*[=:]\s*$", text[max(0, left.start - 80) : left.start])
+        if named:
+            left = Span(span.source, left.start - len(named.group()), left.end)
         right = Span(span.source, span.start, _argument_end(text, span))
         return Diagnostic(
             "missing-comma",
@@ -385,7 +404,14 @@ def _unequal(span: Span, kind: str) -> Diagnostic | None:
     if span.text in ("->", "=>", "==", ":="):
         return _swapped(span, "what is declared stands after `=`", "=")
     if kind in STARTS_STAGE or kind in ("INT", "FLOAT", "QUANTITY"):
-        return _swapped(span, f"expected `=` before `{span.text}`", f"= {span.text}")
+        stage = Span(span.source, *stage_after(span.source.text, span.start))
+        return Diagnostic(
+            "unexpected-token",
+            f"expected `=` before `{span.text}`",
+            Label(span),
+            help=f"= {_one_line(stage)}",
+            fix=stage,
+        )
     return None
 
 
@@ -396,8 +422,8 @@ def _swapped(span: Span, message: str, right: str) -> Diagnostic:
 def _closer(span: Span, accepts: set[str]) -> Diagnostic:
     before = span.source.text[: span.start].rstrip()
     if before.endswith("->"):
-        message = f"there is no stage before this `{span.text}`"
-        return Diagnostic("missing-stage", message, Label(span))
+        arrow = Span(span.source, len(before) - 2, len(before))
+        return Diagnostic("missing-stage", "there is no stage after this `->`", Label(arrow))
     opening = open_bracket(span.source.text, span.start)
     if opening is None:
         message = f"`{span.text}` closes nothing that is open here"

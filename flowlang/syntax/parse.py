@@ -171,7 +171,7 @@ def _parse_by_declaration(
         else:
             items.extend(part.items)
             if part.pipeline is not None:
-                diagnostics.append(_stray_pipeline(part.pipeline))
+                diagnostics.append(complaint.stray_pipeline(part.pipeline.span))
         if len(diagnostics) + len(reader.diagnostics) >= MAX_ERRORS:
             break
     diagnostics += reader.diagnostics
@@ -185,16 +185,6 @@ def _declared_name(text: str) -> str:
     pattern = r'(?:export\s+)?(?:use\s*(?:"[^"\n]*)?"?\s*as|\w+)\s+(\w+)'
     name = re.match(pattern, text)
     return name.group(1) if name else ""
-
-
-def _stray_pipeline(pipeline: tree.Expr) -> Diagnostic:
-    return Diagnostic(
-        "stray-pipeline",
-        "a bare pipeline is the whole file; beside declarations it needs a name",
-        Label(pipeline.span),
-        help=f"export flow main = {' '.join(pipeline.span.text.split())}",
-        fix=pipeline.span,
-    )
 
 
 def _program(source: Source, items: list[tree.Item], found: Outline) -> tree.Program:

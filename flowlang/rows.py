@@ -1,0 +1,118 @@
+"""Files through a flow, and what became of each: rows for people, or lines of JSON.
+
+Layer 4, between the Python face and the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flowlang.diagnostics import RequestError
+
+if TYPE_CHECKING:
+    from flowlang.app import Flow
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that can be printed, whatever its bytes."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def answers_of(flow: Flow, paths: list[Path]) -> Iterator[Any]:
+    """What becomes of each file: a result, a RequestError or an OSError."""
+    unread: dict[int, OSError] = {}
+
+    def contents() -> Iterator[bytes]:
+        for index, path in enumerate(paths):
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                unread[index], content = error, b""
+            yield content
+
+    for index, answer in enumerate(flow.map(contents(), errors="return")):
+        answer = unread.get(index, answer)
+        if isinstance(answer, Exception) and not isinstance(answer, (RequestError, OSError)):
+            raise answer
+        yield answer
+
+
+def print_json(paths: list[Path], answers: Iterator[Any]) -> int:
+    """A line of JSON for each answer. Returns how many are errors."""
+    from flowlang.app import plain
+    from flowlang.serve.answer import to_json
+
+    failures = 0
+    for path, answer in zip(paths, answers, strict=True):
+        line: dict[str, Any] = {"path": shown(path)}
+        if isinstance(answer, Exception):
+            failures += 1
+            line["error"] = _told(answer)
+        else:
+            line["result"] = plain(answer)
+        click.echo(to_json(line))
+    return failures
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    if isinstance(error, RequestError):
+        names = ("code", "message", "stage", "place")
+        return {name: getattr(error, name) for name in names}
+    message = getattr(error, "strerror", None) or str(error)
+    return {"code": "unreadable", "message": message, "stage": None, "place": None}
+
+
+def print_text(paths: list[Path], answers: Iterator[Any]) -> int:
+    """A row for each answer, and at the end a count on stderr. Returns how many are errors."""
+    width = max(len(shown(path)) for path in paths)
+    failures = 0
+    start_s = time.perf_counter()
+    for path, answer in zip(paths, answers, strict=True):
+        if isinstance(answer, Exception):
+            failures += 1
+            text = click.style(getattr(answer, "strerror", None) or str(answer), fg="red")
+        else:
+            text = _summary(answer)
+        first, *rest = text.splitlines() or [""]
+        click.echo("\n".join([f"{shown(path):<{width}}  {first}".rstrip(), *rest]))
+    taken_s = time.perf_counter() - start_s
+    rate = len(paths) / max(taken_s, 1e-9)
+    click.echo(
+        f"{len(paths) - failures} done, {failures} failed, {taken_s:.2f} s ({rate:.1f}/s)", err=True
+    )
+    return failures
+
+
+def _summary(answer: Any) -> str:
+    """An answer as a person reads it, in a few lines."""
+    if isinstance(answer, dict) and set(answer) == {"index", "label", "score"}:
+        return f"{answer['label']} ({answer['score']:.3f})"
+    if isinstance(answer, dict):
+        return "\n".join(f"{name}: {_summary(part)}" for name, part in answer.items())
+    if isinstance(answer, list):
+        return "\n".join(_summary(part) for part in answer)
+    if hasattr(answer, "shape"):
+        first = [f"{value:.4g}" for value in answer.reshape(-1)[:5]]
+        first[4:] = ["..."] if len(first) > 4 else []
+        return f"{answer.dtype} {'x'.join(map(str, answer.shape))} [{', '.join(first)}]"
+    return str(answer)
+
+
+def with_progress(answers: Iterator[Any], total: int) -> Iterator[Any]:
+    """The same answers, with a bar on a terminal's stderr while they go elsewhere."""
+    if total < 20 or not sys.stderr.isatty() or sys.stdout.isatty():
+        yield from answers
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+        yield from bar.track(answers, total=total)
