@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 MODELS := examples/models
 EXAMPLE := examples/classify.flow
 
@@ -11,13 +12,13 @@ setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(PIP) 'pip>=21.3'
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 # rapidocr carries real OCR models; its own dependencies (a second OpenCV) are left out.
 $(VENV)/.models: $(VENV)/.done
-	$(BIN)/python -m pip install --quiet --no-deps 'rapidocr>=3.4,<4'
+	$(PIP) --no-deps 'rapidocr>=3.4,<4'
 	touch $@
 
 $(MODELS)/.done: $(VENV)/.models examples/models.py
@@ -28,11 +29,11 @@ $(MODELS)/.done: $(VENV)/.models examples/models.py
 
 serve: $(MODELS)/.done
 	@echo
-	@echo "  when it is ready, try in another terminal:"
-	@echo "    curl --data-binary @examples/pictures/cat.jpg http://127.0.0.1:8000/"
+	@echo "  once it serves, try in another terminal:"
+	@echo "    curl --data-binary @examples/pictures/coffee.jpg http://127.0.0.1:8000/"
 	@echo "  or open http://127.0.0.1:8000/ in a browser"
 	@echo
-	$(BIN)/flowlang serve $(EXAMPLE)
+	$(BIN)/flowlang serve $(EXAMPLE) $(ARGS)
 
 test: $(MODELS)/.done
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,7 +31,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.load import Result, asyncio_clients, machine_cpu_seconds, table, thread_clients
+from benchmarks.load import (
+    Result,
+    asyncio_clients,
+    fastest_loop,
+    machine_cpu_seconds,
+    table,
+    thread_clients,
+)
 from examples.models import mlp, resnet
 from flowlang import Flow, load
 from tests.pictures import photographs
@@ -146,7 +155,7 @@ def prepare(picture: bytes) -> NDArray[np.float32]:
     """A JPEG as the model's input, float32 1x3x224x224, with what is fastest in OpenCV."""
     import cv2
 
-    image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
+    image: Any = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
     image = cv2.cvtColor(cv2.resize(image, (224, 224)), cv2.COLOR_BGR2RGB)
     out = np.empty((1, 3, 224, 224), np.float32)
     for plane, levels, target in zip(cv2.split(image), LEVELS, out[0], strict=True):
@@ -172,12 +181,11 @@ def session(model: Path, threads: int = 0) -> Any:
 def independent_loops(run: Run, model: Path, inputs: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A call for as many threads as cores, each with an ONNX Runtime of one thread to itself."""
     own = threading.local()
-    free = deque(session(model, 1) for _ in range(run.cores))
+    turns = itertools.cycle([session(model, 1) for _ in range(run.cores)])
 
     def call(item: Any) -> Any:
         if not hasattr(own, "session"):
-            own.session = free[0]
-            free.rotate()
+            own.session = next(turns)
         return own.session.run(None, {"data": inputs(item)})
 
     return call
@@ -200,55 +208,46 @@ def classify(run: Run) -> None:
     model = resnet(run.folder / "resnet50.onnx", depth=50, width=64)
     pictures = photographs(64)
     text = 'decode -> resize(224) -> rgb -> normalize(imagenet) -> trt("resnet50.onnx"{})'
-    loops, default = independent_loops(run, model, prepare), session(model)
-    baseline = behind_a_lock(model)
-    seconds = run.seconds
-    with (
-        app(run, "plain", text.format("")) as flow,
-        app(run, "batched", text.format(", batch=1..4")) as batched,
-    ):
-        check_answers(flow, default, pictures[0])
+    default = session(model)
+
+    def loop_alone(picture: bytes) -> Any:
+        return default.run(None, {"data": prepare(picture)})
+
+    def threads(call: Callable[[bytes], Any], clients: int, what: str) -> Callable[[], Result]:
+        return partial(thread_clients, what, call, pictures, clients, run.seconds)
+
+    def coroutines(flow: Flow, what: str) -> Callable[[], Result]:
+        return partial(asyncio_clients, what, flow.acall, pictures, CLIENTS, run.seconds)
+
+    with ExitStack() as apps:
+        plain = apps.enter_context(app(run, "plain", text.format("")))
+        batched = apps.enter_context(app(run, "batched", text.format(", batch=1..4")))
+        check_answers(plain, loop_alone, pictures[0])
+        loops = independent_loops(run, model, prepare)
         found = run.measure(
             {
-                "independent loops": lambda: thread_clients(
-                    "limit: one independent loop a core", loops, pictures, run.cores, seconds
+                "limit": threads(loops, run.cores, "limit: an independent loop on every core"),
+                "baseline": threads(
+                    behind_a_lock(model), CLIENTS, "baseline: ONNX Runtime behind a lock, threads"
                 ),
-                "baseline": lambda: thread_clients(
-                    "baseline: ONNX Runtime behind a lock, threads",
-                    baseline, pictures, CLIENTS, seconds,
-                ),  # fmt: skip
-                "asyncio": lambda: asyncio_clients(
-                    "flowlang, asyncio", flow.acall, pictures, CLIENTS, seconds
-                ),
-                "threads": lambda: thread_clients(
-                    "flowlang, threads", flow, pictures, CLIENTS, seconds
-                ),
-                "batched asyncio": lambda: asyncio_clients(
-                    "flowlang batch=1..4, asyncio", batched.acall, pictures, CLIENTS, seconds
-                ),
-                "batched threads": lambda: thread_clients(
-                    "flowlang batch=1..4, threads", batched, pictures, CLIENTS, seconds
-                ),
-                "loop alone": lambda: thread_clients(
-                    "one loop, ONNX Runtime's default threads",
-                    lambda p: default.run(None, {"data": prepare(p)}), pictures, 1, seconds / 2,
-                ),
-                "flowlang alone": lambda: thread_clients(
-                    "flowlang, one caller", flow, pictures, 1, seconds / 2
-                ),
+                "asyncio": coroutines(plain, "flowlang, asyncio"),
+                "threads": threads(plain, CLIENTS, "flowlang, threads"),
+                "batched asyncio": coroutines(batched, "flowlang batch=1..4, asyncio"),
+                "batched threads": threads(batched, CLIENTS, "flowlang batch=1..4, threads"),
+                "loop alone": threads(loop_alone, 1, "one loop, ONNX Runtime's default threads"),
+                "alone": threads(plain, 1, "flowlang, one caller"),
             }
-        )  # fmt: skip
+        )
     ours = ("asyncio", "threads", "batched asyncio", "batched threads")
-    ratios = {f"{n} over the limit": rates(found, n, "independent loops") for n in ours}
-    ratios["limit over the baseline"] = rates(found, "independent loops", "baseline")
-    ratios["asyncio over the baseline"] = rates(found, "asyncio", "baseline")
-    ratios["p50 of one caller over the loop's"] = latencies(found, "flowlang alone", "loop alone")
+    ratios = {f"{n} over the limit": rates(found, n, "limit") for n in ours}
+    ratios |= {f"{n} over the baseline": rates(found, n, "baseline") for n in ("limit", *ours)}
+    ratios["p50 of one caller over the loop's"] = latencies(found, "alone", "loop alone")
     run.note("classify", found, ratios)
 
 
-def check_answers(flow: Flow, reference: Any, picture: bytes) -> None:
+def check_answers(flow: Flow, reference: Callable[[bytes], Any], picture: bytes) -> None:
     """A benchmark of wrong answers would be worth nothing."""
-    expected = reference.run(None, {"data": prepare(picture)})[0][0]
+    expected = reference(picture)[0][0]
     if not np.allclose(flow(picture), expected, rtol=1e-3, atol=1e-3):
         raise RuntimeError("flowlang and the loop it is measured against give different logits")
 
@@ -291,8 +290,6 @@ class BareLoop:
                 if not self._waiting:
                     self._bell.acquire()
             batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            if any(future is None for future, _, _ in batch):
-                return
             if batch:
                 loop = batch[0][1]
                 loop.call_soon_threadsafe(self._answer, batch)
@@ -306,26 +303,22 @@ class BareLoop:
 
 def overhead(run: Run) -> None:
     """A flow that does nothing: what a request costs besides its work."""
-    seconds, items, bare = run.seconds / 2, [b"x"], BareLoop()
+    seconds, items = run.seconds / 2, [b"x"]
+
+    def calls(what: str, call: Callable[[Any], Any], runner: Any) -> Callable[[], Result]:
+        return partial(asyncio_clients, what, call, items, MANY, seconds, run=runner)
+
+    bare, fast, own = BareLoop().call, fastest_loop(), asyncio.run
     with app(run, "pass", "flow echo: bytes -> bytes = pass") as flow:
         found = run.measure(
             {
-                "blocking": lambda: thread_clients("one blocking caller", flow, items, 1, seconds),
-                "uvloop": lambda: asyncio_clients("uvloop", flow.acall, items, MANY, seconds),
-                "asyncio": lambda: asyncio_clients(
-                    "asyncio's own loop", flow.acall, items, MANY, seconds, run=asyncio.run
+                "blocking": partial(
+                    thread_clients, "flowlang, one blocking caller", flow, items, 1, seconds
                 ),
-                "bare uvloop": lambda: asyncio_clients(
-                    "bare queue, uvloop", bare.call, items, MANY, seconds
-                ),
-                "bare asyncio": lambda: asyncio_clients(
-                    "bare queue, asyncio's own loop",
-                    bare.call,
-                    items,
-                    MANY,
-                    seconds,
-                    run=asyncio.run,
-                ),  # fmt: skip
+                "uvloop": calls("flowlang, uvloop", flow.acall, fast),
+                "bare uvloop": calls("bare queue, uvloop", bare, fast),
+                "asyncio": calls("flowlang, asyncio's own loop", flow.acall, own),
+                "bare asyncio": calls("bare queue, asyncio's own loop", bare, own),
             }
         )
     ratios = {
@@ -347,27 +340,33 @@ def batching(run: Run) -> None:
     random = np.random.default_rng(0)
     items = list(random.standard_normal((64, 2048), dtype=np.float32))
     text = 'flow main: tensor<f32, 2048> -> tensor<f32, 1000> = trt("mlp.onnx", batch={})'
-    loops = independent_loops(run, run.folder / "mlp.onnx", lambda item: item[None])
+    model, seconds = run.folder / "mlp.onnx", run.seconds / 2
+    loops = independent_loops(run, model, lambda item: item[None])
     with ExitStack() as apps:
-        single, batched = (
+        one, eight = (
             apps.enter_context(app(run, f"mlp{most}", text.format(f"1..{most}"))) for most in (1, 8)
         )
         found = run.measure(
             {
-                "independent loops": lambda: thread_clients(
-                    "one independent loop a core, batch 1", loops, items, run.cores, run.seconds / 2
+                "loops": partial(
+                    thread_clients,
+                    "an independent loop on every core, batch 1",
+                    loops,
+                    items,
+                    run.cores,
+                    seconds,
                 ),
-                "batch=1": lambda: asyncio_clients(
-                    "flowlang batch=1", single.acall, items, 16, run.seconds / 2
+                "batch=1": partial(
+                    asyncio_clients, "flowlang batch=1", one.acall, items, 16, seconds
                 ),
-                "batch=1..8": lambda: asyncio_clients(
-                    "flowlang batch=1..8", batched.acall, items, 16, run.seconds / 2
+                "batch=1..8": partial(
+                    asyncio_clients, "flowlang batch=1..8", eight.acall, items, 16, seconds
                 ),
             }
         )
     ratios = {
         "batch=1..8 over batch=1": rates(found, "batch=1..8", "batch=1"),
-        "batch=1 over the loops": rates(found, "batch=1", "independent loops"),
+        "batch=1 over the loops": rates(found, "batch=1", "loops"),
     }
     run.note("batching", found, ratios)
 

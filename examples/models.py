@@ -1,15 +1,17 @@
-"""Makes the ONNX models that the examples, tests and benchmarks run.
+"""Makes the ONNX models that the examples, tests and benchmarks run, and pictures to run them on.
 
 Networks come from a seed, so nothing large is stored and the same arguments give the same bytes.
 Weights are random: a classifier tells pictures apart, but its class names mean nothing.
 
     python examples/models.py classifier DIR   # classifier.onnx, classes.txt
     python examples/models.py text DIR         # text models out of the installed rapidocr package
+    python examples/models.py pictures DIR     # photographs and lines of print out of scikit-image
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+    from PIL import Image
 
 Dim: TypeAlias = "int | str"
 
@@ -38,6 +41,9 @@ TEXT_MODELS = {
     "text_recognition.onnx": "*_rec_*.onnx",
     "text_orientation.onnx": "*_cls_*.onnx",
 }
+ORIENTATIONS = ("upright", "upside down")
+PHOTOGRAPHS = {"cat.jpg": "chelsea.png", "coffee.jpg": "coffee.png", "rocket.jpg": "rocket.jpg"}
+LINE = (4, 10, 294, 34)  # of page.png: left, top, right, bottom of its headline
 
 
 class Network:
@@ -280,13 +286,14 @@ def classifier(folder: str | Path) -> list[Path]:
 
 
 def text(folder: str | Path) -> list[Path]:
-    """Copy the text models of the installed `rapidocr` package, and write `text_keys.txt`.
+    """Copy the text models of the installed `rapidocr` package, and write what classes mean.
 
     Line k (from 1) of `text_keys.txt` is the character of class k. Class 0 of the recogniser is
     the CTC blank and has no line; its last class is the space, which is the file's last line.
+    `text_orientations.txt` names the two classes of the orientation model.
     Raises RuntimeError if rapidocr is missing or carries other models.
     """
-    source = _rapidocr_models()
+    source = _folder_of("rapidocr", "models")
     copied = []
     for name, pattern in TEXT_MODELS.items():
         found = sorted(source.glob(pattern))
@@ -294,7 +301,12 @@ def text(folder: str | Path) -> list[Path]:
             raise RuntimeError(f"expected one {pattern} in {source}, found {len(found)}")
         copied.append(_replace(Path(folder) / name, found[0].read_bytes()))
     keys = "".join(f"{key}\n" for key in recogniser_keys(Path(folder) / "text_recognition.onnx"))
-    return [*copied, _replace(Path(folder) / "text_keys.txt", keys.encode())]
+    orientations = "".join(f"{name}\n" for name in ORIENTATIONS)
+    return [
+        *copied,
+        _replace(Path(folder) / "text_keys.txt", keys.encode()),
+        _replace(Path(folder) / "text_orientations.txt", orientations.encode()),
+    ]
 
 
 def recogniser_keys(path: str | Path) -> list[str]:
@@ -308,14 +320,40 @@ def recogniser_keys(path: str | Path) -> list[str]:
     raise RuntimeError(f"{path} has no `character` entry in its metadata")
 
 
-def _rapidocr_models() -> Path:
-    # Found without importing it: rapidocr pulls in packages that copying files does not need.
+def pictures(folder: str | Path) -> list[Path]:
+    """Write three photographs, and a line of print upright and upside down.
+
+    They come out of the installed scikit-image package. Raises RuntimeError if it is missing.
+    """
+    from PIL import Image
+
+    source = _folder_of("skimage", "data")
+    made = []
+    for name, original in PHOTOGRAPHS.items():
+        with Image.open(source / original) as photograph:
+            made.append(_save(Path(folder) / name, photograph.convert("RGB"), "JPEG"))
+    with Image.open(source / "page.png") as page:
+        line = page.crop(LINE)
+    made.append(_save(Path(folder) / "line.png", line, "PNG"))
+    made.append(_save(Path(folder) / "line_upside_down.png", line.rotate(180), "PNG"))
+    return made
+
+
+def _save(path: Path, image: Image.Image, form: str) -> Path:
+    image.info = {}  # page.png carries a colour profile that is out of order
+    out = io.BytesIO()
+    image.save(out, form, quality=90)
+    return _replace(path, out.getvalue())
+
+
+def _folder_of(package: str, folder: str) -> Path:
+    # Found without importing it: that pulls in packages which copying files does not need.
     import importlib.util
 
-    spec = importlib.util.find_spec("rapidocr")
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise RuntimeError("rapidocr is not installed: pip install --no-deps rapidocr")
-    return Path(spec.origin).parent / "models"
+        raise RuntimeError(f"{package} is not installed: run `make setup`")
+    return Path(spec.origin).parent / folder
 
 
 def _float_port(name: str, shape: Sequence[Dim]) -> onnx.ValueInfoProto:
@@ -355,16 +393,20 @@ def _replace(path: str | Path, content: bytes) -> Path:
     return target
 
 
+COMMANDS: dict[str, Callable[[Path], list[Path]]] = {
+    "classifier": classifier,
+    "text": text,
+    "pictures": pictures,
+}
+
+
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description="Make the models of the examples.")
-    parser.add_argument("what", choices=("classifier", "text"))
+    parser = argparse.ArgumentParser(description="Make the models and pictures of the examples.")
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    made = (
-        classifier(arguments.folder) if arguments.what == "classifier" else text(arguments.folder)
-    )
-    for path in made:
+    for path in COMMANDS[arguments.what](arguments.folder):
         print(path)
 
 

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -229,6 +228,8 @@ def explain(
 @click.argument("slug", required=False)
 def explain_error(slug: str | None) -> None:
     """Print the page of an error's SLUG, or the list of them."""
+    from importlib import resources
+
     folder = resources.files("flowlang") / "explanations"
     pages = {p.name.removesuffix(".md"): p for p in folder.iterdir() if p.name.endswith(".md")}
     if slug is None:

@@ -81,7 +81,8 @@ def print_text(paths: list[Path], answers: Iterator[Any]) -> int:
         else:
             text = _summary(answer)
         first, *rest = text.splitlines() or [""]
-        click.echo("\n".join([f"{shown(path):<{width}}  {first}".rstrip(), *rest]))
+        rows = [f"{shown(path):<{width}}  {first}", *(" " * (width + 2) + line for line in rest)]
+        click.echo("\n".join(row.rstrip() for row in rows))
     taken_s = time.perf_counter() - start_s
     rate = len(paths) / max(taken_s, 1e-9)
     click.echo(

@@ -36,6 +36,7 @@ from flowlang import (
 Array: TypeAlias = NDArray[Any]
 
 CLASSIFY = 'decode -> resize(16) -> rgb -> normalize(imagenet) -> trt("net.onnx", batch=1..4) x2'
+PATIENT = CLASSIFY.replace("1..4) x2", "2..2, wait=100s) x1")  # a lone request waits for another
 TWO = """
     flow small = resize(16) -> rgb -> normalize(imagenet)
     flow net = trt("net.onnx", batch=1..4) x2
@@ -234,13 +235,13 @@ def test_map_keeps_order_and_looks_ahead_no_further_than_told(app: App) -> None:
 
 def test_map_that_is_abandoned_takes_its_requests_back(open_app: Callable[..., App]) -> None:
     """Closing the iterator early, or an error raised by it, leaves nothing in the queue."""
-    app = open_app(CLASSIFY.replace("1..4) x2", "1, wait=100s, batch=4) x1").replace("1, wait", "wait"))
-    answers = app.map(itertools.repeat(PICTURES[0], 10), ahead=6)
+    app = open_app(PATIENT)
+    answers = app.map(iter(PICTURES), ahead=3)
     next(answers)
     answers.close()  # type: ignore[attr-defined]
     assert app.scheduler.outstanding == 0
     with pytest.raises(BadRequest):
-        list(app.map([*PICTURES[:4], b"", *PICTURES[:3]], ahead=20))
+        list(app.map([*PICTURES[:2], b"", PICTURES[3], PICTURES[4]], ahead=20))
     assert app.scheduler.outstanding == 0
 
 
@@ -504,7 +505,7 @@ def test_an_app_that_cannot_start_leaves_nothing_behind(
 def test_deadlines_and_full_queues_reach_the_caller(open_app: Callable[..., App]) -> None:
     """A flow's `slo` is every request's deadline unless the call names another."""
     app = open_app(f"""
-        export flow f = {CLASSIFY.replace("1..4) x2", "2..2, wait=100s) x1")}
+        export flow f = {PATIENT}
         schedule {{ f(slo=50ms, queue=1) }}""")
     with pytest.raises(DeadlineExceeded, match="not answered within 50 ms"):
         app(PICTURES[0])

@@ -25,7 +25,7 @@ MAX_BYTES = 32 << 20  # of a picture file
 MAX_PIXELS = 64 << 20  # of a picture: three times a 24-megapixel camera's
 QUEUE = 256
 LIGHT_BATCH = 64  # stages without a model share out what waits; this bounds one hand-over
-GPU_LANES = 3  # decode of one batch, inference of another, and one on its way between them
+GPU_LANES = 2  # each decodes a batch while its last one is in the model
 GPU_BATCH = 64
 HOST_OPS = frozenset(op.name for op in OPS.values() if op.kind == "host")
 

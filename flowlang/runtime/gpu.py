@@ -18,7 +18,7 @@ from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, StagePlan, decodes_on_
 from flowlang.plan.types import Image, Tensor
 from flowlang.runtime import cuda, dali, trt
 from flowlang.runtime.host import Work, as_bmp, check_picture, sample_pictures, work_of
-from flowlang.runtime.picture import Picture
+from flowlang.runtime.picture import Picture, is_plain_jpeg
 from flowlang.runtime.rework import Prologue
 
 if TYPE_CHECKING:
@@ -211,20 +211,22 @@ class _Pictures:
         import numpy as np
 
         for index, data in enumerate(batch.values):
-            try:
-                picture = check_picture(
-                    data, self.max_bytes, self.max_pixels, self.allows_truncated
-                )
-                if not is_decoded(picture):
-                    data = as_bmp(data, picture)
-            except BadRequest as error:
-                batch.outcomes[index] = self._blame(error)
-                continue
+            if len(data) > self.max_bytes or not is_plain_jpeg(data, self.max_pixels):
+                try:
+                    data = self._readable(data)
+                except BadRequest as error:
+                    batch.outcomes[index] = self._blame(error)
+                    continue
             batch.good.append(index)
             batch.pictures.append(np.frombuffer(data, np.uint8))
         if batch.good:
             batch.region = self.small if len(batch.good) <= self.small.batch else self.large
             batch.region.start(batch.pictures)
+
+    def _readable(self, data: bytes) -> bytes:
+        """A picture that the GPU decoders get right. Raises BadRequest where it is none."""
+        picture = check_picture(data, self.max_bytes, self.max_pixels, self.allows_truncated)
+        return data if is_decoded(picture) else as_bmp(data, picture)
 
     def load(self, batch: _Batch) -> None:
         """Queue the copy of what was decoded into the engine's input, on the GPU."""
@@ -240,10 +242,10 @@ class _Pictures:
         self._hand_over(result, batch)
 
     def _hand_over(self, result: Any, batch: _Batch) -> None:
-        tensor = result.as_tensor()
         size = len(batch.good) * self.row_bytes
-        cuda.copy_on_device(self.target.address, int(tensor.data_ptr()), size, self.lane.stream)
-        batch.held = (result, tensor)
+        address = int(result.data_ptr())  # the pictures are of one size, so they lie in a row
+        cuda.copy_on_device(self.target.address, address, size, self.lane.stream)
+        batch.held = result
 
     def _rescue(self, batch: _Batch) -> None:
         """A batch in which something cannot be decoded, once more without it.

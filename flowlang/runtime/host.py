@@ -18,7 +18,7 @@ from flowlang.plan.ops import shorter_side
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS
 from flowlang.plan.rewrite import levels_of
 from flowlang.plan.types import Image
-from flowlang.runtime.picture import Picture, UnreadablePicture, read_picture
+from flowlang.runtime.picture import Picture, UnreadablePicture, is_plain_jpeg, read_picture
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,9 +61,10 @@ def _decode(node: Node, settings: Mapping[str, Any]) -> Work:
     allows_truncated = node.params["truncated"] == "allow"
 
     def work(data: bytes) -> Array:
-        picture = check_picture(data, max_bytes, max_pixels, allows_truncated)
-        if not picture.is_complete and picture.format == "jpeg":
-            data += b"\xff\xd9"  # without an end marker OpenCV gives nothing at all
+        if len(data) > max_bytes or not is_plain_jpeg(data, max_pixels):
+            picture = check_picture(data, max_bytes, max_pixels, allows_truncated)
+            if not picture.is_complete and picture.format == "jpeg":
+                data += b"\xff\xd9"  # without an end marker OpenCV gives nothing at all
         try:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
         except cv2.error as error:

@@ -81,6 +81,12 @@ class Entrance:
         self.missing = [len(set(u.inputs)) for u in program.units]
         self.last = program.units[-1].output if program.units else 0
         self.is_single = len(program.units) == 1 and program.units[0].stage is not None
+        # The stage of a flow that is one stage without a timeout, which most are: its requests
+        # are queued there at once, without what only the others need.
+        self.door: Stage | None = None
+        if self.is_single:
+            only = stages[program.units[0].stage or 0]
+            self.door = only if only.plan.timeout_s is None else None
 
 
 class _Afterwards:
@@ -132,16 +138,18 @@ class Scheduler:
         now = self.clock()
         request = Request(entrance, value, reply, token, now)
         allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
+        if allowed_s is None and entrance.door is not None:
+            with self._lock:
+                self._admit(entrance)
+                entrance.under_way += 1
+                request.is_under_way = True
+                bell = entrance.door.put(Item(request, 0, value, now))
+            if bell is not None:
+                bell()
+            return request
         after = _Afterwards()
         with self._lock:
-            if self._is_draining:
-                raise Draining("the app is stopping and takes no more requests")
-            if entrance.outstanding >= entrance.limit:
-                raise Overloaded(
-                    f"the queue of flow `{entrance.program.name}` is full "
-                    f"({entrance.outstanding} requests)"
-                )
-            entrance.outstanding += 1
+            self._admit(entrance)
             if allowed_s is not None:
                 self._expire_at(now + allowed_s, request, None, after)
             if entrance.under_way >= entrance.width:
@@ -172,8 +180,7 @@ class Scheduler:
         With nothing to take, `bell` is kept and called once when there is.
         """
         with self._lock:
-            now = self.clock()
-            batch = stage.batcher.take(now, len(stage.idle) + stage.rung + 1)
+            batch = self._take(stage, len(stage.idle) + stage.rung + 1)
             more = stage.next_bell() if batch and stage.batcher.waiting else None
             due = None
             if not batch:
@@ -183,12 +190,21 @@ class Scheduler:
                     more = bell
                 elif bell is not None:
                     stage.idle.append(bell)
-            else:
-                size = len(batch)
-                stage.batch_sizes[size] = stage.batch_sizes.get(size, 0) + 1
         if more is not None:
             more()
         return batch, due
+
+    def take_ahead(self, stage: Stage, under_way: int) -> list[Item]:
+        """A batch for an instance that still works on one of `under_way` items; mostly empty.
+
+        Only where no other instance is free to take it, and where it is no smaller: a small batch
+        costs nearly as much as a large one.
+        """
+        with self._lock:
+            waiting = len(stage.batcher.waiting)
+            if stage.idle or stage.rung or waiting < min(under_way, stage.batcher.high):
+                return []
+            return self._take(stage, 1)
 
     def arrived(self, stage: Stage) -> None:
         """An instance that was rung is here."""
@@ -313,6 +329,17 @@ class Scheduler:
 
     # Inside the lock
 
+    def _admit(self, entrance: Entrance) -> None:
+        """Count a request in. Raises where there is no place for it."""
+        if self._is_draining:
+            raise Draining("the app is stopping and takes no more requests")
+        if entrance.outstanding >= entrance.limit:
+            raise Overloaded(
+                f"the queue of flow `{entrance.program.name}` is full "
+                f"({entrance.outstanding} requests)"
+            )
+        entrance.outstanding += 1
+
     def _expire_at(
         self, when_s: float, request: Request, item: Item | None, after: _Afterwards
     ) -> None:
@@ -327,6 +354,13 @@ class Scheduler:
         heap = self._expiries
         while heap and (heap[0][2].is_answered or (heap[0][3] is not None and heap[0][3].is_over)):
             heapq.heappop(heap)
+
+    def _take(self, stage: Stage, free: int) -> list[Item]:
+        batch = stage.batcher.take(self.clock(), free)
+        if batch:
+            size = len(batch)
+            stage.batch_sizes[size] = stage.batch_sizes.get(size, 0) + 1
+        return batch
 
     def _stage_of(self, item: Item) -> Stage:
         number = item.request.entrance.program.units[item.unit].stage

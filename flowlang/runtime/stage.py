@@ -120,7 +120,11 @@ class Lane(threading.Thread):
         before: list[Item] = []
         launched: Any = None
         while True:
-            items = self.scheduler.take(self.stage)[0] if before else self._next_batch()
+            items = (
+                self._next_batch()
+                if not before
+                else self.scheduler.take_ahead(self.stage, len(before))
+            )
             if items is None:
                 return
             self.items = before + items

@@ -13,7 +13,6 @@ import json
 import os
 import re
 from collections.abc import Callable
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -35,10 +34,11 @@ UNTOLD = frozenset({""})  # names were lost, and which ones cannot be told
 
 def grammar_text() -> str:
     """The grammar, from the wheel or from the checkout."""
-    packaged = resources.files("flowlang") / "grammar" / "flow.lark"
-    if packaged.is_file():
-        return packaged.read_text("utf-8")
-    return (FilePath(__file__).parents[2] / "grammar" / "flow.lark").read_text("utf-8")
+    # Not importlib.resources: it brings in zipfile, tempfile and more, at every start.
+    package = FilePath(__file__).parents[1]
+    packaged = package / "grammar" / "flow.lark"
+    found = packaged if packaged.is_file() else package.parent / "grammar" / "flow.lark"
+    return found.read_text("utf-8")
 
 
 def _cache_file(grammar: str) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flowlang.diagnostics import CompileError, Diagnostic, Source, render
@@ -18,6 +19,8 @@ from flowlang.plan.explain import explain_physical, explain_plan
 from flowlang.plan.physical import Machine, lower
 from flowlang.syntax.format import format_program
 from flowlang.syntax.parse import MAX_SOURCE_BYTES, decode_source, parse
+from tests.cases import all_cases
+from tests.standins import furnish
 
 LONG = 30_000  # characters of most files
 
@@ -232,6 +235,10 @@ def test_a_text_with_lone_surrogates_is_answered() -> None:
     assert [told(d)["slug"] for d in found] == ["unexpected-character"]
 
 
+PROGRAMS = [
+    *(case.text for case in all_cases()),
+    *(p.read_text("utf-8") for p in (Path(__file__).parents[1] / "programs").glob("*.flow")),
+]
 PIECES = [
     "decode", "resize", "trt", "rgb", "top", "pass", "softmax", "net", "main", "in", "x4", "x1",
     "->", "=>", "??", "...", "..", "=", ":", ",", "|", "?", "<", ">", "<=", "==", "!=", "+", "-",
@@ -243,7 +250,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=20000, deadline=None)
+@settings(max_examples=15000, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=40))
 def test_soups_of_tokens_are_answered(soup: list[str]) -> None:
     """No sequence of tokens raises anything but CompileError, and all that is said is sound."""
@@ -251,7 +258,7 @@ def test_soups_of_tokens_are_answered(soup: list[str]) -> None:
         work(joint.join(soup).encode())
 
 
-@settings(max_examples=20000, deadline=None)
+@settings(max_examples=15000, deadline=None)
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda t: t.encode("utf-8", "ignore")))
 def test_any_bytes_are_answered(data: bytes) -> None:
     """No bytes raise anything but CompileError, and all that is said is sound."""
@@ -269,9 +276,34 @@ DECLARATIONS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=20000, deadline=None)
+@settings(max_examples=15000, deadline=None)
 @given(st.lists(DECLARATIONS, max_size=12), st.integers(0, 300), st.integers(0, 12))
 def test_damaged_declarations_are_answered(parts: list[str], at: int, length: int) -> None:
     """Declarations in any order, with a hole torn into them, are checked without harm."""
     text = "\n".join(parts)
     work((text[:at] + text[at + length :]).encode())
+
+
+@pytest.fixture
+def furnished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(furnish(tmp_path))
+    return tmp_path
+
+
+@settings(
+    max_examples=15000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.sampled_from(PROGRAMS),
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3), st.sampled_from(["", *PIECES]))),
+)
+def test_damaged_programs_are_answered(
+    furnished: Path, text: str, blows: list[tuple[int, int, str]]
+) -> None:
+    """Programs with tokens taken out and others put in are checked without harm."""
+    tokens = re.split(r"(\s+|\b)", text)
+    for at, count, piece in blows:
+        tokens[at * 3 : at * 3 + count] = [piece]
+    work("".join(tokens).encode())

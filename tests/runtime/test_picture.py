@@ -13,7 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flowlang.runtime.picture import MAX_STEPS, Picture, UnreadablePicture, read_picture
+from flowlang.runtime.picture import (
+    MAX_STEPS,
+    Picture,
+    UnreadablePicture,
+    is_plain_jpeg,
+    read_picture,
+)
 from tests.pictures import Pixels, bad, encode, good, photographs
 
 SMALL_ENOUGH_TO_DECODE = 4_000_000
@@ -57,8 +63,45 @@ def test_a_good_file_tells_its_format_size_and_components(name: str) -> None:
     wanted = good()[name]
     picture = read_picture(wanted.data)
     assert picture == Picture(
-        wanted.format, *wanted.stored, True, name == "jpeg-progressive", wanted.channels
+        wanted.format,
+        *wanted.stored,
+        is_complete=True,
+        is_progressive=name == "jpeg-progressive",
+        channels=wanted.channels,
+        stores_rgb=name == "jpeg-rgb",
     )
+
+
+@pytest.mark.parametrize("name", good())
+def test_an_everyday_jpeg_is_known_by_the_short_look_only_where_the_long_one_agrees(
+    name: str,
+) -> None:
+    """The short look never says yes to a file that is not a whole JPEG in the usual colours."""
+    data = good()[name].data
+    picture = read_picture(data)
+    is_usual = picture.format == "jpeg" and not picture.stores_rgb and picture.channels in (1, 3)
+    assert is_plain_jpeg(data, 1 << 26) == (is_usual and data.endswith(b"\xff\xd9"))
+    assert not is_plain_jpeg(data, picture.width * picture.height - 1)
+
+
+@pytest.mark.parametrize("name", bad())
+def test_no_bad_file_passes_the_short_look(name: str) -> None:
+    """What `read_picture` or the limits refuse is never let through by the short look."""
+    assert not is_plain_jpeg(bad()[name].data, 64 << 20)
+
+
+@given(st.data())
+def test_the_short_look_stands_damaged_headers(choice: st.DataObject) -> None:
+    """Whatever the bytes are, it answers, and yes only where the long look reads the same size."""
+    data = bytearray(good()["jpeg-420"].data[:2000] + b"\0" * 4000 + b"\xff\xd9")
+    for _ in range(choice.draw(st.integers(1, 8))):
+        data[choice.draw(st.integers(2, 700))] = choice.draw(st.integers(0, 255))
+    if is_plain_jpeg(bytes(data), 1 << 26):
+        try:
+            picture = read_picture(bytes(data))
+        except UnreadablePicture:
+            return
+        assert picture.width * picture.height <= 1 << 26
 
 
 @pytest.mark.parametrize("name", good())
