@@ -24,10 +24,12 @@ from flowlang.plan.check import Plan
 from flowlang.plan.files import PathLike, compile_file
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
 from flowlang.plan.types import Image, Record, Scalar, Shape, Tensor, Type
+from flowlang.runtime import seal
 from flowlang.runtime.instances import Instances
 from flowlang.runtime.machine import this_machine
 from flowlang.runtime.request import FutureReply, LoopReply, Request, Waiter
 from flowlang.runtime.scheduler import Scheduler
+from flowlang.runtime.seal import KeySource
 from flowlang.runtime.stage import Lane, Watch
 
 GRACE_S = 30.0
@@ -40,17 +42,22 @@ def load(
     values: Mapping[str, object] | None = None,
     schedule: str | None = None,
     engines: PathLike | None = None,
+    key: KeySource | None = None,
 ) -> App:
     """Check a flow file, load and warm its models, and return it ready to be called.
 
     `device` is `cpu`, `gpu`, `gpu:1`, or None for the GPU where there is one. `engines` is the
-    folder of built TensorRT engines, in place of the user's cache.
+    folder of built TensorRT engines, in place of the user's cache. `key` opens encrypted models and
+    encrypts the engines built from them: 32 bytes, their base64 text, or a callable that gives them
+    (without it, the environment's FLOWLANG_KEY is asked when a model needs one).
     Raises CompileError with every error of the file, EngineError where a model or a device cannot
     be set up, OSError if the file cannot be read.
     """
     machine = this_machine(device)
-    plan = compile_file(path, values=values, schedule=schedule)
-    return App(plan, lower(plan, machine), engines=engines)
+    opener = seal.model_opener(key)
+    plan = compile_file(path, values=values, schedule=schedule, opener=opener)
+    sealing = seal.read_key(key) if key is not None else None
+    return App(plan, lower(plan, machine), engines=engines, key=sealing)
 
 
 class Flow:
@@ -169,14 +176,19 @@ class App:
     """
 
     def __init__(
-        self, plan: Plan, physical: PhysicalPlan, *, engines: str | os.PathLike[str] | None = None
+        self,
+        plan: Plan,
+        physical: PhysicalPlan,
+        *,
+        engines: PathLike | None = None,
+        key: seal.Key | None = None,
     ) -> None:
         self.plan = plan
         self.physical = physical
         self.scheduler = Scheduler(physical, time.monotonic)
         self.flows: Mapping[str, Flow] = {p.name: Flow(self, p) for p in physical.programs}
         self._watch = Watch(self.scheduler)
-        self._instances = Instances(physical, Path(engines) if engines is not None else None)
+        self._instances = Instances(physical, Path(engines) if engines is not None else None, key)
         self._lanes = [
             Lane(
                 self.scheduler,

@@ -16,6 +16,7 @@ from flowlang.plan.arguments import Binder, did_you_mean, given_setting
 from flowlang.plan.elaborate import Elaborator
 from flowlang.plan.extent import Extents, calls
 from flowlang.plan.graph import FlowPlan, Node, Site
+from flowlang.plan.onnx import Opener
 from flowlang.plan.ops import OPS, UNBUILT
 from flowlang.plan.schedule import COPIES, SETTINGS, Given, Settings
 from flowlang.plan.types import UNKNOWN, Image, Unknown
@@ -47,11 +48,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What is decided outside the file: `--set`, the environment, the schedule, the device."""
+    """What is decided outside the file: `--set`, the environment, the schedule, the key.
+
+    `opener` gives what an encrypted model holds.
+    """
 
     values: Mapping[str, str]
     environment: Mapping[str, str]
     schedule: str | None = None
+    opener: Opener | None = None
 
 
 NO_CHOICES = Choices({}, {})
@@ -104,7 +109,7 @@ class _Checker:
         self._scheduled: dict[tuple[str | None, str, str], Span] = {}
         folder = Path(os.path.dirname(source.name))
         binder = Binder(self.constants, folder, self.report)
-        self.elaborator = Elaborator(self.flows, lost, binder, self.types.resolve)
+        self.elaborator = Elaborator(self.flows, lost, binder, self.types.resolve, choices.opener)
         for name in lost:
             self.constants[name] = Constant("unknown", None, program.span)
         self._program = program

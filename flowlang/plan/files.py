@@ -11,16 +11,19 @@ from typing import TypeAlias
 
 from flowlang.diagnostics import CompileError, Diagnostic
 from flowlang.plan.check import Choices, Plan, check_source, compile_source
+from flowlang.plan.onnx import Opener
 from flowlang.syntax.parse import read_source
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
 
-def _choices(values: Mapping[str, object] | None, schedule: str | None) -> Choices:
+def _choices(
+    values: Mapping[str, object] | None, schedule: str | None, opener: Opener | None
+) -> Choices:
     texts = {
         n: str(v).lower() if isinstance(v, bool) else str(v) for n, v in (values or {}).items()
     }
-    return Choices(texts, os.environ, schedule)
+    return Choices(texts, os.environ, schedule, opener)
 
 
 def check(
@@ -28,13 +31,15 @@ def check(
     *,
     values: Mapping[str, object] | None = None,
     schedule: str | None = None,
+    opener: Opener | None = None,
 ) -> list[Diagnostic]:
     """Every error, warning and hint of a flow file, in order of place. Runs nothing.
 
-    `values` overrides params, as `--set` does. Raises OSError if the file cannot be read.
+    `values` overrides params, as `--set` does; `opener` opens encrypted models. Raises OSError if
+    the file cannot be read.
     """
     try:
-        return check_source(read_source(path), _choices(values, schedule))[1]
+        return check_source(read_source(path), _choices(values, schedule, opener))[1]
     except CompileError as error:
         return error.diagnostics
 
@@ -44,6 +49,7 @@ def compile_file(
     *,
     values: Mapping[str, object] | None = None,
     schedule: str | None = None,
+    opener: Opener | None = None,
 ) -> Plan:
     """The typed plan of a flow file. Raises CompileError, or OSError if it cannot be read."""
-    return compile_source(read_source(path), _choices(values, schedule))
+    return compile_source(read_source(path), _choices(values, schedule, opener))

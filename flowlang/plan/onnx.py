@@ -12,11 +12,11 @@ import hashlib
 import importlib.util
 import mmap
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 from flowlang.plan.types import Record, Shape, Tensor, Type
 
@@ -31,6 +31,11 @@ DTYPE = {
     1: "f32", 2: "u8", 3: "i8", 4: "u16", 5: "i16", 6: "i32", 7: "i64", 9: "bool", 10: "f16",
     11: "f64",
 }  # fmt: skip
+
+
+ENCRYPTED = ".encrypted"
+Opener: TypeAlias = Callable[[Path], bytes]
+Data: TypeAlias = mmap.mmap | bytes
 
 
 class NotAModel(Exception):
@@ -58,6 +63,11 @@ class Model:
     path: Path
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    opener: Opener | None = field(default=None, compare=False)  # of an encrypted file
+
+    def content(self) -> bytes | None:
+        """What an encrypted file holds; None for a plain one, which is read where it lies."""
+        return self.opener(self.path) if self.opener is not None else None
 
     @property
     def name(self) -> str:
@@ -77,14 +87,22 @@ class Model:
         return Record(tuple((p.name, p.item) for p in self.outputs))
 
 
-def read_model(path: str | os.PathLike[str]) -> Model:
-    """Read a model's header. Raises OSError, or NotAModel where the file is no ONNX model."""
+def read_model(path: str | os.PathLike[str], opener: Opener | None = None) -> Model:
+    """Read a model's header. Raises OSError, or NotAModel where the file is no ONNX model.
+
+    An encrypted model (`*.encrypted`) is read through `opener`, which may raise FlowError.
+    """
+    if os.fspath(path).endswith(ENCRYPTED):
+        if opener is None:
+            raise NotAModel("it is encrypted, and there is no key to open it with")
+        header, initializers = _header(opener(Path(path)))
+        return _model(Path(path), header, initializers, opener)
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise NotAModel("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             header, initializers = _header(mapped)
-    return _model(Path(path), header, initializers)
+    return _model(Path(path), header, initializers, None)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -96,7 +114,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+def _varint(data: Data, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[at]
@@ -109,7 +127,7 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
             raise NotAModel("it is no protobuf message")
 
 
-def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+def _fields(data: Data, at: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
     """(field number, start of the field, start of its payload, end) of each field of a message."""
     while at < stop:
         start = at
@@ -132,7 +150,7 @@ def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int
         at = end
 
 
-def _header(data: mmap.mmap) -> tuple[bytes, frozenset[str]]:
+def _header(data: Data) -> tuple[bytes, frozenset[str]]:
     """A ModelProto without weights and nodes, and the names of its initializers."""
     out = bytearray()
     initializers: set[str] = set()
@@ -152,7 +170,7 @@ def _header(data: mmap.mmap) -> tuple[bytes, frozenset[str]]:
     return bytes(out), frozenset(initializers)
 
 
-def _graph(data: mmap.mmap, at: int, stop: int, initializers: set[str]) -> bytes:
+def _graph(data: Data, at: int, stop: int, initializers: set[str]) -> bytes:
     """A GraphProto's inputs and outputs; the names of its initializers are added to the set."""
     out = bytearray()
     for number, start, payload, end in _fields(data, at, stop):
@@ -193,7 +211,7 @@ def _messages() -> ModuleType:
     return module
 
 
-def _model(path: Path, header: bytes, initializers: frozenset[str]) -> Model:
+def _model(path: Path, header: bytes, initializers: frozenset[str], opener: Opener | None) -> Model:
     from google.protobuf.message import DecodeError
 
     model = _messages().ModelProto()
@@ -219,4 +237,4 @@ def _model(path: Path, header: bytes, initializers: frozenset[str]) -> Model:
     outputs = tuple(port(v) for v in model.graph.output)
     if not inputs or not outputs:
         raise NotAModel("it has no inputs or no outputs")
-    return Model(path, inputs, outputs)
+    return Model(path, inputs, outputs, opener)

@@ -159,6 +159,8 @@ def _normalize(given: Type, params: Params) -> Type:
     image = _u8_image(given, "normalize")
     if image.colour is None:
         raise Mismatch("an image of decided colour: put `rgb`, `bgr` or `gray` before it")
+    if image.channels == 1 and any(len(params[n] or ()) > 1 for n in ("mean", "std")):
+        raise Mismatch("an image of three channels, as `mean` or `std` has three numbers")
     return replace(image, dtype="f32")
 
 

@@ -27,7 +27,7 @@ class CpuInstance:
         self.before = [work_of(n, plan.settings) for n in plan.region]
         self.after = [work_of(n, plan.settings) for n in plan.tail]
         node = next((n for n in plan.nodes if n.model is not None), None)
-        self.model = _ModelStep(node, sessions.of(node.model.path)) if node and node.model else None
+        self.model = _ModelStep(node, sessions.of(node.model)) if node and node.model else None
         self.batch = plan.batch
         self.at_work = sessions.at_work
 

@@ -59,6 +59,7 @@ def spec_of(plan: StagePlan) -> trt.EngineSpec:
         plan.batch,
         _prologue(pack) if pack is not None else None,
         plan.settings.get("workspace", trt.WORKSPACE),
+        node.model.content,
     )
 
 

@@ -18,6 +18,7 @@ from flowlang.runtime.stage import Instance
 if TYPE_CHECKING:
     from flowlang.runtime.gpu import GpuResources
     from flowlang.runtime.ort import Sessions
+    from flowlang.runtime.seal import Key
 
 log = logging.getLogger("flowlang")
 
@@ -29,9 +30,12 @@ SWITCH_INTERVAL_S = 0.0005
 class Instances:
     """Makes instances; owns the sessions and engines they share. Called from the lanes' threads."""
 
-    def __init__(self, plan: PhysicalPlan, engines: Path | None = None) -> None:
+    def __init__(
+        self, plan: PhysicalPlan, engines: Path | None = None, key: Key | None = None
+    ) -> None:
         self._plan = plan
         self._engines = engines
+        self._key = key  # engines are encrypted where there is one
         self._lock = threading.Lock()
         self._sessions: Sessions | None = None
         self._resources: dict[int, GpuResources] = {}
@@ -44,13 +48,11 @@ class Instances:
             gpu = stage.gpus[number]
             return GpuInstance(stage, gpu, self._resources_of(gpu))
         from flowlang.runtime.cpu import CpuInstance
-        from flowlang.runtime.ort import Sessions, count_callers
+        from flowlang.runtime.ort import Sessions
 
         with self._lock:
             if self._sessions is None:
-                self._sessions = Sessions(
-                    self._plan.machine.cores, count_callers(self._plan.stages)
-                )
+                self._sessions = Sessions(self._plan.machine.cores, self._plan.stages)
         return CpuInstance(stage, self._sessions)
 
     def _resources_of(self, gpu: int) -> GpuResources:
@@ -72,7 +74,7 @@ class Instances:
         if any(decodes_on_gpu(s.region) for s in lanes):
             pictures = sample_pictures(8) * 7  # the engines work best on multiples of seven
             decoding = dali.choose_decoding(gpu, len(lanes), pictures)
-        store = EngineStore(self._engines or default_directory())
+        store = EngineStore(self._engines or default_directory(), self._key)
         return GpuResources(trt.Engines(store), decoding)
 
     def close(self) -> None:

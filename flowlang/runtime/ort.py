@@ -18,10 +18,13 @@ from flowlang.diagnostics import EngineError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from flowlang.plan.physical import StagePlan
+    from flowlang.plan.onnx import Model
+from flowlang.plan.physical import StagePlan
 
-_DTYPE = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8", "i8": "int8",
-          "u16": "uint16", "i16": "int16", "i32": "int32", "i64": "int64", "bool": "bool"}  # fmt: skip
+_DTYPE = {
+    "f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8", "i8": "int8",
+    "u16": "uint16", "i16": "int16", "i32": "int32", "i64": "int64", "bool": "bool",
+}  # fmt: skip
 
 
 def numpy_dtype(name: str) -> str:
@@ -46,24 +49,33 @@ class AtWork:
 
 
 class Session:
-    """A model ready to run: on one thread a call, and on all cores for a call that is alone.
+    """A model ready to run, on all cores, or on one thread a call while calls fill the cores.
 
     Measured on two cores, ResNet-50, ten requests outstanding: calls of one thread each reach what
-    two independent loops reach, calls that share two threads 0.88 to 0.94 of it; one request at a
-    time takes half as long on two threads. So there are two sessions. The wide one does for a
-    single caller, which would pay for both with twice the memory.
+    two independent loops reach, calls that share two threads 0.88 to 0.94 of it; a request that is
+    alone takes half as long on two threads. So there are two sessions, at twice the memory, where
+    several calls can fill the cores; elsewhere the wide one does.
     """
 
-    def __init__(self, path: Path, cores: int, callers: int, at_work: AtWork) -> None:
+    def __init__(self, model: Model, cores: int, at_work: AtWork, *, is_crowded: bool) -> None:
         self._at_work = at_work
-        self._wide = _open(path, cores)
-        self._narrow = _open(path, 1) if callers > 1 and cores > 1 else self._wide
+        self._cores = cores
+        content = model.content()
+        self._wide = _open(model, content, cores)
+        needs_both = is_crowded and cores > 1
+        self._narrow = _open(model, content, 1) if needs_both else self._wide
         self.inputs = [i.name for i in self._wide.get_inputs()]
         self.outputs = [o.name for o in self._wide.get_outputs()]
 
+    @property
+    def threads(self) -> int:
+        """How many threads a run that starts now may use."""
+        is_full = self._at_work.count >= self._cores and self._narrow is not self._wide
+        return 1 if is_full else self._cores
+
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
         """The outputs, in the model's order, for one batch of inputs by name."""
-        session = self._wide if self._at_work.count <= 1 else self._narrow
+        session = self._narrow if self.threads == 1 else self._wide
         outputs: Sequence[NDArray[Any]] = session.run(None, dict(feeds))
         return outputs
 
@@ -75,7 +87,7 @@ class Session:
         return outputs
 
 
-def _open(path: Path, threads: int) -> Any:
+def _open(model: Model, content: bytes | None, threads: int) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -85,9 +97,10 @@ def _open(path: Path, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        given = str(model.path) if content is None else content
+        return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise EngineError(f"ONNX Runtime cannot load `{path.name}`: {error}") from error
+        raise EngineError(f"ONNX Runtime cannot load `{model.name}`: {error}") from error
     finally:
         _trim()
 
@@ -108,29 +121,27 @@ def _malloc_trim() -> Any:
 class Sessions:
     """The sessions of an app: one Session a model file, however many stages and flows name it.
 
-    `callers` says how many instances run each model; one where it does not say.
+    `stages` are all stages of the app: their instances say how crowded it can get.
     """
 
-    def __init__(self, cores: int, callers: Mapping[Path, int] | None = None) -> None:
+    def __init__(self, cores: int, stages: Iterable[StagePlan] = ()) -> None:
         self.at_work = AtWork()
         self._cores = cores
-        self._callers = callers or {}
+        self._stages = [s for s in stages if s.device == "cpu"]
         self._lock = threading.Lock()
         self._sessions: dict[Path, Session] = {}
 
-    def of(self, path: Path) -> Session:
+    def of(self, model: Model) -> Session:
         """The session of a model file. Raises EngineError where it cannot be loaded."""
         with self._lock:
-            if path not in self._sessions:
-                callers = self._callers.get(path, 1)
-                self._sessions[path] = Session(path, self._cores, callers, self.at_work)
-            return self._sessions[path]
+            if model.path not in self._sessions:
+                is_crowded = self._is_crowded(model.path)
+                self._sessions[model.path] = Session(
+                    model, self._cores, self.at_work, is_crowded=is_crowded
+                )
+            return self._sessions[model.path]
 
-
-def count_callers(stages: Iterable[StagePlan]) -> dict[Path, int]:
-    """How many instances on the CPU run each model file."""
-    counts: dict[Path, int] = {}
-    for stage in stages:
-        if stage.model is not None and stage.device == "cpu":
-            counts[stage.model.path] = counts.get(stage.model.path, 0) + stage.instances
-    return counts
+    def _is_crowded(self, path: Path) -> bool:
+        """Whether several instances run a model, in an app whose instances can fill the cores."""
+        callers = sum(s.instances for s in self._stages if s.model and s.model.path == path)
+        return callers > 1 and sum(s.instances for s in self._stages) >= self._cores

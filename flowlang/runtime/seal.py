@@ -110,6 +110,19 @@ def read_key(
     )
 
 
+def model_opener(
+    argument: KeySource | None = None, file: str | Path | None = None
+) -> Callable[[Path], bytes]:
+    """What opens encrypted models, with the key `read_key` finds once it is needed."""
+
+    def open_model(path: Path) -> bytes:
+        key = read_key(argument, file=file)
+        with open(path, "rb") as sealed:
+            return open_sealed_file(sealed, key, header=MODEL_HEADER)
+
+    return open_model
+
+
 def _asked(source: Callable[[], bytes | str]) -> Key:
     """The key a callable answers with."""
     try:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,13 +73,17 @@ def _logger() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What an engine is built from. `batch` is (least, best, most)."""
+    """What an engine is built from. `batch` is (least, best, most).
+
+    `content` gives what an encrypted model holds, and None for a plain file.
+    """
 
     model: Path
     precision: str
     batch: tuple[int, int, int]
     prologue: rework.Prologue | None
     workspace: int = WORKSPACE
+    content: Callable[[], bytes | None] = field(default=lambda: None, compare=False)
 
     def key(self, gpu: cuda.Gpu) -> EngineKey:
         """The key under which the engine is stored for a GPU."""
@@ -120,7 +124,7 @@ def build(spec: EngineSpec, progress: Callable[[str], None] = lambda step: None)
     own reason where it cannot be built.
     """
     trt = _trt()
-    model = rework.load(spec.model)
+    model = rework.load(spec.model, spec.content())
     if spec.precision == "int8" and not rework.has_quantization(model):
         raise EngineError(
             f"`{spec.model.name}` has no quantize/dequantize nodes, so it cannot run in int8: "

@@ -1,0 +1,91 @@
+"""What `flowlang explain` prints: the plan of each program under tests/golden, and its stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flowlang.diagnostics import Source
+from flowlang.plan.check import NO_CHOICES, Choices, Plan, compile_source
+from flowlang.plan.explain import explain_physical, explain_plan
+from flowlang.plan.physical import Machine, lower
+from tests.cases import REGENERATE
+from tests.standins import furnish
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PROGRAMS = sorted(GOLDEN.glob("*.flow"))
+EACH_PROGRAM = pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.stem)
+CPU, GPU = Machine(4), Machine(8, "gpu", (0, 1))
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return furnish(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(autouse=True)
+def folder(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(furnished)
+
+
+def compiled(file: Path, choices: Choices = NO_CHOICES) -> Plan:
+    return compile_source(Source(file.name, file.read_text("utf-8")), choices)
+
+
+def compare(text: str, name: str) -> None:
+    """Hold a text against the golden file of this name."""
+    golden = GOLDEN / f"{name}.txt"
+    if REGENERATE:
+        golden.write_text(text, "utf-8")
+    assert text == golden.read_text("utf-8")
+
+
+@EACH_PROGRAM
+def test_the_plan_is_explained(file: Path) -> None:
+    """Operators, types and inserted conversions are printed as they stand in the golden file."""
+    compare(explain_plan(compiled(file)), f"{file.stem}.plan")
+
+
+@EACH_PROGRAM
+def test_the_stages_on_a_cpu_are_explained(file: Path) -> None:
+    """Stages, batches and instances for four cores are printed as in the golden file."""
+    plan = compiled(file)
+    compare(explain_physical(plan, lower(plan, CPU)), f"{file.stem}.cpu")
+
+
+@pytest.mark.parametrize("name", ["smallest", "scheduled", "fanout", "fixed"])
+def test_the_stages_on_gpus_are_explained(name: str) -> None:
+    """The same file planned for two GPUs is printed as in the golden file."""
+    plan = compiled(GOLDEN / f"{name}.flow")
+    compare(explain_physical(plan, lower(plan, GPU)), f"{name}.gpu")
+
+
+def test_a_named_schedule_is_laid_over_the_unnamed_one() -> None:
+    """What `--schedule prod` sets replaces what the unnamed block set, and leaves the rest."""
+    plan = compiled(GOLDEN / "shared.flow", Choices({}, {}, "prod"))
+    compare(explain_physical(plan, lower(plan, CPU)), "shared.prod")
+
+
+def test_the_origin_of_each_param_is_shown() -> None:
+    """`explain` tells the file's defaults, the environment's values and `--set` apart."""
+    choices = Choices({"size": "224", "is_exact": "false"}, {"MODELS": "models", "SIZE": "1"})
+    text = explain_plan(compiled(GOLDEN / "params.flow", choices))
+    shown = [line for line in text.splitlines() if line.startswith("param ")]
+    assert shown == [
+        'param models = "models"  (environment)',
+        "param size = 224  (--set)",
+        "param pause = 2ms  (file)",
+        "param room = 512MiB  (file)",
+        "param sizes = 1..4..8  (file)",
+        "param is_exact = false  (--set)",
+    ]
+
+
+def test_the_same_program_always_gives_the_same_text() -> None:
+    """Nothing in the text depends on the run: no address, no order of a set."""
+    for file in PROGRAMS:
+        first, second = compiled(file), compiled(file)
+        assert explain_plan(first) == explain_plan(second)
+        texts = [explain_physical(plan, lower(plan, CPU)) for plan in (first, second)]
+        assert texts[0] == texts[1]

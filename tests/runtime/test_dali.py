@@ -1,0 +1,143 @@
+"""Regions on DALI's CPU backend: the graph that runs on a GPU, against the reference operators."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flowlang.runtime import dali
+from flowlang.runtime.dali import Decoding, Region
+from flowlang.runtime.host import as_bmp
+from tests.pictures import encode, good, photograph, photographs
+from tests.regions import CHAINS, Chain, decodable, in_dali, on_host, region_of, write_models
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("nvidia") is None
+        or importlib.util.find_spec("nvidia.dali") is None,
+        reason="NVIDIA DALI is not installed (pip install 'flowlang[gpu]')",
+    ),
+    # What DALI's own code warns of is not ours to mend.
+    pytest.mark.filterwarnings("default"),
+]
+
+BATCH = 8
+UNDECODED = ("tiff-1-bit",)  # refused by DALI itself, so a GPU instance decodes them on the host
+ROUNDED = {"jpeg-cmyk": 1, "tiff-palette": 1}  # levels, from more than eight bits or three colours
+Open = Callable[..., tuple[Region, list[Any]]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def open_region(folder: Path) -> Iterator[Open]:
+    """Builds a flow's region without a GPU, and gives it back with its operators."""
+    opened: list[Region] = []
+
+    def opener(text: str, batch: int = BATCH) -> tuple[Region, list[Any]]:
+        nodes = region_of(text, folder)
+        opened.append(Region(nodes, batch, None, Decoding(threads=1)))
+        return opened[-1], nodes
+
+    yield opener
+    for region in opened:
+        region.close()
+
+
+def files() -> list[bytes]:
+    """Photographs of several sizes and shapes, some of odd sides."""
+    sizes = ((500, 375), (375, 500), (251, 127), (640, 427))
+    return [photographs(1, *size, seed=seed)[0] for seed, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain.text)
+def test_every_operator_agrees_with_its_reference(open_region: Open, chain: Chain) -> None:
+    """DALI's results are those of the reference operators, within the operators' tolerances."""
+    region, nodes = open_region(chain.text)
+    given = files()
+    for data, got in zip(given, in_dali(region, given), strict=True):
+        chain.check(got, on_host(nodes, data), jpeg=False)
+
+
+@pytest.mark.parametrize("name", good())
+def test_every_format_is_decoded_alike(open_region: Open, name: str) -> None:
+    """Every file that is handed to DALI shows what OpenCV sees in it, and so does every other."""
+    region, nodes = open_region("decode -> rgb")
+    data = good()[name].data
+    if name in UNDECODED:
+        with pytest.raises(RuntimeError):
+            in_dali(region, [decodable(data)])
+        data = as_bmp(data)
+    (got,) = in_dali(region, [decodable(data)])
+    wanted = on_host(nodes, data)
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(got, wanted.astype(np.float32), atol=ROUNDED.get(name, 0))
+
+
+def test_a_picture_that_cannot_be_decoded_fails_its_batch_and_no_other(open_region: Open) -> None:
+    """The batch raises RuntimeError, and what comes after it is right, a hundred times over."""
+    region, nodes = open_region("decode -> resize(64) -> rgb")
+    given = files()
+    wanted = [on_host(nodes, data) for data in given]
+    for turn in range(100):
+        bad = given[turn % 4][: 300 + turn]
+        with pytest.raises(RuntimeError, match="nvImageCodec|Failed to decode"):
+            in_dali(region, [given[0], bad, given[1]])
+        if turn % 10 == 0:
+            for got, seen in zip(in_dali(region, given), wanted, strict=True):
+                assert abs(got.astype(int) - seen).max() <= 1
+
+
+def test_a_picture_smaller_than_its_crop_fails(open_region: Open) -> None:
+    """Where the reference refuses a picture, DALI does not invent the pixels it lacks."""
+    region, _ = open_region("decode -> crop(200) -> rgb")
+    small = encode(photograph("coffee.png").resize((150, 220)), "PNG")
+    with pytest.raises(RuntimeError):
+        in_dali(region, [small])
+
+
+def test_a_batch_may_be_of_any_size_up_to_the_most(open_region: Open) -> None:
+    """One pipeline takes 1 to `batch` pictures in any order of sizes, and refuses more."""
+    region, nodes = open_region("decode -> resize(h=40, w=60) -> rgb")
+    given = files()
+    for count in (1, 8, 3, 8, 2, 1, 5):
+        batch = [given[(i + count) % 4] for i in range(count)]
+        results = in_dali(region, batch)
+        assert len(results) == count
+        for data, got in zip(batch, results, strict=True):
+            assert abs(got.astype(int) - on_host(nodes, data)).max() <= 1
+    with pytest.raises(RuntimeError, match="batch.size"):
+        in_dali(region, given * 3)
+    assert len(in_dali(region, given)) == 4
+
+
+def test_a_result_stays_as_it_is_while_more_batches_run(open_region: Open) -> None:
+    """What a batch gave is not overwritten by those behind it, as long as it is kept."""
+    region, nodes = open_region("decode -> resize(64) -> rgb")
+    given = [np.frombuffer(data, np.uint8) for data in files()]
+    kept = [(index, region.run([given[index], given[index - 1]])) for index in range(4)] * 2
+    for _ in range(6):
+        region.run(given)
+    for index, result in kept:
+        for row, source in enumerate((index, index - 1)):
+            seen = np.asarray(result.as_tensor())[row]
+            wanted = on_host(nodes, given[source].tobytes())
+            assert abs(seen.astype(int) - wanted).max() <= 1
+
+
+def test_a_batch_is_begun_before_it_is_asked_for(open_region: Open) -> None:
+    """`start` and `result` may stand apart; each result belongs to its own start."""
+    region, nodes = open_region("decode -> resize(64) -> rgb")
+    for data in files() * 2:
+        picture = np.frombuffer(data, np.uint8)
+        region.start([picture])
+        (got,) = dali.arrays(region.result())
+        assert abs(got.astype(int) - on_host(nodes, data)).max() <= 1
