@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flowlang.diagnostics import Diagnostic, Label, Span
+from flowlang.diagnostics import Diagnostic, FlowError, Label, Span
 from flowlang.plan import graph
 from flowlang.plan.arguments import Binder, Bound, did_you_mean, with_sides
 from flowlang.plan.extent import field_value
 from flowlang.plan.graph import Node, Site
 from flowlang.plan.model import Misfit, Packing, fit, gives, input_type
-from flowlang.plan.onnx import Model, NotAModel, read_model
+from flowlang.plan.onnx import Model, NotAModel, Port, read_model
 from flowlang.plan.ops import OPS, UNBUILT, Mismatch, Op
 from flowlang.plan.schedule import COPIES, Given, Settings
 from flowlang.plan.types import UNKNOWN, Image, Record, Type, Unknown, fits, why_vast
@@ -51,11 +51,13 @@ class Elaborator:
         lost: frozenset[str],
         binder: Binder,
         resolve: Callable[[tree.TypeExpr], Type],
+        opener: Opener | None,
     ) -> None:
         self.flows = flows
         self.lost = lost
         self.binder = binder
         self.resolve = resolve
+        self.opener = opener
         self.report = binder.report
         self.settings = Settings()
         self.models: dict[Path, Model | None] = {}
@@ -386,11 +388,13 @@ class Elaborator:
 
     def _read(self, path: Path, span: Span) -> Model | None:
         try:
-            return read_model(path)
+            return read_model(path, self.opener)
         except NotAModel as error:
             message = f"`{path.name}` is no ONNX model: {error}"
         except OSError as error:
             message = f"`{path.name}` cannot be read: {error.strerror}"
+        except FlowError as error:
+            message = f"`{path.name}` cannot be opened: {error}"
         self.report(Diagnostic("not-a-model", message, Label(span)))
         return None
 
@@ -426,30 +430,45 @@ class Elaborator:
     def _check_fit(self, node: Node, item: Node, model: Model, name: str | None) -> None:
         port = next(p for p in model.inputs if name in (None, p.name))
         found = fit(item.type, port, model)
+        levels = [n for n in ("mean", "std") if node.params[n] is not None]
         if isinstance(found, Misfit):
             self._misfit(node, item, model, found)
-        elif isinstance(found, Packing) and isinstance(item.type, Image):
-            levels = [n for n in ("mean", "std") if node.params[n] is not None]
-            if levels and item.type.dtype == "f32":
-                self._mismatch(
-                    node.param_spans[levels[0]],
-                    item,
-                    f"`{model.name}` would get levels normalized twice",
-                    "normalized here again",
-                    slug="normalized-twice",
-                    note="`mean` and `std` of a model normalize what arrives",
+        elif levels and not isinstance(item.type, Unknown):
+            self._check_levels(node, item, model, port, levels)
+        elif isinstance(found, Packing) and found.dtype != "u8" and _has_levels(item):
+            message = f"`{model.name}` takes {found.dtype} and no `normalize` is present"
+            call = " ".join(node.span.text.split())
+            self.report(
+                Diagnostic(
+                    "unscaled-input",
+                    f"{message}; values arrive as 0..255",
+                    Label(node.span),
+                    help=f"normalize(imagenet) -> {call}",
+                    severity="hint",
                 )
-            elif not levels and item.type.dtype == "u8" and found.dtype != "u8":
-                self.report(
-                    Diagnostic(
-                        "unscaled-input",
-                        f"`{model.name}` takes {found.dtype} and no `normalize` is present; "
-                        "values arrive as 0..255",
-                        Label(node.span),
-                        help=f"normalize(imagenet) -> {node.span.text}",
-                        severity="hint",
-                    )
-                )
+            )
+
+    def _check_levels(
+        self, node: Node, item: Node, model: Model, port: Port, levels: list[str]
+    ) -> None:
+        """A model's `mean` and `std` normalize the one image that arrives, and do it once."""
+        place = node.param_spans[levels[0]]
+        kind = item.type
+        slug, message, label = "type-mismatch", "", "`mean` and `std` normalize an image"
+        if not isinstance(kind, Image) or len(model.inputs) > 1:
+            message = f"`{model.name}` gets no image that could be normalized"
+        elif kind.dtype == "f32":
+            slug, label = "normalized-twice", "normalized here again"
+            message = f"`{model.name}` would get levels normalized twice"
+        elif port.dtype == "u8":
+            slug, label = "dtype-mismatch", "normalized levels are floats"
+            message = f"`{model.name}` takes levels as they are"
+        elif kind.channels == 1 and any(len(node.params[n]) > 1 for n in levels):
+            slug, label = "channel-mismatch", "three numbers for one channel"
+            message = f"`{model.name}` takes a gray image"
+        if message:
+            note = "`mean` and `std` of a model normalize what arrives"
+            self._mismatch(place, item, message, label, slug=slug, note=note)
 
     def _misfit(self, node: Node, item: Node, model: Model, found: Misfit) -> None:
         sizer = _sizer(item, *found.sides) if found.sides else None
@@ -509,6 +528,11 @@ def _sizer(node: Node, h: int, w: int) -> Node | None:
     if isinstance(before, Image) and h <= (before.height or h) and w <= (before.width or w):
         return node
     return None
+
+
+def _has_levels(node: Node) -> bool:
+    """Whether a node gives an image whose levels are 0..255."""
+    return isinstance(node.type, Image) and node.type.dtype == "u8"
 
 
 def _called(node: Node) -> str:

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from examples import models
-from flowlang.plan.physical import Machine
+from flowlang.plan.physical import StagePlan
 from flowlang.runtime.cpu import CpuInstance
 from flowlang.runtime.ort import Session, Sessions
 from tests.simulation import plan_of
@@ -30,9 +30,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sessions_of(text: str, folder: Path, cores: int) -> tuple[Sessions, Session]:
     """The sessions of a flow planned for so many cores, and that of its model."""
-    stages = plan_of(text, folder, machine=Machine(cores)).stages
+    stages = plan_of(text, folder, cores).stages
     sessions = Sessions(cores, stages)
-    return sessions, sessions.of((folder / "small.onnx").resolve())
+    return sessions, session_of(stages, sessions)
+
+
+def session_of(stages: Sequence[StagePlan], sessions: Sessions) -> Session:
+    """The session of the only model of some stages."""
+    (model,) = (s.model for s in stages if s.model is not None)
+    return sessions.of(model)
 
 
 def threads_by_crowd(sessions: Sessions, session: Session, most: int) -> list[int]:
@@ -70,10 +76,10 @@ def test_no_weights_are_held_twice_for_nothing(folder: Path, text: str, cores: i
 def test_an_instance_counts_while_it_works(folder: Path) -> None:
     """One instance in its preprocessing or its model makes another's run narrow, and no longer."""
     text = 'decode -> resize(64) -> rgb -> trt("small.onnx")'
-    stages = plan_of(text, folder, machine=Machine(2)).stages
+    stages = plan_of(text, folder, 2).stages
     sessions = Sessions(2, stages)
     instance = CpuInstance(stages[0], sessions)
-    session = sessions.of((folder / "small.onnx").resolve())
+    session = session_of(stages, sessions)
     entered, leave, seen = threading.Event(), threading.Event(), []
 
     def work(value: Any) -> Any:
