@@ -27,8 +27,10 @@ from flowlang.rows import shown
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
+    from flowlang.runtime.seal import Key
 
 FAILED, INTERRUPTED = 1, 130
+KEY_VARIABLE = "FLOWLANG_KEY"
 _STYLES = {"error": "red", "warning": "yellow", "hint": "cyan"}
 
 
@@ -102,6 +104,20 @@ def _checked_device(ctx: click.Context, param: click.Parameter, device: str | No
     return device
 
 
+def _read_key(ctx: click.Context, param: click.Parameter, file: str | None) -> Key | None:
+    from flowlang.runtime import seal
+
+    if file is None and not os.environ.get(KEY_VARIABLE):
+        return None
+    return seal.read_key(environment_variable=None if file else KEY_VARIABLE, file=file)
+
+
+def _opener(key: Key | None) -> Callable[[Path], bytes]:
+    from flowlang.runtime import seal
+
+    return seal.model_opener(key.secret if key else None)
+
+
 _FILE = click.Path(exists=True, dir_okay=False)
 
 
@@ -118,6 +134,13 @@ def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--schedule", metavar="NAME", help="Lay a named schedule over the unnamed one."
+        ),
+        click.option(
+            "--key-file",
+            "key",
+            type=_FILE,
+            callback=_read_key,
+            help=f"What opens encrypted models. The default is in {KEY_VARIABLE}.",
         ),
     ):
         command = option(command)
@@ -142,11 +165,20 @@ def main() -> None:
 @click.argument("files", nargs=-1, required=True, type=_FILE)
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
 @_plan_options
-def check(files: tuple[str, ...], form: str, values: dict[str, str], schedule: str | None) -> None:
+def check(
+    files: tuple[str, ...],
+    form: str,
+    values: dict[str, str],
+    schedule: str | None,
+    key: Key | None,
+) -> None:
     """Check FILES: every error in one run, nothing is run."""
     from flowlang.plan.files import check as check_file
 
-    found = {file: check_file(file, values=values, schedule=schedule) for file in files}
+    opener = _opener(key)
+    found = {
+        file: check_file(file, values=values, schedule=schedule, opener=opener) for file in files
+    }
     if form == "json":
         click.echo(to_json([d for diagnostics in found.values() for d in diagnostics]))
     failed = False
@@ -209,7 +241,12 @@ def _replace(path: Path, text: str) -> None:
 @_device
 @_plan_options
 def explain(
-    file: str, physical: bool, device: str | None, values: dict[str, str], schedule: str | None
+    file: str,
+    physical: bool,
+    device: str | None,
+    values: dict[str, str],
+    schedule: str | None,
+    key: Key | None,
 ) -> None:
     """Print the plan of FILE: operators and types, or with --physical its stages."""
     from flowlang.plan.explain import explain_physical, explain_plan
@@ -217,7 +254,7 @@ def explain(
     from flowlang.plan.physical import lower
     from flowlang.runtime.machine import this_machine
 
-    plan = compile_file(file, values=values, schedule=schedule)
+    plan = compile_file(file, values=values, schedule=schedule, opener=_opener(key))
     if physical:
         click.echo(explain_physical(plan, lower(plan, this_machine(device))), nl=False)
     else:
@@ -269,6 +306,7 @@ def run(
     device: str | None,
     values: dict[str, str],
     schedule: str | None,
+    key: Key | None,
 ) -> None:
     """Run the flow of FILE over PICTURES (files, or folders of them)."""
     from flowlang.app import load
@@ -277,7 +315,8 @@ def run(
     paths = [path for given in pictures for path in _files(given)]
     if not paths:
         raise click.BadParameter("there is no file in the folders given", param_hint="PICTURES")
-    with load(file, device=device, values=values, schedule=schedule) as app:
+    secret = key.secret if key else None
+    with load(file, device=device, values=values, schedule=schedule, key=secret) as app:
         try:
             answers = with_progress(answers_of(_flow(app, name), paths), len(paths))
             failures = (print_json if as_json else print_text)(paths, answers)
@@ -325,6 +364,7 @@ def serve(
     device: str | None,
     values: dict[str, str],
     schedule: str | None,
+    key: Key | None,
 ) -> None:
     """Serve the flows of FILES over HTTP: POST a picture, get JSON."""
     from flowlang.app import App
@@ -334,7 +374,10 @@ def serve(
     from flowlang.serve.http import serve as serve_http
 
     machine = this_machine(device)
-    plans = {file: compile_file(file, values=values, schedule=schedule) for file in files}
+    opener = _opener(key)
+    plans = {
+        file: compile_file(file, values=values, schedule=schedule, opener=opener) for file in files
+    }
     owners: dict[str, str] = {}
     for file, plan in plans.items():
         for flow in plan.flows:
@@ -343,4 +386,4 @@ def serve(
                 raise FlowError(f"{both} both serve a flow named `{flow.name}`: rename one")
             owners[flow.name] = file
     stages = [(plan, lower(plan, machine)) for plan in plans.values()]
-    sys.exit(serve_http(lambda: [App(plan, physical) for plan, physical in stages], host, port))
+    sys.exit(serve_http(lambda: [App(*stage, key=key) for stage in stages], host, port))

@@ -226,8 +226,8 @@ class Binder:
             )
         if all(op.param(s.name) for s in SIDES):
             self._check_sides(call, op, bound)
-        if op.name == "normalize":
-            self._check_levels(call, bound)
+        if op.param("mean"):
+            self._check_levels(call, op, bound)
 
     def _check_sides(self, call: tree.Call, op: Op, bound: Bound) -> None:
         """A size is one number, or `h` and `w`, as the way of fitting asks."""
@@ -250,22 +250,24 @@ class Binder:
             place = Label(call.span)
             self.report(Diagnostic(slug, problem, place, help=mended, fix=call.span))
 
-    def _check_levels(self, call: tree.Call, bound: Bound) -> None:
-        has_preset = bound.params["preset"] is not None
-        levels = [n for n in ("mean", "std") if n in bound.spans]
-        if has_preset == bool(levels) or len(levels) == 1:
+    def _check_levels(self, call: tree.Call, op: Op, bound: Bound) -> None:
+        """`mean` and `std` go together, and a preset stands for both."""
+        given = [n for n in ("mean", "std") if n in bound.spans]
+        preset = bound.params.get("preset")
+        if op.param("preset") and (preset is not None) == bool(given):
+            problem = "`normalize` takes either a word or both `mean` and `std`"
+            mended, words = f"normalize({preset or 'imagenet'})", "imagenet unit signed"
+            slug = "conflicting-parameters" if preset else "missing-parameter"
+            note = f"words of `normalize`: {words}"
+            told = Diagnostic(slug, problem, Label(call.span), help=mended, note=note)
             bound.is_whole = False
-            self.report(
-                Diagnostic(
-                    "conflicting-parameters" if has_preset else "missing-parameter",
-                    "`normalize` takes either a word or both `mean` and `std`",
-                    Label(call.span),
-                    help=f"normalize({bound.params['preset'] or 'imagenet'})",
-                    note="words of `normalize`: imagenet unit signed",
-                    fix=call.span,
-                )
-            )
-        elif levels and not all(bound.params["std"]):
+            self.report(replace(told, fix=call.span))
+        elif len(given) == 1:
+            missing = "std" if given == ["mean"] else "mean"
+            problem = f"`{op.name}` takes `mean` and `std` together, and has no `{missing}`"
+            bound.is_whole = False
+            self.report(Diagnostic("missing-parameter", problem, Label(bound.spans[given[0]])))
+        elif given and not all(bound.params["std"]):
             bound.is_whole = False
             self.report(
                 Diagnostic(

@@ -17,7 +17,7 @@ from flowlang.plan.arguments import Binder, Bound, did_you_mean, with_sides
 from flowlang.plan.extent import field_value
 from flowlang.plan.graph import Node, Site
 from flowlang.plan.model import Misfit, Packing, fit, gives, input_type
-from flowlang.plan.onnx import Model, NotAModel, Port, read_model
+from flowlang.plan.onnx import Model, NotAModel, Opener, Port, read_model
 from flowlang.plan.ops import OPS, UNBUILT, Mismatch, Op
 from flowlang.plan.schedule import COPIES, Given, Settings
 from flowlang.plan.types import UNKNOWN, Image, Record, Type, Unknown, fits, why_vast

@@ -89,7 +89,7 @@ def test_a_picture_that_cannot_be_decoded_fails_its_batch_and_no_other(open_regi
     wanted = [on_host(nodes, data) for data in given]
     for turn in range(100):
         bad = given[turn % 4][: 300 + turn]
-        with pytest.raises(RuntimeError, match="nvImageCodec|Failed to decode"):
+        with pytest.raises(RuntimeError, match=r"nvImageCodec|Failed to decode"):
             in_dali(region, [given[0], bad, given[1]])
         if turn % 10 == 0:
             for got, seen in zip(in_dali(region, given), wanted, strict=True):
@@ -114,7 +114,7 @@ def test_a_batch_may_be_of_any_size_up_to_the_most(open_region: Open) -> None:
         assert len(results) == count
         for data, got in zip(batch, results, strict=True):
             assert abs(got.astype(int) - on_host(nodes, data)).max() <= 1
-    with pytest.raises(RuntimeError, match="batch.size"):
+    with pytest.raises(RuntimeError, match=r"batch.size"):
         in_dali(region, given * 3)
     assert len(in_dali(region, given)) == 4
 
