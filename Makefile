@@ -12,7 +12,7 @@ setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) 'pip>=21.3'
+	$(PIP) 'pip>=22.3'
 	$(PIP) --editable '.[dev]'
 	touch $@
 

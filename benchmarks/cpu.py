@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from benchmarks.load import (
     Result,
+    Sampler,
     asyncio_clients,
     fastest_loop,
     machine_cpu_seconds,
@@ -389,22 +390,27 @@ def startup(run: Run) -> None:
         "explain": ["-m", "flowlang", "explain", str(path)],
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
-    for number in range(2 * run.rounds + 1):
-        for name, arguments in commands.items():
-            run.wait_for_quiet()
-            start_s = time.perf_counter()
-            subprocess.run(
-                [sys.executable, *arguments], env=environment, check=True, capture_output=True
-            )
-            if number:  # the first one fills the caches
-                times[name].append((time.perf_counter() - start_s) * 1e3)
-    beyond = [a - b for a, b in zip(times["explain"], times["interpreter"], strict=True)]
+    run.wait_for_quiet()
+    with Sampler() as usage:
+        for number in range(4 * run.rounds + 1):
+            for name, arguments in commands.items():
+                command = [sys.executable, *arguments]
+                start_s = time.perf_counter()
+                subprocess.run(command, env=environment, check=True, capture_output=True)
+                if number:  # the first one fills the caches
+                    times[name].append((time.perf_counter() - start_s) * 1e3)
+    times["explain beyond the interpreter"] = [
+        a - b for a, b in zip(times["explain"], times["interpreter"], strict=True)
+    ]
     print("\n### startup\n")
-    for name, values in {**times, "explain beyond the interpreter": beyond}.items():
+    for name, values in times.items():
         print(f"- {name}, ms: **{spread(values)}**")
-    self_ms = {name: summary(values) for name, values in times.items()}
-    self_ms["explain beyond the interpreter"] = summary(beyond)
-    run.found["jobs"]["startup"] = {"milliseconds": self_ms}
+    others = usage.report()["others"]
+    run.found["jobs"]["startup"] = {
+        "milliseconds": {name: summary(values) for name, values in times.items()},
+        "others_cores": others,
+        "is_noisy": others > QUIET_CORES,
+    }
 
 
 JOBS: dict[str, Callable[[Run], None]] = {
@@ -434,8 +440,17 @@ def main() -> None:
         run = Run(folder, options.rounds, options.seconds, options.patience)
         for name in options.only.split(","):
             JOBS[name](run)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(run.found, indent=1) + "\n")
+    write(options.out, run.found)
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write what was found; jobs not run this time stay, if this machine measured them."""
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before["machine"] == found["machine"]:
+            found["jobs"] = before["jobs"] | found["jobs"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

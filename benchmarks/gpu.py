@@ -34,7 +34,7 @@ from tests.pictures import photographs
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 FLOW = (
     "decode{decoder} -> resize(224) -> rgb -> normalize(imagenet)"
-    ' -> trt("resnet50.onnx", fp16{batch}){copies}\n'
+    ' -> trt("{model}", fp16{batch}){copies}\n'
 )
 
 
@@ -94,6 +94,7 @@ class Run:
         path = self.folder / f"{name}.flow"
         text = FLOW.format(
             decoder=f"({decoder})" if decoder else "",
+            model=self.model.name,
             batch=f", batch={batch}" if batch else "",
             copies=f" x{copies}" if copies else "",
         )
@@ -355,6 +356,7 @@ def correct(run: Run) -> None:
     from flowlang.plan.files import compile_file
     from flowlang.plan.rewrite import rewrite
 
+    run.model = resnet(run.folder / "resnet18.onnx", depth=18, width=64)
     flow = rewrite(compile_file(run.flow("pixels", decoder="libjpeg")).flows[0])
     works = [host.work_of(n, {}) for n in flow.nodes() if n is not flow.input and n.model is None]
     session = onnxruntime.InferenceSession(str(run.model), providers=["CPUExecutionProvider"])
@@ -382,7 +384,37 @@ def correct(run: Run) -> None:
             "centred_cosine_mean": round(float(cosine.mean()), 5),
         }
     run.found["correct"] = found
+    run.found["decoded"] = _decode_differences(run)
+    print("decoded", run.found["decoded"], flush=True)
     print("correct", json.dumps(found), flush=True)
+
+
+def _decode_differences(run: Run) -> dict[str, float]:
+    """DALI's decoding on the GPU against OpenCV's, in levels."""
+    from flowlang.plan.files import compile_file
+
+    path = run.folder / "whole.flow"
+    path.write_text("decode -> rgb\n")
+    flow = compile_file(path).flows[0]
+    nodes = [n for n in flow.nodes() if n is not flow.input]
+    works = [host.work_of(n, {}) for n in nodes]
+    region, stream = dali.Region(nodes, 8, 0, dali.Decoding()), cuda.Stream()
+    counts = np.zeros(256, np.int64)
+    for picture in run.pictures:
+        result = region.run([np.frombuffer(picture, np.uint8)], stream.handle)
+        stream.wait()
+        value: Any = picture
+        for work in works:
+            value = work(value)
+        difference = np.abs(np.array(result.as_cpu().at(0)).astype(np.int16) - value)
+        counts += np.bincount(difference.ravel(), minlength=256)
+    shares = np.cumsum(counts) / counts.sum()
+    return {
+        "mean": round(float((counts * np.arange(256)).sum() / counts.sum()), 4),
+        "max": int(np.nonzero(counts)[0].max()),
+        "share_within_1": round(float(shares[1]), 6),
+        "share_within_3": round(float(shares[3]), 6),
+    }
 
 
 def variants(run: Run) -> None:

@@ -157,7 +157,7 @@ def thread_clients(
 
 
 class Sampler:
-    """Cores used by this process and by all others, and its memory, over the time it is open."""
+    """Cores used by this process and its ended children, and by all others; and its memory."""
 
     def __enter__(self) -> Sampler:
         self._start_s = time.perf_counter()
@@ -179,7 +179,7 @@ class Sampler:
 
 def _cpu_seconds() -> float:
     times = os.times()
-    return times.user + times.system
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def machine_cpu_seconds() -> float:
@@ -205,7 +205,11 @@ def table(results: Sequence[Result]) -> str:
         )
         failed = f" {r.failures} failed" if r.failures else ""
         rows.append(
-            f"| {r.what} | {r.clients} | {r.qps:,.0f} | {r.p50_ms:.2f} | {r.p99_ms:.2f} | "
+            f"| {r.what} | {r.clients} | {r.qps:,.0f} | {_short(r.p50_ms)} | {_short(r.p99_ms)} | "
             f"{r.usage.get('cores', 0):.2f} | {other}{failed} |"
         )
     return "\n".join(rows)
+
+
+def _short(value_ms: float) -> str:
+    return f"{value_ms:.3f}" if value_ms < 1 else f"{value_ms:.1f}"

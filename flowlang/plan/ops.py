@@ -237,8 +237,8 @@ TABLE: tuple[Op, ...] = (
             Param(
                 "fit",
                 "word",
-                "how the picture fills the size: stretch it, make its shorter side fit, or keep its "
-                "shape and fill the rest (letterbox: centred, pad: at the top left)",
+                "how the picture fills the size: stretch it, make its shorter side fit, or keep "
+                "its shape and fill the rest (letterbox: centred, pad: at the top left)",
                 "stretch",
                 ("stretch", "shorter", "letterbox", "pad"),
                 is_named=True,

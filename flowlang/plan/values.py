@@ -135,7 +135,7 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
-    "/": operator.truediv,
+    "/": lambda a, b: a // b if type(a) is type(b) is int and a % b == 0 else a / b,
 }
 
 

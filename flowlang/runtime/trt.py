@@ -166,6 +166,8 @@ def _configuration(
 ) -> Any:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
+    if spec.precision == "fp32" and hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32, not its ten-bit short form
     if not is_strong:  # weakly typed: what the graph already says must be permitted
         if spec.precision in ("fp16", "int8"):
             config.set_flag(trt.BuilderFlag.FP16)

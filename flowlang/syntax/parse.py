@@ -292,7 +292,11 @@ class _Reader:
         return EDITION
 
     def doc(self, node: Tree[Token]) -> str | None:
-        return self.docs.get(self.span(node).line)
+        """The `##` comments right above a declaration that starts its line."""
+        span = self.span(node)
+        line_start = self.source.text.rfind("\n", 0, span.start) + 1
+        is_first = not self.source.text[line_start : span.start].strip()
+        return self.docs.get(span.line) if is_first else None
 
     def use(self, node: Any) -> tree.Use:
         path, name = node.children

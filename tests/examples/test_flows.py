@@ -49,11 +49,11 @@ def test_examples_check_without_a_remark(flow: Path, folder: Path) -> None:
 
 
 @EACH_FLOW
-def test_examples_are_laid_out_and_documented(flow: Path, folder: Path) -> None:
-    """The formatter leaves an example as it is, and its doc comment reaches the flow."""
-    assert format_program(parse(read_source(flow))) == flow.read_text("utf-8")
-    with load(folder / flow.name, device="cpu") as app:
-        assert app.flow().doc
+def test_examples_are_laid_out_and_documented(flow: Path) -> None:
+    """An example opens with its documentation, and the formatter leaves it as it is."""
+    text = flow.read_text("utf-8")
+    assert text.startswith("## ")
+    assert format_program(parse(read_source(flow))) == text
 
 
 def test_the_classifier_says_what_its_network_says(folder: Path) -> None:

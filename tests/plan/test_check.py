@@ -216,6 +216,7 @@ def test_params_are_computed_from_params_above() -> None:
     text = """
 param half = 112
 param size = half * 2 - 4 / 2 + 2
+param third = size / 3
 param folder = "models"
 param model = "{folder}/resnet{half}.onnx"
 param odd = "{{{half}}}"
@@ -223,10 +224,12 @@ param all = [half, size]
 export flow f = decode -> resize(half)
 """
     values = {p.name: p.value.value for p in plan(text).params}
-    assert values["size"] == 224.0
+    assert values["size"] == 224
+    assert isinstance(values["size"], int)
+    assert values["third"] == pytest.approx(74.6667)
     assert values["model"] == "models/resnet112.onnx"
     assert values["odd"] == "{112}"
-    assert values["all"] == (112, 224.0)
+    assert values["all"] == (112, 224)
 
 
 def test_a_param_can_be_a_range_a_word_is_not() -> None:
@@ -467,6 +470,8 @@ def test_documentation_goes_to_the_next_declaration() -> None:
     text = "## Not this one.\n\n## Reads a picture.\n##  As it is.\nflow f = decode # no\n"
     assert plan(text).flows[0].doc == "Reads a picture.\nAs it is."
     assert plan("# no\nflow f = decode\n").flows[0].doc is None
+    first, second = plan("## One.\nexport flow a = decode export flow b = decode\n").flows
+    assert (first.doc, second.doc) == ("One.", None)
 
 
 def test_the_place_of_an_error_counts_characters() -> None:

@@ -557,3 +557,104 @@ def test_cancelling_is_told_to_the_reply(start: Start) -> None:
     gate.opened.set()
     assert app(b"third") == b"third"
     assert len(told) == 1
+
+
+class Overlapped(Worker):
+    """An instance that begins a batch while the one before is under way. `step` is told of all."""
+
+    def __init__(self, step: Callable[[str, list[Any]], None]) -> None:
+        super().__init__()
+        self.step = step
+
+    def begin(self, values: Sequence[Any]) -> list[Any]:
+        assert self.is_warm
+        assert not self.is_closed
+        self.step("begin", list(values))
+        return list(values)
+
+    def launch(self, begun: list[Any]) -> list[Any]:
+        self.step("launch", begun)
+        return begun
+
+    def collect(self, launched: list[Any]) -> list[Any]:
+        self.step("collect", launched)
+        return launched
+
+
+def test_a_batch_is_begun_while_another_is_under_way(start: Start) -> None:
+    """Each batch is begun, launched and collected, and the next is begun before that is over."""
+    steps: list[tuple[str, bytes]] = []
+    arrived = threading.Event()
+
+    def step(which: str, values: list[Any]) -> None:
+        steps.append((which, values[0]))
+        if which == "launch" and values == [name(0)]:
+            assert arrived.wait(LONG_S)
+
+    app = start(ONE_BY_ONE.format(1), lambda: Overlapped(step))
+    futures = [app.submit(name(number)) for number in range(3)]
+    arrived.set()
+    assert [f.result(LONG_S) for f in futures] == [name(n) for n in range(3)]
+    assert app(b"later") == b"later"
+    for item in (*map(name, range(3)), b"later"):
+        assert [which for which, value in steps if value == item] == ["begin", "launch", "collect"]
+    for number in range(2):
+        assert steps.index(("begin", name(number + 1))) < steps.index(("collect", name(number)))
+        assert steps.index(("collect", name(number))) < steps.index(("launch", name(number + 1)))
+
+
+@pytest.mark.parametrize("error", [ValueError("bad luck"), InstanceLost("bad luck")])
+@pytest.mark.parametrize("where", ["begin", "launch", "collect"])
+def test_a_failing_step_fails_what_it_must(start: Start, where: str, error: Exception) -> None:
+    """A step that fails takes its batch along; a lost instance takes all that is in it."""
+    arrived = threading.Event()
+    workers: list[Overlapped] = []
+
+    def step(which: str, values: list[Any]) -> None:
+        if which == "launch" and values == [name(0)]:
+            assert arrived.wait(LONG_S)
+        if which == where and values == [name(1)]:
+            raise error
+
+    def make() -> Overlapped:
+        workers.append(Overlapped(step))
+        return workers[-1]
+
+    app = start(ONE_BY_ONE.format(1), make)
+    futures = [app.submit(name(number)) for number in range(4)]
+    arrived.set()
+    failed = [f.exception(LONG_S) for f in futures]
+    assert isinstance(failed[1], StageFailed)
+    assert "bad luck" in str(failed[1])
+    assert failed[3] is None
+    if isinstance(error, ValueError):
+        assert failed[0] is failed[2] is None
+        assert len(workers) == 1
+    else:
+        assert [w.is_closed for w in workers] == [True, False]
+        assert not any(f is not None and not isinstance(f, StageFailed) for f in failed)
+        assert [f is not None for f in failed] == {
+            "begin": [True, True, False, False],
+            "launch": [False, True, False, False],
+            "collect": [False, True, True, False],
+        }[where]
+
+
+def test_both_batches_of_a_stuck_lane_are_answered_at_close(start: Start) -> None:
+    """What has been begun and what is under way in a lane that hangs are both answered."""
+    gate = Gate()
+    arrived = threading.Event()
+
+    def step(which: str, values: list[Any]) -> None:
+        if which == "launch" and values == [name(0)]:
+            assert arrived.wait(LONG_S)
+        if which == "collect":
+            gate(values)
+
+    app = start(ONE_BY_ONE.format(1), lambda: Overlapped(step))
+    futures = [app.submit(name(number)) for number in range(3)]
+    arrived.set()
+    assert gate.entered.wait(LONG_S)
+    assert app.close(0.05) is False
+    assert [type(f.exception(0)) for f in futures] == [Draining] * 3
+    gate.opened.set()

@@ -113,6 +113,19 @@ def _optional(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(st.none(), st.none(), strategy)
 
 
+@cache
+def calls(timeout: bool, troubles: bool) -> st.SearchStrategy[list[Call]]:
+    call = st.builds(
+        Call,
+        st.sampled_from([0, 0, 0, 1, 2, 3, 5, 8, 13, 40]),
+        st.integers(0, 1),
+        _optional(st.integers(0, 40)) if timeout else st.none(),
+        _optional(st.integers(0, 40)) if troubles else st.none(),
+        _optional(st.integers(0, 3)) if troubles else st.none(),
+    )
+    return st.lists(call, min_size=1, max_size=50)
+
+
 @st.composite
 def stage_settings(draw: st.DrawFn, wait: bool, timeout: bool) -> str:
     low = draw(st.integers(1, 3))
@@ -137,17 +150,9 @@ def scenarios(
     entrance += [f"slo={draw(st.integers(5, 60))}ms"] if timeout and draw(st.booleans()) else []
     if entrance:
         text += f"\nschedule {{ f({', '.join(entrance)}) }}"
-    call = st.builds(
-        Call,
-        st.sampled_from([0, 0, 0, 1, 2, 3, 5, 8, 13, 40]),
-        st.integers(0, 1),
-        _optional(st.integers(0, 40)) if timeout else st.none(),
-        _optional(st.integers(0, 40)) if troubles else st.none(),
-        _optional(st.integers(0, 3)) if troubles else st.none(),
-    )
     return Scenario(
         text,
-        tuple(draw(st.lists(call, min_size=1, max_size=50))),
+        tuple(draw(calls(timeout, troubles))),
         (draw(st.integers(0, 12)), draw(st.integers(0, 3))),
         draw(st.sampled_from([0, 0, 1])) if troubles else 0,
         tuple(draw(st.lists(st.integers(0, 10), max_size=3))) if troubles else (),
@@ -250,7 +255,7 @@ def finish_early(course: Course, drain_s: float, grace_s: float) -> None:
     simulation.scheduler.abandon([i for lane in simulation.lanes for i in lane.items])
 
 
-FEW = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=150, deadline=None)
 
 
 @FEW
