@@ -24,7 +24,7 @@ from flowlang.runtime.picture import read_picture
 
 Array: TypeAlias = NDArray[Any]
 
-JPEG_LEVELS, JPEG_MEAN = 3.0, 0.6  # of a GPU's decoder from libjpeg-turbo's
+JPEG_LEVELS, JPEG_MEAN = 6.0, 0.6  # of a GPU's decoder from libjpeg-turbo's
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ CHAINS = (
     _resize("resize(h=300, w=200, fit=letterbox, fill=0)"),
     _resize("resize(h=200, w=301, fit=pad) -> rgb"),
     _resize("resize(256, fit=shorter) -> crop(224) -> rgb"),
-    Chain("decode -> resize(224, antialias)", 14, 0.03),
-    Chain("decode -> resize(97, fit=letterbox, antialias)", 20, 0.1),
+    Chain("decode -> resize(224, antialias)", 1, 0.01),
+    Chain("decode -> resize(97, fit=letterbox, antialias)", 1, 0.01),
     Chain("decode -> crop(101)"),
     Chain("decode -> crop(h=64)"),
     Chain("decode -> crop(h=33, w=90) -> bgr"),

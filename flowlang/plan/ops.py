@@ -246,7 +246,7 @@ TABLE: tuple[Op, ...] = (
             Param("fill", "int", "level of the filled rest", 114, is_named=True, low=0, high=255),
             Param("antialias", "flag", "smooth before shrinking", False, is_named=True),
         ),
-        tolerance="1 level; with antialias 0.02 on average, 13 at single pixels",
+        tolerance="1 level",
     ),
     Op(
         "rgb",

@@ -210,8 +210,12 @@ def _crop(dali: Any, data: Any, node: Node) -> Any:
     params = node.params
     size = params["size"]
     h, w = (size, size) if size is not None else (params["h"], params["w"])
-    sides = {"crop_h": h, "crop_w": w}
-    return dali.fn.crop(data, rounding="truncate", **{k: float(v) for k, v in sides.items() if v})
+    whole = data.shape() if None in (h, w) else None  # DALI wants both sides named
+    crop_h, crop_w = (
+        dali.fn.cast(whole[axis], dtype=dali.types.FLOAT) if side is None else float(side)
+        for axis, side in enumerate((h, w))
+    )
+    return dali.fn.crop(data, rounding="truncate", crop_h=crop_h, crop_w=crop_w)
 
 
 def _levels(dali: Any, data: Any, node: Node, colour: str) -> Any:

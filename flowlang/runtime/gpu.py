@@ -67,6 +67,8 @@ def _prologue(pack: Node) -> Prologue | None:
     image = pack.inputs[0].type
     if not isinstance(image, Image) or image.dtype != "u8" or not image.is_sized:
         return None
+    if pack.params["dtype"] == "u8":
+        return None  # the model takes levels itself, and inside an engine there are none
     return Prologue(
         pack.params["layout"],
         image.height or 0,
@@ -97,10 +99,13 @@ class GpuInstance:
         )
         self.after = [work_of(n, plan.settings) for n in plan.tail]
         self.source: _Pictures | _Arrays
-        if decodes_on_gpu(plan.region):
-            self.source = _Pictures(plan, gpu, self, spec.prologue is not None)
-        else:
-            self.source = _Arrays(plan, self, spec.prologue is not None)
+        kind = _Pictures if decodes_on_gpu(plan.region) else _Arrays
+        try:
+            self.source = kind(plan, gpu, self, spec.prologue is not None)
+        except BaseException:
+            self.context.close()
+            self.stream.close()
+            raise
 
     def warm(self) -> None:
         self.source.warm()
@@ -302,7 +307,7 @@ class _Pictures:
 class _Arrays:
     """Arrays of the host to the engine's inputs, through pinned memory."""
 
-    def __init__(self, plan: StagePlan, lane: GpuInstance, is_folded: bool) -> None:
+    def __init__(self, plan: StagePlan, gpu: int, lane: GpuInstance, is_folded: bool) -> None:
         self.lane = lane
         nodes = [n for n in plan.region if not (is_folded and n.op == graph.PACK)]
         self.before: list[Work] = [work_of(n, plan.settings) for n in nodes]

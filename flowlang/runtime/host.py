@@ -7,6 +7,7 @@ width for gray), 8-bit levels; an image of undecided colour is blue, green, red,
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -173,16 +174,22 @@ def inner_size(rows: int, columns: int, height: int, width: int) -> tuple[int, i
 def _triangle(length: int, to: int) -> Array:
     """Weights of the triangular filter that makes `length` samples `to`, one row a result.
 
-    It is as wide as the step where it shrinks, and plain linear interpolation where it grows.
+    It is as wide as the step where it shrinks, and plain linear interpolation where it grows. Past
+    an edge the sample at the edge repeats, as it does in plain linear interpolation.
     """
     import numpy as np
 
     step = length / to
     support = max(1.0, step)
+    beyond = math.ceil(support)
     centres = (np.arange(to) + 0.5) * step
-    weights = 1 - abs(np.arange(length)[None] + 0.5 - centres[:, None]) / support
-    weights = np.clip(weights, 0, None)
-    return np.asarray(weights / weights.sum(1, keepdims=True), np.float32)
+    places = np.arange(-beyond, length + beyond) + 0.5
+    weights = np.clip(1 - abs(places[None] - centres[:, None]) / support, 0, None)
+    weights /= weights.sum(1, keepdims=True)
+    inside = weights[:, beyond : beyond + length].copy()
+    inside[:, 0] += weights[:, :beyond].sum(1)
+    inside[:, -1] += weights[:, beyond + length :].sum(1)
+    return np.asarray(inside, np.float32)
 
 
 def _antialiased(image: Array, size: tuple[int, int]) -> Array:

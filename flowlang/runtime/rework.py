@@ -47,6 +47,16 @@ def has_quantization(model: Any) -> bool:
     return any(node.op_type in _QUANTIZED for node in model.graph.node)
 
 
+def has_half(model: Any) -> bool:
+    """Whether the graph already computes in fp16 somewhere."""
+    from onnx import TensorProto
+
+    ports = (*model.graph.input, *model.graph.output)
+    kinds = {p.type.tensor_type.elem_type for p in ports}
+    kinds |= {weight.data_type for weight in model.graph.initializer}
+    return TensorProto.FLOAT16 in kinds
+
+
 def to_fp16(model: Any) -> Any:
     """The graph computing in fp16, its inputs and outputs left as they are."""
     from onnxruntime.transformers.float16 import convert_float_to_float16

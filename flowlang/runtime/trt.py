@@ -130,6 +130,7 @@ def build(spec: EngineSpec, progress: Callable[[str], None] = lambda step: None)
             f"`{spec.model.name}` has no quantize/dequantize nodes, so it cannot run in int8: "
             "quantize it first, for example with onnxruntime.quantization.quantize_static"
         )
+    has_half = rework.has_half(model)
     creation = trt.NetworkDefinitionCreationFlag
     is_strong = hasattr(creation, "STRONGLY_TYPED")
     if spec.precision == "fp16" and is_strong:
@@ -147,7 +148,7 @@ def build(spec: EngineSpec, progress: Callable[[str], None] = lambda step: None)
     if not parser.parse(model.SerializeToString(), str(spec.model)):
         reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise EngineError(f"TensorRT cannot read `{spec.model.name}`: {reasons}")
-    config = _configuration(trt, builder, network, spec, is_strong, progress)
+    config = _configuration(trt, builder, network, spec, is_strong, has_half, progress)
     started_s = time.monotonic()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -162,14 +163,15 @@ def _configuration(
     network: Any,
     spec: EngineSpec,
     is_strong: bool,
+    has_half: bool,
     progress: Callable[[str], None],
 ) -> Any:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
     if spec.precision == "fp32" and hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32, not its ten-bit short form
+        config.clear_flag(trt.BuilderFlag.TF32)  # it keeps no more digits than fp16
     if not is_strong:  # weakly typed: what the graph already says must be permitted
-        if spec.precision in ("fp16", "int8"):
+        if has_half or spec.precision in ("fp16", "int8"):
             config.set_flag(trt.BuilderFlag.FP16)
         if spec.precision == "int8":
             config.set_flag(trt.BuilderFlag.INT8)
@@ -260,8 +262,6 @@ class Context:
     """
 
     def __init__(self, engine: Engine, stream: cuda.Stream, *, use_graphs: bool) -> None:
-        import numpy as np
-
         self.engine = engine
         self.stream = stream
         self.most = engine.spec.batch[2]
@@ -276,21 +276,31 @@ class Context:
         self.inputs: dict[str, cuda.DeviceBuffer] = {}
         self.outputs: dict[str, cuda.DeviceBuffer] = {}
         self.results: dict[str, cuda.PinnedBuffer] = {}
-        for name in (*engine.inputs, *engine.outputs):
-            dtype, shape = engine.dtype(name), engine.shape(name)
-            row = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-            buffer = cuda.DeviceBuffer(row * self.most)
-            self.row_bytes[name] = row
-            self._context.set_tensor_address(name, buffer.address)
-            if name in engine.inputs:
-                self.inputs[name] = buffer
-            else:
-                self.outputs[name] = buffer
-                self.results[name] = cuda.PinnedBuffer((self.most, *shape), dtype)
         self._shaped = 0
         self._graphs: dict[int, cuda.Graph] = {}
         self.sizes = [s for s in GRAPHED_SIZES if s < self.most] + [self.most]
         self.use_graphs = use_graphs
+        try:
+            for name in (*engine.inputs, *engine.outputs):
+                self._allocate(name)
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, name: str) -> None:
+        """A tensor's buffer for a full batch, and for an output the pinned memory it comes to."""
+        import numpy as np
+
+        dtype, shape = self.engine.dtype(name), self.engine.shape(name)
+        row = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        buffer = cuda.DeviceBuffer(row * self.most)
+        self.row_bytes[name] = row
+        self._context.set_tensor_address(name, buffer.address)
+        if name in self.engine.inputs:
+            self.inputs[name] = buffer
+        else:
+            self.outputs[name] = buffer
+            self.results[name] = cuda.PinnedBuffer((self.most, *shape), dtype)
 
     def warm(self) -> None:
         """Run every batch size once and capture it, so that a request only replays."""
