@@ -42,7 +42,7 @@ lint: $(VENV)/.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/flowlang fmt --check examples/*.flow tests/programs/*.flow
+	$(BIN)/flowlang fmt --check examples/*.flow
 
 bench: $(MODELS)/.done
 	$(BIN)/python benchmarks/cpu.py

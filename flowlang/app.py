@@ -20,10 +20,10 @@ from types import TracebackType
 from typing import Any, Literal
 
 from flowlang.diagnostics import BadRequest, FlowError, Overloaded
+from flowlang.items import acceptor
 from flowlang.plan.check import Plan
 from flowlang.plan.files import PathLike, compile_file
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
-from flowlang.plan.types import Image, Record, Scalar, Shape, Tensor, Type
 from flowlang.runtime import seal
 from flowlang.runtime.instances import Instances
 from flowlang.runtime.machine import this_machine
@@ -71,7 +71,7 @@ class Flow:
         self._app = app
         self._scheduler = app.scheduler
         self._entrance = app.scheduler.entrances[program.name]
-        self._accept = _acceptor(program.input)
+        self._accept = acceptor(program.input)
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopReply] = (
             weakref.WeakKeyDictionary()
         )
@@ -132,25 +132,33 @@ class Flow:
         """
         ahead = ahead or max(1, self._entrance.limit - self._entrance.program.queue) * 2
         pending: deque[Future[Any]] = deque()
-        for item in items:
-            while len(pending) >= ahead:
-                yield _outcome(pending.popleft(), errors)
-            while True:
-                try:
-                    pending.append(self.submit(item, deadline_s=deadline_s))
-                except Overloaded:  # others fill the queue: take turns with them
+        try:
+            for item in items:
+                # Before the next item is asked for, what is there is given: it may be long in coming.
+                while pending and (len(pending) >= ahead or pending[0].done()):
+                    yield _outcome(pending.popleft(), errors)
+                while (future := self._try_submit(item, deadline_s)) is None:
                     if pending:
                         yield _outcome(pending.popleft(), errors)
                     else:
                         time.sleep(0.001)
-                    continue
-                except BadRequest as error:
-                    failed: Future[Any] = Future()
-                    failed.set_exception(error)
-                    pending.append(failed)
-                break
-        while pending:
-            yield _outcome(pending.popleft(), errors)
+                pending.append(future)
+            while pending:
+                yield _outcome(pending.popleft(), errors)
+        finally:
+            for left in pending:  # given up: by an error, or by whoever asked
+                left.cancel()
+
+    def _try_submit(self, item: Any, deadline_s: float | None) -> Future[Any] | None:
+        """A Future of the answer; None where others fill the queue, to take turns with them."""
+        try:
+            return self.submit(item, deadline_s=deadline_s)
+        except Overloaded:
+            return None
+        except BadRequest as error:
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            return failed
 
     def _submit(self, item: Any, reply: Any, token: Any, deadline_s: float | None) -> Request:
         return self._scheduler.submit(self._entrance, self._accept(item), reply, token, deadline_s)
@@ -279,70 +287,3 @@ class App:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _acceptor(kind: Type) -> Callable[[Any], Any]:
-    """What checks an item at the door, before anything waits for it. It raises BadRequest."""
-    if isinstance(kind, Scalar) and kind.name == "bytes":
-        return _accept_bytes
-    if isinstance(kind, (Image, Tensor)):
-        return lambda item: _accept_array(item, kind)
-    if isinstance(kind, Record):
-        fields = {name: _acceptor(part) for name, part in kind.fields}
-
-        def accept_record(item: Any) -> dict[str, Any]:
-            if not isinstance(item, Mapping) or set(item) != set(fields):
-                raise BadRequest(f"this flow takes a mapping with the keys {', '.join(fields)}")
-            return {name: accept(item[name]) for name, accept in fields.items()}
-
-        return accept_record
-    return lambda item: item
-
-
-def _accept_bytes(item: Any) -> Any:
-    if isinstance(item, bytes):
-        return item
-    if isinstance(item, (bytearray, memoryview)):
-        return bytes(item)
-    hint = "; read the file first" if isinstance(item, (str, os.PathLike)) else ""
-    raise BadRequest(f"this flow takes bytes, not {type(item).__name__}{hint}")
-
-
-def _accept_array(item: Any, kind: Image | Tensor) -> Any:
-    import numpy as np
-
-    from flowlang.runtime.ort import numpy_dtype
-
-    dtype = numpy_dtype(kind.dtype)
-    try:
-        array = item if isinstance(item, np.ndarray) else np.asarray(item, dtype)
-    except (ValueError, TypeError, OverflowError):
-        raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}") from None
-    if str(array.dtype) != dtype:
-        raise BadRequest(f"this flow takes {kind}, not an array of {array.dtype}")
-    if isinstance(kind, Image):
-        sides = (kind.height, kind.width)
-        wanted: Shape | None = sides if kind.colour == "gray" else (*sides, 3)
-    else:
-        wanted = kind.shape
-    if wanted is not None and (
-        len(wanted) != array.ndim
-        or any(w not in (None, s) for w, s in zip(wanted, array.shape, strict=True))
-    ):
-        raise BadRequest(f"this flow takes {kind}, not an array of shape {array.shape}")
-    return array
-
-
-def plain(value: Any) -> Any:
-    """An answer as plain Python values, ready for JSON: arrays become nested lists."""
-    if isinstance(value, Mapping):
-        return {name: plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        import base64
-
-        return base64.b64encode(value).decode()
-    return value

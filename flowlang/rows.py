@@ -46,7 +46,7 @@ def answers_of(flow: Flow, paths: list[Path]) -> Iterator[Any]:
 
 def print_json(paths: list[Path], answers: Iterator[Any]) -> int:
     """A line of JSON for each answer. Returns how many are errors."""
-    from flowlang.app import plain
+    from flowlang.items import plain
     from flowlang.serve.answer import to_json
 
     failures = 0

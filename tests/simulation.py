@@ -100,7 +100,9 @@ class Simulation:
         self._order = itertools.count()
         self._alarm_s = math.inf
         self.lanes = [
-            Lane(self, stage) for stage in self.scheduler.stages for _ in range(stage.plan.instances)
+            Lane(self, stage)
+            for stage in self.scheduler.stages
+            for _ in range(stage.plan.instances)
         ]
         for lane in self.lanes:
             self.at(0.0, lane.ask)

@@ -283,7 +283,9 @@ def test_map_takes_turns_where_the_queue_is_full(open_app: Callable[..., App]) -
     assert len(list(app.map(PICTURES * 4, ahead=100))) == 48
     readers = [Future[int]() for _ in range(3)]
     threads = [
-        threading.Thread(target=lambda r=r: r.set_result(len(list(app.map(PICTURES * 2, ahead=50)))))
+        threading.Thread(
+            target=lambda r=r: r.set_result(len(list(app.map(PICTURES * 2, ahead=50))))
+        )
         for r in readers
     ]
     for thread in threads:
@@ -405,7 +407,9 @@ def test_one_of_several_flows_is_picked_by_name(app: App) -> None:
     for call in (app, app.submit, lambda item: list(app.map([item]))):
         with pytest.raises(FlowError, match="name one of them: `classify`, `describe`"):
             call(PICTURES[0])
-    with pytest.raises(FlowError, match="there is no flow `classfy`; there is `classify`, `describe`"):
+    with pytest.raises(
+        FlowError, match="there is no flow `classfy`; there is `classify`, `describe`"
+    ):
         app["classfy"]
     assert list(app.flows) == ["classify", "describe"]
     assert app["classify"].doc == "The best three classes."

@@ -422,7 +422,7 @@ def test_an_interrupt_ends_a_run(folder: Path) -> None:
         try:
             with open(folder / "slow.jpg", "wb"):  # opens once the run opens it to read
                 process.send_signal(signal.SIGINT)
-                printed, said = process.communicate(timeout=20)
+            printed, said = process.communicate(timeout=20)
         finally:
             process.kill()
     assert (process.returncode, printed, said) == (130, "", "flowlang: interrupted\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from flowlang.diagnostics import CompileError, Diagnostic, Label
 from flowlang.plan import graph
@@ -113,15 +113,29 @@ def _kind(node: Node) -> str:
     return OPS[node.op].kind if node.op in OPS else "glue"
 
 
+Identity: TypeAlias = tuple[str, Site, tuple[Type, ...], tuple[tuple[str, Any], ...]]
+ChainIdentity: TypeAlias = tuple[Identity, ...]
+
+
+def _identity(node: Node) -> Identity:
+    """What makes two nodes one physical thing: where they are written, and what arrives.
+
+    One flow may be mentioned behind images of different colours, and one model behind normalized
+    and plain ones: these are not the same work.
+    """
+    packing = tuple(sorted(node.params.items())) if node.op == graph.PACK else ()
+    return (node.op, node.site, tuple(i.type for i in node.inputs), packing)
+
+
 def lower(plan: Plan, machine: Machine) -> PhysicalPlan:
     """A checked plan to a physical one for a machine."""
     flows = [rewrite(flow) for flow in plan.flows]
     chains = _chains(flows, plan, machine)
     stages: list[StagePlan] = []
-    stage_of: dict[tuple[tuple[str, Site], ...], int] = {}
+    stage_of: dict[ChainIdentity, int] = {}
     chain_at: dict[int, list[Node]] = {}
     for chain in chains:
-        key = tuple((n.op, n.site) for n in chain)
+        key = tuple(_identity(n) for n in chain)
         if key not in stage_of:
             stage_of[key] = len(stages)
             stages.append(_stage(len(stages), chain, plan, machine))
@@ -132,10 +146,11 @@ def lower(plan: Plan, machine: Machine) -> PhysicalPlan:
 
 def _chains(flows: Sequence[FlowPlan], plan: Plan, machine: Machine) -> list[list[Node]]:
     """All operators of all flows, in runs that can share a stage."""
-    uses: dict[tuple[str, Site], int] = {}
+    uses: dict[Identity, int] = {}
     for flow in flows:
         for node in flow.nodes():
-            uses[node.op, node.site] = uses.get((node.op, node.site), 0) + 1
+            identity = _identity(node)
+            uses[identity] = uses.get(identity, 0) + 1
     chains: list[list[Node]] = []
     for flow in flows:
         users = consumers(flow)
@@ -162,12 +177,12 @@ def decodes_on_gpu(region: Sequence[Node]) -> bool:
 def _can_follow(
     chain: list[Node],
     node: Node,
-    uses: Mapping[tuple[str, Site], int],
+    uses: Mapping[Identity, int],
     plan: Plan,
     machine: Machine,
 ) -> bool:
     last = chain[-1]
-    shared = (uses[last.op, last.site], uses[node.op, node.site])
+    shared = (uses[_identity(last)], uses[_identity(node)])
     if shared != (1, 1) and (shared[0] != shared[1] or last.site.flow != node.site.flow):
         return False
     if node.op == graph.PACK or node.model is not None:
@@ -176,11 +191,7 @@ def _can_follow(
         on_host = machine.gpus and device == "gpu" and not decodes_on_gpu(chain)
         if on_host and last.op != graph.PACK:
             return False
-    has_model = any(n.model is not None for n in chain)
-    kind = _kind(node)
-    if kind == "image":
-        return _kind(last) == "image"
-    return kind == "host" or not (has_model or any(_kind(n) == "host" for n in chain))
+    return _kind(node) == "host" or _kind(last) == "image"
 
 
 def _stage(index: int, chain: list[Node], plan: Plan, machine: Machine) -> StagePlan:
@@ -265,7 +276,7 @@ def _batch(models: list[Node], settings: Mapping[str, Any], device: str) -> tupl
 def _program(
     flow: FlowPlan,
     chain_at: Mapping[int, list[Node]],
-    stage_of: Mapping[tuple[tuple[str, Site], ...], int],
+    stage_of: Mapping[ChainIdentity, int],
     plan: Plan,
 ) -> FlowProgram:
     slots: dict[int, int] = {id(flow.input): 0}
@@ -276,7 +287,7 @@ def _program(
             continue
         slots[id(node)] = len(slots)
         sources = chain[0].inputs if chain else node.inputs
-        stage = stage_of[tuple((n.op, n.site) for n in chain)] if chain else None
+        stage = stage_of[tuple(_identity(n) for n in chain)] if chain else None
         units.append(Unit(stage, node, tuple(slots[id(s)] for s in sources), slots[id(node)]))
     given = plan.settings.flows.get(flow.name, {})
     queue, slo = given.get("queue"), given.get("slo")

@@ -210,7 +210,7 @@ def _crop(dali: Any, data: Any, node: Node) -> Any:
     params = node.params
     size = params["size"]
     h, w = (size, size) if size is not None else (params["h"], params["w"])
-    whole = data.shape() if None in (h, w) else None  # DALI wants both sides named
+    whole: Any = data.shape() if None in (h, w) else None  # DALI wants both sides named
     crop_h, crop_w = (
         dali.fn.cast(whole[axis], dtype=dali.types.FLOAT) if side is None else float(side)
         for axis, side in enumerate((h, w))

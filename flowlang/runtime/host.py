@@ -289,10 +289,15 @@ def _softmax(node: Node, settings: Mapping[str, Any]) -> Work:
 
 
 def read_lines(path: Path | None) -> list[str] | None:
-    """The lines of a text file of names, without their line ends."""
+    """The lines of a text file of names, without their line ends.
+
+    Only line feeds end a line: a recogniser's characters include the other separators of Unicode.
+    """
     if path is None:
         return None
-    return path.read_text("utf-8").splitlines()
+    text = path.read_bytes().decode("utf-8-sig")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def _label(index: int, score: float, names: list[str] | None) -> dict[str, Any]:
@@ -311,19 +316,26 @@ def _top(node: Node, settings: Mapping[str, Any]) -> Work:
     k = node.params["k"]
 
     def work(values: Array) -> list[dict[str, Any]]:
+        # A model gone wrong may give NaN: it counts as the least. Of equals the first comes first.
+        ranked = np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         count = min(k, len(values))
-        found = np.argpartition(-values, count - 1)[:count] if count else np.empty(0, int)
-        order = sorted(found.tolist(), key=lambda i: (-values[i], i))
-        return [_label(i, float(values[i]), names) for i in order]
+        if not count:
+            return []
+        least = np.partition(ranked, len(ranked) - count)[len(ranked) - count]
+        found = np.flatnonzero(ranked >= least)
+        order = found[np.argsort(-ranked[found], kind="stable")][:count]
+        return [_label(i, float(values[i]), names) for i in order.tolist()]
 
     return work
 
 
 def _best(node: Node, settings: Mapping[str, Any]) -> Work:
+    import numpy as np
+
     names = read_lines(node.params["names"])
 
     def work(values: Array) -> dict[str, Any]:
-        index = int(values.argmax())
+        index = int(np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf).argmax())
         return _label(index, float(values[index]), names)
 
     return work

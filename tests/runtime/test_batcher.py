@@ -56,7 +56,16 @@ def test_a_lone_item_is_taken_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("waiting", "free", "size"),
-    [(10, 1, 8), (10, 2, 5), (10, 3, 4), (10, 4, 3), (10, 10, 2), (10, 99, 2), (1, 3, 1), (3, 1, 3)],
+    [
+        (10, 1, 8),
+        (10, 2, 5),
+        (10, 3, 4),
+        (10, 4, 3),
+        (10, 10, 2),
+        (10, 99, 2),
+        (1, 3, 1),
+        (3, 1, 3),
+    ],
 )
 def test_what_waits_is_spread_over_the_free_instances(waiting: int, free: int, size: int) -> None:
     """An instance takes its share of what waits: at least the lower bound, at most the upper."""
@@ -135,7 +144,12 @@ STEP = st.one_of(
     st.booleans(), st.lists(STEP, max_size=60),
 )  # fmt: skip
 def test_batches_keep_order_bounds_and_shares(
-    low: int, more: int, wait_s: float, instances: int, is_shared: bool, steps: list[tuple[str, int]]
+    low: int,
+    more: int,
+    wait_s: float,
+    instances: int,
+    is_shared: bool,
+    steps: list[tuple[str, int]],
 ) -> None:
     """Whatever happens, a batch is the front of what waits, within its bounds and its share."""
     high = low + more

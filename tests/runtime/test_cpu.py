@@ -59,9 +59,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fixed": ((4, 3), (4, 3)),
     }
     for name, (given, result) in shapes.items():
-        write_model(root / f"{name}.onnx", doubled, [("data", FLOATS, given)], [("out", FLOATS, result)])
+        write_model(
+            root / f"{name}.onnx", doubled, [("data", FLOATS, given)], [("out", FLOATS, result)]
+        )
     indices = [("data", TensorProto.INT64, ("N", "k"))]
-    write_model(root / "gather.onnx", gather, indices, [("out", FLOATS, ("N", "k", 3))], table=table)
+    write_model(
+        root / "gather.onnx", gather, indices, [("out", FLOATS, ("N", "k", 3))], table=table
+    )
     indices = [("data", TensorProto.INT64, ("N",))]
     write_model(root / "pick.onnx", gather, indices, [("out", FLOATS, ("N", 3))], table=table)
     shifted = [node("Add", ["data", "nine"], ["at"]), node("Gather", ["table", "at"], ["out"])]
@@ -283,7 +287,10 @@ def test_a_batch_answers_what_its_items_answer_alone(folder: Path) -> None:
         np.testing.assert_allclose(batch["scores"], single["scores"], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(batch["embedding"], single["embedding"], rtol=1e-5, atol=1e-6)
     tops = [
-        [[label["index"] for label in labels] for labels in follow.run([o["scores"] for o in group])]
+        [
+            [label["index"] for label in labels]
+            for labels in follow.run([o["scores"] for o in group])
+        ]
         for group in (together, alone)
     ]
     assert tops[0] == tops[1]
@@ -366,7 +373,7 @@ def test_a_failing_tail_fails_alone(folder: Path) -> None:
 
 def test_a_stage_of_images_alone_gives_images(folder: Path) -> None:
     """A stage without a model works item by item, and has nothing to warm up."""
-    instance = instance_of('export flow f = decode -> resize(h=4, w=6) -> gray', folder)
+    instance = instance_of("export flow f = decode -> resize(h=4, w=6) -> gray", folder)
     image, bad = instance.run([picture(3), b""])
     assert image.shape == (4, 6)
     assert image.dtype == np.uint8

@@ -217,7 +217,9 @@ def test_an_instance_that_does_not_warm_up_is_closed(start: Start) -> None:
 @pytest.mark.parametrize("outcomes", [0, 3])
 def test_an_instance_that_miscounts_fails_its_batch_alone(start: Start, outcomes: int) -> None:
     """Too many or too few outcomes are an error for that batch, and the lane goes on."""
-    app = start(NET.format(1), lambda: lambda values: values if b"odd" not in values else [1] * outcomes)
+    app = start(
+        NET.format(1), lambda: lambda values: values if b"odd" not in values else [1] * outcomes
+    )
     with pytest.raises(StageFailed, match=f"1 items gave {outcomes} outcomes"):
         app(b"odd")
     assert app(b"even") == b"even"
@@ -398,7 +400,9 @@ def test_deadlines_are_kept_behind_a_stuck_lane(start: Start) -> None:
     assert gate.entered.wait(LONG_S)
     for deadline_s in (0.05, 0.0):
         began_s = time.monotonic()
-        with pytest.raises(DeadlineExceeded, match=f"not answered within {deadline_s * 1e3:.0f} ms"):
+        with pytest.raises(
+            DeadlineExceeded, match=f"not answered within {deadline_s * 1e3:.0f} ms"
+        ):
             app(b"near", deadline_s=deadline_s)
         assert time.monotonic() - began_s >= deadline_s
         with pytest.raises(DeadlineExceeded):
