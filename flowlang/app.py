@@ -10,6 +10,7 @@ import asyncio
 import functools
 import importlib
 import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -33,6 +34,7 @@ from flowlang.runtime.seal import KeySource
 from flowlang.runtime.stage import Lane, Watch
 
 GRACE_S = 30.0
+END_S = 10.0  # for a batch under way when the program ends
 
 
 def load(
@@ -207,6 +209,11 @@ class App:
             for stage in self.scheduler.stages
             for number in range(stage.plan.instances)
         ]
+        # Also for an app that nobody closes: a thread inside ONNX Runtime when the interpreter ends
+        # would take the process down with it.
+        self._end = weakref.finalize(
+            self, _end, self.scheduler, self._watch, self._lanes, self._instances
+        )
         self._start()
 
     def _start(self) -> None:
@@ -269,12 +276,12 @@ class App:
         """
         in_time = self.scheduler.drain(grace_s)
         self.scheduler.close()
-        self._watch.stop()
         for lane in self._lanes:
             if lane.is_alive():
                 lane.join(5.0 if in_time else 0.2)
         self.scheduler.abandon([item for lane in self._lanes for item in lane.items])
-        self._instances.close()
+        if in_time:
+            self._end()
         return in_time
 
     def __enter__(self) -> App:
@@ -287,3 +294,13 @@ class App:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _end(scheduler: Scheduler, watch: Watch, lanes: list[Lane], instances: Instances) -> None:
+    """Let the threads of an app come to their end. What still waits is answered with Draining."""
+    scheduler.close()
+    watch.stop()
+    for thread in (*lanes, watch):
+        if thread.is_alive() and thread is not threading.current_thread():
+            thread.join(END_S)
+    instances.close()
