@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
-import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -136,7 +135,7 @@ class Flow:
         pending: deque[Future[Any]] = deque()
         try:
             for item in items:
-                # Before the next item is asked for, what is there is given: it may be long in coming.
+                # The next item may be long in coming: what is there is given first.
                 while pending and (len(pending) >= ahead or pending[0].done()):
                     yield _outcome(pending.popleft(), errors)
                 while (future := self._try_submit(item, deadline_s)) is None:

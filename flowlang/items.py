@@ -92,7 +92,7 @@ def _check_shape(shape: tuple[int, ...], kind: Image | Tensor) -> None:
 
 
 def plain(value: Any) -> Any:
-    """An answer as plain Python values, ready for JSON: arrays become nested lists, bytes base64."""
+    """An answer as plain values, ready for JSON: arrays as nested lists, bytes in base64."""
     if isinstance(value, Mapping):
         return {name: plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

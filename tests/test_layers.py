@@ -17,9 +17,12 @@ from tests.standins import furnish
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "flowlang").rglob("*.py"))
 # The faces come last: `serve` is built on the app, and the command line on both.
-LAYERS = ("diagnostics", "syntax", "plan", "runtime", "app", "serve", "rows", "cli", "__main__")
+LAYERS = (
+    *("diagnostics", "syntax", "plan", "runtime"),
+    *("items", "app", "serve", "rows", "cli", "__main__"),
+)
 HOMES = {
-    "lark": {"syntax.parse", "syntax.complaint"},
+    "lark": {"syntax.parse", "syntax.read", "syntax.complaint"},
     "onnx": {"runtime.rework"},  # plan.onnx loads its messages alone, without the package
     "google": {"plan.onnx"},
     "cv2": {"runtime.host"},

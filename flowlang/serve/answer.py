@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flowlang.items import plain
 from flowlang.diagnostics import BadRequest, RequestError, StageFailed
+from flowlang.items import plain
 from flowlang.plan.types import Image, Record, Scalar, Tensor, Type, Unknown
 from flowlang.runtime.ort import numpy_dtype
 

@@ -1,0 +1,214 @@
+"""Models and what arrives at them: files read once, types held against inputs, misfits explained.
+
+Layer 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flowlang.diagnostics import Diagnostic, FlowError, Label, Span
+from flowlang.plan import graph
+from flowlang.plan.arguments import Bound, with_sides
+from flowlang.plan.graph import Node
+from flowlang.plan.model import Misfit, Packing, fit, gives, input_type
+from flowlang.plan.onnx import Model, NotAModel, Opener, Port, read_model
+from flowlang.plan.ops import OPS
+from flowlang.plan.schedule import Given
+from flowlang.plan.types import Image, Record, Unknown
+
+Report = Callable[[Diagnostic], None]
+
+
+def mismatch(report: Report, span: Span, item: Node, message: str, label: str, **more: Any) -> None:
+    """Report that what `item` gives does not fit at `span`, and show where it comes from."""
+    slug = more.pop("slug", "type-mismatch")
+    source = Label(item.span, gives(item.type))
+    report(Diagnostic(slug, message, Label(span, label), (source,), **more))
+
+
+class ModelFitter:
+    """The models of a program, each file read once."""
+
+    def __init__(self, report: Report, opener: Opener | None) -> None:
+        self.report = report
+        self.opener = opener
+        self.models: dict[Path, Model | None] = {}
+
+    def model_of(self, bound: Bound) -> Model | None:
+        path = bound.params.get("model")
+        if path is None or not bound.is_whole:
+            return None
+        if path not in self.models:
+            self.models[path] = self._read(path, bound.spans["model"])
+        return self.models[path]
+
+    def _read(self, path: Path, span: Span) -> Model | None:
+        try:
+            return read_model(path, self.opener)
+        except NotAModel as error:
+            message = f"`{path.name}` is no ONNX model: {error}"
+        except OSError as error:
+            message = f"`{path.name}` cannot be read: {error.strerror}"
+        except FlowError as error:
+            message = f"`{path.name}` cannot be opened: {error}"
+        self.report(Diagnostic("not-a-model", message, Label(span)))
+        return None
+
+    def fit(self, node: Node, item: Node, bound: Bound) -> Node:
+        """A model's node with its model and type, what arrives held against its inputs."""
+        model = self.model_of(bound)
+        if model is None:
+            return node
+        node = replace(node, type=model.output, model=model)
+        if len(model.inputs) == 1:
+            self._check_fit(node, item, model, None)
+        elif isinstance(item.type, Record):
+            given = dict(item.type.fields)
+            for port in model.inputs:
+                if port.name not in given:
+                    mismatch(
+                        self.report,
+                        node.span,
+                        item,
+                        f"`{model.name}` takes a record with a field `{port.name}`",
+                        f"wants {input_type(model)}",
+                    )
+                else:
+                    self._check_fit(node, replace(item, type=given[port.name]), model, port.name)
+        elif not isinstance(item.type, Unknown):
+            mismatch(
+                self.report,
+                node.span,
+                item,
+                f"`{model.name}` has {len(model.inputs)} inputs, so it takes a record",
+                f"wants {input_type(model)}",
+            )
+        self.check_batch(model, bound.settings.get("batch"))
+        return node
+
+    def _check_fit(self, node: Node, item: Node, model: Model, name: str | None) -> None:
+        port = next(p for p in model.inputs if name in (None, p.name))
+        found = fit(item.type, port, model)
+        levels = [n for n in ("mean", "std") if node.params[n] is not None]
+        if isinstance(found, Misfit):
+            self._misfit(node, item, model, found)
+        elif levels and not isinstance(item.type, Unknown):
+            self._check_levels(node, item, model, port, levels)
+        elif isinstance(found, Packing) and found.dtype != "u8" and _has_levels(item):
+            message = f"`{model.name}` takes {found.dtype} and no `normalize` is present"
+            call = " ".join(node.span.text.split())
+            self.report(
+                Diagnostic(
+                    "unscaled-input",
+                    f"{message}; values arrive as 0..255",
+                    Label(node.span),
+                    help=f"normalize(imagenet) -> {call}",
+                    severity="hint",
+                )
+            )
+
+    def _check_levels(
+        self, node: Node, item: Node, model: Model, port: Port, levels: list[str]
+    ) -> None:
+        """A model's `mean` and `std` normalize the one image that arrives, and do it once."""
+        place = node.param_spans[levels[0]]
+        kind = item.type
+        slug, message, label = "type-mismatch", "", "`mean` and `std` normalize an image"
+        if not isinstance(kind, Image) or len(model.inputs) > 1:
+            message = f"`{model.name}` gets no image that could be normalized"
+        elif kind.dtype == "f32":
+            slug, label = "normalized-twice", "normalized here again"
+            message = f"`{model.name}` would get levels normalized twice"
+        elif port.dtype == "u8":
+            slug, label = "dtype-mismatch", "normalized levels are floats"
+            message = f"`{model.name}` takes levels as they are"
+        elif kind.channels == 1 and any(len(node.params[n]) > 1 for n in levels):
+            slug, label = "channel-mismatch", "three numbers for one channel"
+            message = f"`{model.name}` takes a gray image"
+        if message:
+            note = "`mean` and `std` of a model normalize what arrives"
+            mismatch(self.report, place, item, message, label, slug=slug, note=note)
+
+    def _misfit(self, node: Node, item: Node, model: Model, found: Misfit) -> None:
+        sizer = _sizer(item, *found.sides) if found.sides else None
+        if sizer is not None and found.sides:
+            given = sizer.param_spans
+            place = given.get("size", sizer.span)
+            mended = with_sides(OPS[sizer.op], sizer.params, given, *found.sides)
+            self.report(
+                Diagnostic(
+                    found.slug,
+                    found.message or "",
+                    Label(place),
+                    (Label(node.span, found.wants),),
+                    help=mended,
+                    fix=sizer.span,
+                )
+            )
+            return
+        message = f"`{model.name}` cannot take what {called(item)} gives"
+        call = " ".join(node.span.text.split())
+        mend = f"{found.mend} -> {call}" if found.mend else None
+        if mend and found.slug == "type-mismatch" and item.op != graph.INPUT:
+            mend = " ".join(item.span.text.split()) + f" -> {mend}"
+        mismatch(
+            self.report,
+            node.span,
+            item,
+            found.message or message,
+            found.wants,
+            slug=found.slug,
+            help=mend,
+        )
+
+    def check_batch(self, model: Model, given: Given | None) -> None:
+        """A model whose batch dimension is fixed runs at that size only."""
+        size = model.fixed_batch
+        if given is None or size is None or set(given.value) == {size}:
+            return
+        self.report(
+            Diagnostic(
+                "fixed-batch",
+                f"`{model.name}` was exported for batches of {size} only",
+                Label(given.span, f"`{model.inputs[0].name}` has a fixed batch dimension"),
+                help=f"batch={size}",
+                note="export the model with a dynamic first dimension to batch it freely",
+            )
+        )
+
+
+def _sizer(node: Node, h: int, w: int) -> Node | None:
+    """The operator that gave an image its size and could give it this one.
+
+    It is looked for back through the operators that keep a size.
+    """
+    while node.op in OPS and OPS[node.op].keeps_size and node.inputs:
+        node = node.inputs[0]
+    if node.op == "resize" and node.params["fit"] != "shorter":
+        return node
+    before = node.inputs[0].type if node.op == "crop" else None
+    if isinstance(before, Image) and h <= (before.height or h) and w <= (before.width or w):
+        return node
+    return None
+
+
+def _has_levels(node: Node) -> bool:
+    """Whether a node gives an image whose levels are 0..255."""
+    return isinstance(node.type, Image) and node.type.dtype == "u8"
+
+
+def called(node: Node) -> str:
+    """A node as an error message names it."""
+    if node.op == graph.INPUT:
+        return "the flow's input"
+    if node.op == graph.RECORD:
+        return "this record"
+    if node.op == graph.FIELD:
+        return f"`.{node.params['name']}`"
+    if node.model is not None:
+        return f"`{node.model.name}`"
+    return f"`{node.op}`"
