@@ -30,7 +30,7 @@ $(MODELS)/.done: $(VENV)/.models examples/models.py
 serve: $(MODELS)/.done
 	@echo
 	@echo "  once it serves, try in another terminal:"
-	@echo "    curl --data-binary @examples/pictures/coffee.jpg http://127.0.0.1:8000/"
+	@echo "    curl --data-binary @examples/pictures/rocket.jpg http://127.0.0.1:8000/"
 	@echo "  or open http://127.0.0.1:8000/ in a browser"
 	@echo
 	$(BIN)/flowlang serve $(EXAMPLE) $(ARGS)
@@ -45,7 +45,7 @@ lint: $(VENV)/.done
 	$(BIN)/flowlang fmt --check examples/*.flow
 
 bench: $(MODELS)/.done
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(MODELS) examples/pictures .pytest_cache .mypy_cache .ruff_cache
