@@ -1,0 +1,1 @@
+"""Examples, and the script that makes what they need."""

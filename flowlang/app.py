@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from flowlang.diagnostics import BadRequest, FlowError, Overloaded
-from flowlang.items import acceptor
+from flowlang.items import Arguments, acceptor
 from flowlang.plan.check import Plan
 from flowlang.plan.files import PathLike, compile_file
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
@@ -72,39 +72,43 @@ class Flow:
         self._app = app
         self._scheduler = app.scheduler
         self._entrance = app.scheduler.entrances[program.name]
+        self.parameters = program.plan.parameters
         self._accept = acceptor(program.input)
+        self._arguments = Arguments(self.parameters)
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopReply] = (
             weakref.WeakKeyDictionary()
         )
         self._last_loop: tuple[weakref.ref[asyncio.AbstractEventLoop], LoopReply] | None = None
 
-    def __call__(self, item: Any, *, deadline_s: float | None = None) -> Any:
-        """The answer for one item, waiting for it.
+    def __call__(self, item: Any, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+        """The answer for one item, waiting for it. `parameters` are those the flow declares.
 
         Raises BadRequest, Overloaded, DeadlineExceeded, StageFailed or Draining.
         """
         waiter = Waiter()
-        request = self._submit(item, waiter, None, deadline_s)
+        request = self._submit(item, waiter, None, deadline_s, parameters)
         try:
             return waiter.wait(request)
         except BaseException:
             self._scheduler.cancel(request)
             raise
 
-    def submit(self, item: Any, *, deadline_s: float | None = None) -> Future[Any]:
+    def submit(
+        self, item: Any, *, deadline_s: float | None = None, **parameters: Any
+    ) -> Future[Any]:
         """A Future of the answer. Cancelling it takes the request out of the queue."""
         future: Future[Any] = Future()
-        request = self._submit(item, _FUTURES, future, deadline_s)
+        request = self._submit(item, _FUTURES, future, deadline_s, parameters)
         future.add_done_callback(lambda f: f.cancelled() and self._scheduler.cancel(request))
         return future
 
-    async def acall(self, item: Any, *, deadline_s: float | None = None) -> Any:
+    async def acall(self, item: Any, *, deadline_s: float | None = None, **parameters: Any) -> Any:
         """The answer for one item, without blocking the event loop."""
         loop = asyncio.get_running_loop()
         last = self._last_loop
         reply = last[1] if last is not None and last[0]() is loop else self._reply_of(loop)
         future = loop.create_future()
-        request = self._submit(item, reply, future, deadline_s)
+        request = self._submit(item, reply, future, deadline_s, parameters)
         try:
             return await future
         except asyncio.CancelledError:
@@ -126,6 +130,7 @@ class Flow:
         errors: Literal["raise", "return"] = "raise",
         ahead: int | None = None,
         deadline_s: float | None = None,
+        **parameters: Any,
     ) -> Iterator[Any]:
         """The answers of many items, in order, at most `ahead` of them under way.
 
@@ -138,7 +143,7 @@ class Flow:
                 # The next item may be long in coming: what is there is given first.
                 while pending and (len(pending) >= ahead or pending[0].done()):
                     yield _outcome(pending.popleft(), errors)
-                while (future := self._try_submit(item, deadline_s)) is None:
+                while (future := self._try_submit(item, deadline_s, parameters)) is None:
                     if pending:
                         yield _outcome(pending.popleft(), errors)
                     else:
@@ -150,10 +155,12 @@ class Flow:
             for left in pending:  # given up: by an error, or by whoever asked
                 left.cancel()
 
-    def _try_submit(self, item: Any, deadline_s: float | None) -> Future[Any] | None:
+    def _try_submit(
+        self, item: Any, deadline_s: float | None, parameters: Mapping[str, Any]
+    ) -> Future[Any] | None:
         """A Future of the answer; None where others fill the queue, to take turns with them."""
         try:
-            return self.submit(item, deadline_s=deadline_s)
+            return self.submit(item, deadline_s=deadline_s, **parameters)
         except Overloaded:
             return None
         except BadRequest as error:
@@ -161,8 +168,18 @@ class Flow:
             failed.set_exception(error)
             return failed
 
-    def _submit(self, item: Any, reply: Any, token: Any, deadline_s: float | None) -> Request:
-        return self._scheduler.submit(self._entrance, self._accept(item), reply, token, deadline_s)
+    def _submit(
+        self,
+        item: Any,
+        reply: Any,
+        token: Any,
+        deadline_s: float | None,
+        parameters: Mapping[str, Any],
+    ) -> Request:
+        value = self._accept(item)
+        if parameters or self.parameters:
+            value = self._arguments.beside(value, parameters)
+        return self._scheduler.submit(self._entrance, value, reply, token, deadline_s)
 
     def __repr__(self) -> str:
         return f"<flow {self.name}: {self.input} -> {self.output}>"
@@ -244,17 +261,19 @@ class App:
             raise FlowError(f"there is no flow `{name}`; there is {names}")
         return self.flows[name]
 
-    def __call__(self, item: Any, *, deadline_s: float | None = None) -> Any:
+    def __call__(self, item: Any, *, deadline_s: float | None = None, **parameters: Any) -> Any:
         """See Flow.__call__."""
-        return self.flow()(item, deadline_s=deadline_s)
+        return self.flow()(item, deadline_s=deadline_s, **parameters)
 
-    def submit(self, item: Any, *, deadline_s: float | None = None) -> Future[Any]:
+    def submit(
+        self, item: Any, *, deadline_s: float | None = None, **parameters: Any
+    ) -> Future[Any]:
         """See Flow.submit."""
-        return self.flow().submit(item, deadline_s=deadline_s)
+        return self.flow().submit(item, deadline_s=deadline_s, **parameters)
 
-    async def acall(self, item: Any, *, deadline_s: float | None = None) -> Any:
+    async def acall(self, item: Any, *, deadline_s: float | None = None, **parameters: Any) -> Any:
         """See Flow.acall."""
-        return await self.flow().acall(item, deadline_s=deadline_s)
+        return await self.flow().acall(item, deadline_s=deadline_s, **parameters)
 
     def map(
         self,
@@ -263,9 +282,12 @@ class App:
         errors: Literal["raise", "return"] = "raise",
         ahead: int | None = None,
         deadline_s: float | None = None,
+        **parameters: Any,
     ) -> Iterator[Any]:
         """See Flow.map."""
-        return self.flow().map(items, errors=errors, ahead=ahead, deadline_s=deadline_s)
+        return self.flow().map(
+            items, errors=errors, ahead=ahead, deadline_s=deadline_s, **parameters
+        )
 
     def close(self, grace_s: float = GRACE_S) -> bool:
         """Take no more, answer what was accepted, stop. Closing twice does nothing.

@@ -6,11 +6,22 @@ Layer 4, shared by the faces.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flowlang.diagnostics import BadRequest
-from flowlang.plan.types import Image, Record, Scalar, Shape, Tensor, Type
+from flowlang.plan.graph import Parameter
+from flowlang.plan.types import (
+    Image,
+    ListOf,
+    Optional,
+    Record,
+    Scalar,
+    Shape,
+    Tensor,
+    Type,
+    without_null,
+)
 
 _PLAIN: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -28,16 +39,37 @@ def acceptor(kind: Type) -> Callable[[Any], Any]:
         return lambda item: _accept_plain(item, kind)
     if isinstance(kind, (Image, Tensor)):
         return lambda item: _accept_array(item, kind)
+    if isinstance(kind, Optional):
+        inner = acceptor(without_null(kind))
+        return lambda item: None if item is None else inner(item)
+    if isinstance(kind, ListOf):
+        return _list_acceptor(kind)
     if isinstance(kind, Record):
-        fields = {name: acceptor(part) for name, part in kind.fields}
-
-        def accept_record(item: Any) -> dict[str, Any]:
-            if not isinstance(item, Mapping) or set(item) != set(fields):
-                raise BadRequest(f"this flow takes a mapping with the keys {', '.join(fields)}")
-            return {name: accept(item[name]) for name, accept in fields.items()}
-
-        return accept_record
+        return _record_acceptor(kind)
     return lambda item: item
+
+
+def _list_acceptor(kind: ListOf) -> Callable[[Any], Any]:
+    inner = acceptor(kind.item)
+
+    def accept(item: Any) -> list[Any]:
+        if isinstance(item, (str, bytes, Mapping)) or not isinstance(item, Sequence):
+            raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}")
+        return [inner(part) for part in item]
+
+    return accept
+
+
+def _record_acceptor(kind: Record) -> Callable[[Any], Any]:
+    fields = {name: acceptor(part) for name, part in kind.fields}
+    needed = {name for name, part in kind.fields if not isinstance(part, Optional)}
+
+    def accept(item: Any) -> dict[str, Any]:
+        if not isinstance(item, Mapping) or needed - set(item) or set(item) - set(fields):
+            raise BadRequest(f"this flow takes a mapping with the keys {', '.join(fields)}")
+        return {name: check(item.get(name)) for name, check in fields.items()}
+
+    return accept
 
 
 def _accept_bytes(item: Any) -> Any:
@@ -89,6 +121,32 @@ def _check_shape(shape: tuple[int, ...], kind: Image | Tensor) -> None:
         or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True))
     ):
         raise BadRequest(f"this flow takes {kind}, not an array of shape {shape}")
+
+
+class Arguments:
+    """The values a request brings for the parameters of its flow, checked at the door."""
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self._accept = {p.name: acceptor(p.type) for p in parameters}
+        self._defaults = {
+            p.name: p.default.params["value"] for p in parameters if p.default is not None
+        }
+
+    def beside(self, item: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The item, and behind it the parameters in order. Raises BadRequest."""
+        unknown = given.keys() - self._accept.keys()
+        if unknown:
+            known = ", ".join(f"`{n}`" for n in self._accept) or "none"
+            raise BadRequest(f"this flow has no parameter `{min(unknown)}`; it has {known}")
+        found = []
+        for name, accept in self._accept.items():
+            if name not in given and name not in self._defaults:
+                raise BadRequest(f"this flow needs its parameter `{name}`")
+            try:
+                found.append(accept(given[name]) if name in given else self._defaults[name])
+            except BadRequest as error:
+                raise BadRequest(f"`{name}`: {error.message}") from None
+        return (item, *found)
 
 
 def plain(value: Any) -> Any:

@@ -15,10 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from examples import models
-from flowlang.diagnostics import Source, StageFailed
+from flowlang.diagnostics import RequestError, Source, StageFailed
 from flowlang.plan import graph
 from flowlang.plan.check import compile_source
-from flowlang.plan.physical import FlowProgram, Machine, PhysicalPlan, StagePlan, lower
+from flowlang.plan.expression import compute
+from flowlang.plan.physical import (
+    FlowProgram,
+    Machine,
+    PhysicalPlan,
+    StagePlan,
+    Steps,
+    Unit,
+    lower,
+)
 from flowlang.plan.types import Record
 from flowlang.runtime.batcher import Item
 from flowlang.runtime.request import Request
@@ -220,13 +229,56 @@ def trace(stage: StagePlan, value: Any) -> Any:
 
 def expected(program: FlowProgram, stages: Sequence[StagePlan], item: Any) -> Any:
     """What a flow of traced stages answers, unit after unit, with nothing scheduled."""
-    slots = {0: item}
-    for unit in program.units:
+    return interpret(program.steps, lambda unit, value: trace(stages[unit.stage or 0], value), item)
+
+
+def interpret(
+    steps: Steps, work: Callable[[Unit, Any], Any], item: Any, around: Sequence[Any] = ()
+) -> Any:
+    """What steps make of an item, by plain recursion. Raises RequestError where they fail."""
+    slots = {0: item} | {slot: around[source] for slot, source in steps.captures}
+    for unit in steps.units:
         values = [slots[s] for s in unit.inputs]
         if unit.stage is not None:
-            slots[unit.output] = trace(stages[unit.stage], values[0])
-        elif unit.node.op == graph.RECORD:
-            slots[unit.output] = dict(zip(unit.node.params["names"], values, strict=True))
+            value = work(unit, values[0] if len(values) == 1 else tuple(values))
+            if isinstance(value, RequestError):
+                raise value
+            slots[unit.output] = value
         else:
-            slots[unit.output] = values[0][unit.node.params["name"]]
-    return slots[program.units[-1].output] if program.units else item
+            slots[unit.output] = _control(unit, work, values)
+    return slots[steps.result]
+
+
+def _control(unit: Unit, work: Callable[[Unit, Any], Any], values: list[Any]) -> Any:
+    params = unit.node.params
+    if unit.node.op == graph.MAP:
+        if len(values[0]) > params["max"]:
+            raise StageFailed("too many")
+        found = []
+        for element in values[0]:
+            try:
+                found.append(interpret(unit.bodies[0], work, element, values))
+            except RequestError:
+                if params["on_error"] == "fail":
+                    raise
+                if params["on_error"] == "null":
+                    found.append(None)
+        return found
+    if unit.node.op == graph.ROUTE:
+        chosen = params["cases"].get(values[1], params["otherwise"])
+        return interpret(unit.bodies[chosen], work, values[0], values)
+    if unit.node.op == graph.FALLBACK:
+        for number, body in enumerate(unit.bodies, 1):
+            is_last = number == len(unit.bodies)
+            try:
+                value = interpret(body, work, values[0], values)
+            except RequestError:
+                if is_last:
+                    raise
+                continue
+            if value is not None or is_last or not params["skips_null"]:
+                return value
+    try:
+        return compute(unit.node, values)
+    except Exception as error:
+        raise StageFailed(str(error)) from error

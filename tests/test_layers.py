@@ -31,14 +31,13 @@ HOMES = {
     "tensorrt": {"runtime.trt"},
     "cuda": {"runtime.cuda"},
     "cryptography": {"runtime.seal"},
-    "starlette": {"serve.http", "serve.routes", "serve.answer"},
     "uvicorn": {"serve.http"},
     "click": {"cli", "rows"},
     "rich": {"cli", "rows"},
 }
-MAY_BE_AT_THE_TOP = {"click", "uvicorn", "starlette"}  # only where serving or on the command line
+MAY_BE_AT_THE_TOP = {"click", "uvicorn"}  # only where serving or on the command line
 NOT_FOR_CHECKING = (
-    "numpy", "cv2", "onnx", "onnxruntime", "starlette", "uvicorn", "tensorrt", "nvidia",
+    "numpy", "cv2", "onnx", "onnxruntime", "uvicorn", "tensorrt", "nvidia",
     "cryptography", "rich", "flowlang.app", "flowlang.runtime.host", "flowlang.serve",
 )  # fmt: skip
 

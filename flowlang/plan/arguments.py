@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan.ops import SIDES, Op, Param
@@ -24,12 +24,29 @@ Report = Callable[[Diagnostic], None]
 
 @dataclass(slots=True)
 class Bound:
-    """A call's arguments: algorithm parameters (defaults filled in), where they stand, settings."""
+    """A call's arguments: algorithm parameters (defaults filled in), where they stand, settings.
+
+    `live` has the expressions whose values each request brings, `bodies` those that are run on each
+    element of a list.
+    """
 
     params: dict[str, Any]
     spans: dict[str, Span] = field(default_factory=dict)
     settings: dict[str, Given] = field(default_factory=dict)
+    live: dict[str, tree.Expr] = field(default_factory=dict)
+    bodies: dict[str, tree.Expr] = field(default_factory=dict)
     is_whole: bool = True
+
+
+class Names(Protocol):
+    """What bare names among arguments can stand for."""
+
+    @property
+    def constants(self) -> Mapping[str, Constant]:
+        """The params, and the arguments of the flow that are known before anything runs."""
+
+    def is_live(self, expr: tree.Expr) -> bool:
+        """Whether an expression needs the item or a value of the flow."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
@@ -38,19 +55,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
 
 
 class Binder:
-    """Binds calls; `names` are the params in scope and `folder` is where files are looked for."""
+    """Binds the calls of one file; `folder` is where the files it names are looked for."""
 
-    def __init__(self, names: Mapping[str, Constant], folder: Path, report: Report) -> None:
-        self.names = names
+    def __init__(self, folder: Path, report: Report) -> None:
         self.folder = folder
         self.report = report
 
-    def bind(self, call: tree.Call, op: Op) -> Bound:
+    def bind(self, call: tree.Call, op: Op, names: Names) -> Bound:
         bound = Bound({p.name: p.default for p in op.params})
         free = [p for p in op.params if not p.is_named and p.kind not in ("word", "flag")]
         for arg in call.args or ():
             try:
-                self._bind_one(call, op, arg, free, bound)
+                self._bind_one(call, op, arg, free, bound, names)
             except Refused as refused:
                 bound.is_whole = False
                 if refused.diagnostic:
@@ -60,27 +76,68 @@ class Binder:
         return bound
 
     def _bind_one(
-        self, call: tree.Call, op: Op, arg: tree.Arg, free: list[Param], bound: Bound
+        self,
+        call: tree.Call,
+        op: Op,
+        arg: tree.Arg,
+        free: list[Param],
+        bound: Bound,
+        names: Names,
     ) -> None:
+        if self._bind_expression(op, arg, free, bound, names):
+            return
         if isinstance(arg.value, tree.Repeat):
             raise self._replica(call, op, arg.value)
-        given = evaluate(arg.value, self.names)
+        given = evaluate(arg.value, names.constants)
         if arg.name is not None:
             self._bind_named(call, op, arg, given, bound)
             return
         if given.kind == "word":
             param = op.param_of_word(given.value)
             if param is None:
-                raise self._unknown_word(op, given)
+                raise self._unknown_word(op, given, names)
             value: Any = True if param.kind == "flag" else given.value
         else:
-            if not free:
+            places = [p for p in free if p.kind != "value" or op.kind == "python"]
+            if not places:
                 raise self._too_many(op, given, bound)
-            param = free[0]
+            param = places[0]
             value = self.fit_param(op, param, given)
         if param in free:
             free.remove(param)
         self._put(op, param, value, arg.span, bound)
+
+    def _bind_expression(
+        self, op: Op, arg: tree.Arg, free: list[Param], bound: Bound, names: Names
+    ) -> bool:
+        """Take an argument that is no constant. False where it has to be one."""
+        param = op.param(arg.name) if arg.name is not None else next(iter(free), None)
+        if param is not None and param.is_body:
+            if param in free:
+                free.remove(param)
+            bound.bodies[param.name] = arg.value
+            self._put(op, param, None, arg.value.span, bound)
+            return True
+        if not names.is_live(arg.value):
+            return False
+        if arg.name is None:
+            param = next((p for p in free if p.kind == "value" or p.is_live), None)
+        if param is None or not (param.kind == "value" or param.is_live):
+            if param is None and arg.name is not None:
+                return False  # no such parameter, or a setting: complained about as such
+            known = param or next(iter(free), None)
+            name = f"`{known.name}` of `{op.name}`" if known else f"what `{op.name}` is told"
+            raise refuse(
+                "not-a-constant",
+                f"{name} must be known before anything runs",
+                arg.value.span,
+                label="comes with each request",
+            )
+        if param in free:
+            free.remove(param)
+        bound.live[param.name] = arg.value
+        self._put(op, param, None, arg.value.span, bound)
+        return True
 
     def _too_many(self, op: Op, given: Constant, bound: Bound) -> Refused:
         message = f"`{op.name}` has no place for this argument"
@@ -136,8 +193,8 @@ class Binder:
             note=_signature(op),
         )
 
-    def _unknown_word(self, op: Op, given: Constant) -> Refused:
-        help_text = did_you_mean(given.value, [*op.words, *(n for n in self.names if n)])
+    def _unknown_word(self, op: Op, given: Constant, names: Names) -> Refused:
+        help_text = did_you_mean(given.value, [*op.words, *(n for n in names.constants if n)])
         words = f"words of `{op.name}`: {' '.join(op.words)}" if op.words else _signature(op)
         param = op.param(given.value)
         if param is not None:
@@ -173,11 +230,13 @@ class Binder:
         if param.kind == "str" and kind == "str":
             return value
         if param.kind in ("file", "model") and kind == "str":
-            return self.file(given)
+            return find_file(given, self.folder)
         if param.kind == "flag" and kind == "bool":
             return value
         if param.kind == "word" and kind == "word" and value in param.words:
             return value
+        if param.kind == "value" and kind in ("int", "float", "str", "bool", "list", "percent"):
+            return list(value) if kind == "list" else value
         if param.kind == "numbers":
             numbers = value if kind == "list" else (value,) if kind in ("int", "float") else ()
             if len(numbers) in (1, 3) and all(type(n) in (int, float) for n in numbers):
@@ -193,24 +252,6 @@ class Binder:
                 given.span,
             )
         return given.value
-
-    def file(self, given: Constant) -> Path:
-        """A file named in the flow, looked for beside it. Raises Refused where there is none."""
-        path = self.folder / str(given.value)
-        if os.path.isfile(path):
-            return path
-        before, slash, name = str(given.value).rpartition("/")
-        like = nearest(name, _files_in(path.parent))
-        note = "files are looked for in the folder of the flow"
-        if not str(given.value).isprintable():
-            note = "`\\` starts an escape in a string; folders are written with `/`"
-        raise refuse(
-            "missing-file",
-            f"there is no file `{given.value}`",
-            given.span,
-            help=f'did you mean "{before}{slash}{like}"?' if like else None,
-            note=note,
-        )
 
     def _check_whole(self, call: tree.Call, op: Op, bound: Bound) -> None:
         missing = [p for p in op.params if p.is_required and p.name not in bound.spans]
@@ -228,17 +269,40 @@ class Binder:
             self._check_sides(call, op, bound)
         if op.param("mean"):
             self._check_levels(call, op, bound)
+        if op.name == "rotate" and bound.params["degrees"] not in (90, 180, 270, None):
+            bound.is_whole = False
+            problem = "`degrees` of `rotate` is 90, 180 or 270"
+            self.report(Diagnostic("out-of-range", problem, Label(bound.spans["degrees"])))
+        if op.name == "cut":
+            self._check_cut(call, bound)
+
+    def _check_cut(self, call: tree.Call, bound: Bound) -> None:
+        """Pieces have one length, along one side, and each begins behind the one before."""
+        sides = [n for n in ("h", "w") if n in bound.spans]
+        if len(sides) != 1:
+            slug = "conflicting-parameters" if sides else "missing-parameter"
+            problem = "`cut` takes the height `h` of its pieces, or their width `w`"
+            told = Diagnostic(slug, problem, Label(call.span), help="cut(w=512)", fix=call.span)
+        elif bound.params["overlap"] >= bound.params[sides[0]]:
+            problem = "pieces overlap by less than their length"
+            told = Diagnostic("out-of-range", problem, Label(bound.spans["overlap"]))
+        else:
+            return
+        bound.is_whole = False
+        self.report(told)
 
     def _check_sides(self, call: tree.Call, op: Op, bound: Bound) -> None:
         """A size is one number, or `h` and `w`, as the way of fitting asks."""
+        if "image" in bound.live or bound.params.get("multiple") and op.name == "pad":
+            return  # of a box, or as far as the next multiple
         sides = [bound.params[n] for n in ("h", "w") if n in bound.spans]
         fit = bound.params.get("fit", "stretch")
         slug, problem, size = "conflicting-parameters", None, max(sides, default=224)
         if "size" in bound.spans and sides:
             problem = f"`{op.name}` takes one number for both sides, or `h` and `w`"
             size = bound.params["size"]
-        elif fit == "shorter" and sides:
-            problem = "`fit=shorter` takes one number, the length of the shorter side"
+        elif fit in ("shorter", "least") and sides:
+            problem = f"`fit={fit}` takes one number, the length of the shorter side"
             size = min(sides)
         elif "size" not in bound.spans and not sides:
             slug, problem = "missing-parameter", f"`{op.name}` needs a size"
@@ -274,6 +338,25 @@ class Binder:
                     "out-of-range", "`std` divides, so it is not 0", Label(bound.spans["std"])
                 )
             )
+
+
+def find_file(given: Constant, folder: Path) -> Path:
+    """A file named in the flow, looked for beside it. Raises Refused where there is none."""
+    path = folder / str(given.value)
+    if os.path.isfile(path):
+        return path
+    before, slash, name = str(given.value).rpartition("/")
+    like = nearest(name, _files_in(path.parent))
+    note = "files are looked for in the folder of the flow"
+    if not str(given.value).isprintable():
+        note = "`\\` starts an escape in a string; folders are written with `/`"
+    raise refuse(
+        "missing-file",
+        f"there is no file `{given.value}`",
+        given.span,
+        help=f'did you mean "{before}{slash}{like}"?' if like else None,
+        note=note,
+    )
 
 
 def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:
@@ -337,6 +420,7 @@ def _wants(param: Param) -> str:
         "flag": "true or false",
         "word": "a word",
         "numbers": "a number, or a list of three",
+        "value": "a value of the flow",
     }[param.kind]
 
 

@@ -5,17 +5,19 @@ Layer 2. The text is for people and for golden files: the same program always gi
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flowlang.diagnostics import Diagnostic, Span
 from flowlang.plan import graph
 from flowlang.plan.check import Plan
-from flowlang.plan.graph import FlowPlan, Node
+from flowlang.plan.expression import Expression
+from flowlang.plan.graph import FlowPlan, Live, Node
 from flowlang.plan.ops import OPS, Param
-from flowlang.plan.physical import PhysicalPlan, StagePlan, decodes_on_gpu
+from flowlang.plan.physical import PhysicalPlan, StagePlan, Steps, decodes_on_gpu
 from flowlang.plan.rewrite import rewrite
 from flowlang.plan.values import seconds, shown
 
@@ -35,14 +37,10 @@ def explain_physical(plan: Plan, physical: PhysicalPlan) -> str:
     out = []
     for program in physical.programs:
         out.append(_headline(program.plan))
-        for unit in program.units:
-            if unit.stage is None:
-                inputs = " ".join(f"%{i}" for i in unit.inputs)
-                out.append(f"  %{unit.output} = {_node_text(unit.node)}  of {inputs}")
-                continue
-            stage = physical.stages[unit.stage]
-            inputs = " ".join(f"%{i}" for i in unit.inputs)
-            out.append(f"  %{unit.output} = stage {stage.index + 1} {stage.name}  of {inputs}")
+        names = {0: "%0"} | {
+            slot: f"%{parameter.name}" for slot, parameter in enumerate(program.plan.parameters, 1)
+        }
+        out += _steps(program.steps, physical, names, itertools.count(1), "  ")
         slo = f"  slo {seconds(program.slo_s)}" if program.slo_s else ""
         out += [f"  queue {program.queue}{slo}", ""]
     for stage in physical.stages:
@@ -50,6 +48,47 @@ def explain_physical(plan: Plan, physical: PhysicalPlan) -> str:
     out += _params(plan)
     out += [_remark(hint) for hint in (*plan.hints, *physical.remarks)]
     return "\n".join(out).rstrip() + "\n"
+
+
+def _steps(
+    steps: Steps,
+    physical: PhysicalPlan,
+    names: dict[int, str],
+    numbers: Iterator[int],
+    indent: str,
+) -> Iterable[str]:
+    """The units of a graph, those of its bodies below each control node."""
+    for unit in steps.units:
+        names[unit.output] = f"%{next(numbers)}"
+        what = _node_text(unit.node)
+        if unit.stage is not None:
+            stage = physical.stages[unit.stage]
+            what = f"stage {stage.index + 1} {stage.name}"
+        inputs = " ".join(names[i] for i in unit.inputs)
+        yield f"{indent}{names[unit.output]} = {what}{f'  of {inputs}' if inputs else ''}"
+        for label, body in zip(_body_labels(unit.node), unit.bodies, strict=True):
+            item = f"%{next(numbers)}"
+            inner = {0: item} | {slot: names[unit.inputs[i]] for slot, i in body.captures}
+            yield f"{indent}  {label} {item}"
+            yield from _steps(body, physical, inner, numbers, indent + "    ")
+            yield f"{indent}    gives {inner[body.result]}"
+
+
+def _body_labels(node: Node) -> list[str]:
+    """How the bodies of a control node are called, in order."""
+    if node.op == graph.MAP:
+        return ["each"]
+    if node.op == graph.FALLBACK:
+        return ["try", *["else"] * (len(node.bodies) - 1)]
+    if node.op != graph.ROUTE:
+        return []
+    cases: dict[int, list[str]] = {}
+    for value, number in node.params["cases"].items():
+        shown = "true" if value is True else f'"{value}"' if isinstance(value, str) else f"{value}"
+        cases.setdefault(number, []).append(shown)
+    return [
+        f"when {' | '.join(cases[i])}" if i in cases else "else" for i in range(len(node.bodies))
+    ]
 
 
 def _headline(flow: FlowPlan) -> str:
@@ -62,18 +101,32 @@ def _place(span: Span) -> str:
 
 
 def _operators(flow: FlowPlan) -> Iterable[str]:
-    order = [n for n in flow.nodes() if n is not flow.input]
-    numbers = {id(n): i for i, n in enumerate(order, 1)}
-    previous = flow.input
-    for node in order:
+    names = {id(flow.input): "%0"} | {id(p.node): f"%{p.name}" for p in flow.parameters}
+    yield from _graph(flow.input, flow.output, names, itertools.count(1), "  ")
+
+
+def _graph(
+    item: Node, output: Node, names: dict[int, str], numbers: Iterator[int], indent: str
+) -> Iterable[str]:
+    """The nodes of a graph with their types, those of its bodies below each control node."""
+    previous = item
+    for node in graph.topological(output):
+        if id(node) in names:
+            continue
+        names[id(node)] = f"%{next(numbers)}"
         mark = "+" if node.op == graph.PACK else " "
-        sources = (
-            ""
-            if node.inputs == (previous,)
-            else "  of " + " ".join(f"%{numbers.get(id(i), 0)}" for i in node.inputs)
-        )
-        left = f"  %{numbers[id(node)]:<2}{mark} {_node_text(node)}{sources}"
+        is_next = node.inputs[:1] == (previous,)
+        others = node.inputs[1:] if is_next else node.inputs
+        sources = f"  of {' '.join(names[id(i)] for i in node.inputs)}" if others else ""
+        left = f"{indent}{names[id(node)]:<3}{mark} {_node_text(node)}{sources}"
         yield f"{left:<56} {node.type}"
+        for label, body in zip(_body_labels(node), node.bodies, strict=True):
+            arriving = f"%{next(numbers)}"
+            inner = names | {id(body.item): arriving}
+            inner |= {id(n): names[id(node.inputs[i])] for n, i in body.captures}
+            yield f"{f'{indent}  {label} {arriving}':<56} {body.item.type}"
+            yield from _graph(body.item, body.output, inner, numbers, indent + "    ")
+            yield f"{f'{indent}    gives {inner[id(body.output)]}':<56} {body.output.type}"
         previous = node
 
 
@@ -95,6 +148,8 @@ def _stage(stage: StagePlan) -> Iterable[str]:
         yield f"  model   {_node_text(model)}  ({runs})"
     if stage.tail:
         yield f"  host    {_chain(stage.tail)}"
+    if stage.nodes[0].op == graph.PYTHON:
+        yield f"  python  {_node_text(stage.nodes[0])}  ({stage.nodes[0].params['function'].path.name})"
 
 
 def _device(stage: StagePlan) -> str:
@@ -117,17 +172,37 @@ def _node_text(node: Node) -> str:
         return "{ " + ", ".join(node.params["names"]) + " }"
     if node.op == graph.FIELD:
         return f".{node.params['name']}"
+    if node.op == graph.LITERAL:
+        value = node.params["value"]
+        return f'"{value}"' if isinstance(value, str) else str(value)
+    if node.op in (graph.BINARY, graph.UNARY):
+        return str(node.params["operator"])
+    if node.op == graph.LIST:
+        return "[ ]"
+    if node.op == graph.ROUTE:
+        return "if" if node.params["cases"] == {True: 0} else "match"
+    if node.op == graph.FALLBACK:
+        return "??"
+    if node.op == graph.SELECT:
+        return "filter"
     if node.op == graph.PACK:
         parts = [node.params["layout"], node.params["dtype"]]
         parts += [f"{n}={_value(node.params[n])}" for n in ("mean", "std") if node.params[n]]
         return f"pack({', '.join(parts)})"
+    if node.op == graph.CUT_OUT:
+        return "crop(upright)" if node.params["upright"] else "crop"
+    if node.op == graph.PYTHON:
+        function = node.params["function"]
+        given = {n: v for n, v in node.params.items() if n != "function" and n in node.param_spans}
+        parts = [f"{n}={_value(v)}" for n, v in given.items()]
+        return f"{function.shown}({', '.join(parts)})" if parts else str(function.shown)
     op = OPS.get(node.op)
     if op is None:
         return node.op
     parts = [
         _argument(p, node.params[p.name])
         for p in op.params
-        if node.params[p.name] is not None and node.params[p.name] != p.default
+        if node.params.get(p.name) is not None and node.params[p.name] != p.default
     ]
     return f"{op.name}({', '.join(parts)})" if parts else op.name
 
@@ -142,6 +217,10 @@ def _argument(param: Param, value: Any) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, Path):
         return f'"{value.name}"'
+    if isinstance(value, Live):
+        return f"<{value.index}>"
+    if isinstance(value, Expression):
+        return " ".join(value.text.split())
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{v:g}" for v in value) + "]"
     return str(value)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan.arguments import Report
+from flowlang.plan.module import Declared
 from flowlang.syntax import tree
 
 MAX_NESTED = 128  # expressions in one another, through all mentions
@@ -32,10 +33,10 @@ class _Own:
 class Extents:
     """What each flow mentions, and how large it is with everything it mentions."""
 
-    def __init__(self, flows: Mapping[str, tree.Flow], report: Report) -> None:
+    def __init__(self, flows: Mapping[str, Declared], report: Report) -> None:
         self._flows = flows
         self._report = report
-        self._own = {name: _own(flow, flows) for name, flow in flows.items()}
+        self._own = {name: _own(declared) for name, declared in flows.items()}
         self._order, self._cycles = self._walk()
         self.mentioned = {m for own in self._own.values() for m in own.mentions}
 
@@ -67,7 +68,8 @@ class Extents:
     def _refuse(self, slug: str, name: str, what: str) -> None:
         message = f"with all that it mentions, `{name}` is {what}"
         note = "flows are unrolled at compile time, each mention again"
-        self._report(Diagnostic(slug, message, Label(self._flows[name].name_span), note=note))
+        place = Label(self._flows[name].flow.name_span)
+        self._report(Diagnostic(slug, message, place, note=note))
 
     def _walk(self) -> tuple[list[str], list[tuple[list[str], Span]]]:
         """The flows, those mentioned before those that mention them; and every way in a circle."""
@@ -105,8 +107,10 @@ def _recursive(cycle: list[str], span: Span) -> Diagnostic:
     )
 
 
-def _own(flow: tree.Flow, flows: Mapping[str, tree.Flow]) -> _Own:
+def _own(declared: Declared) -> _Own:
+    flow = declared.flow
     hidden = {let.name for let in flow.body.lets} if isinstance(flow.body, tree.Body) else set()
+    hidden |= {given.name for given in flow.inputs}
     own = _Own(0, 0, Counter(), {})
     stack: list[tuple[object, int]] = [(flow.body, 1)]
     while stack:
@@ -114,10 +118,10 @@ def _own(flow: tree.Flow, flows: Mapping[str, tree.Flow]) -> _Own:
         own.size += 1
         own.depth = max(own.depth, depth)
         if isinstance(part, tree.Call):
-            name = str(part.path)
-            if name in flows and name not in hidden:
-                own.mentions[name] += 1
-                own.places.setdefault(name, part.path.span)
+            found = declared.module.declared(part.path.names)
+            if found is not None and part.path.names[0] not in hidden:
+                own.mentions[found.name] += 1
+                own.places.setdefault(found.name, part.path.span)
         stack.extend((child, depth + 1) for child in reversed(children(part)))
     return own
 
@@ -147,8 +151,9 @@ def children(expr: object) -> list[object]:
             return [value]
         case tree.If(condition, then, otherwise):
             return [condition, then, otherwise]
-        case tree.Match(_, arms):
-            return [arm.value for arm in arms]
+        case tree.Match(subject, arms):
+            tests = [p for arm in arms for p in arm.patterns] if subject is None else [subject]
+            return [*tests, *(arm.value for arm in arms)]
         case tree.Binary(_, left, right):
             return [left, right]
     return []

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from flowlang.diagnostics import CompileError, Diagnostic
-from flowlang.plan.check import Choices, Plan, check_source, compile_source
+from flowlang.plan.check import Plan, check_source, compile_source
+from flowlang.plan.declare import Choices
 from flowlang.plan.onnx import Opener
 from flowlang.syntax.parse import read_source
 

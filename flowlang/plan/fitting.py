@@ -212,3 +212,24 @@ def called(node: Node) -> str:
     if node.model is not None:
         return f"`{node.model.name}`"
     return f"`{node.op}`"
+
+
+def shape_source(node: Node) -> tuple[Node | None, tuple[Node, ...] | None]:
+    """Where the picture came from that a detector was given, and what was done to it on the way.
+
+    `node` is what the detector gave. The source is the bytes that were decoded, or an image; the
+    chain is the image operators between it and the model. (None, None) where no image was given.
+    """
+    while node.model is None:
+        if not node.inputs:
+            return None, None
+        node = node.inputs[0]
+    at = node.inputs[0]
+    chain: list[Node] = []
+    while at.op in OPS and OPS[at.op].kind == "image":
+        chain.append(at)
+        at = at.inputs[0]
+        if chain[-1].op == "decode":
+            break
+    is_source = isinstance(at.type, Image) or (chain and chain[-1].op == "decode")
+    return (at, tuple(reversed(chain))) if is_source else (None, None)

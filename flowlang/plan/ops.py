@@ -7,20 +7,30 @@ A new operator is a row here and a function in `flowlang/runtime/host.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from flowlang.plan.graph import Live
 from flowlang.plan.types import (
     BYTES,
+    DETECTION,
+    INT,
     LABEL,
+    READING,
+    SIZE,
     STR,
+    TEXTLINE,
     UNKNOWN,
     Image,
     ListOf,
+    Record,
+    Scalar,
     Tensor,
     Type,
     Unknown,
+    optional,
     sized,
+    without_null,
 )
 
 Params: TypeAlias = Mapping[str, Any]
@@ -38,8 +48,10 @@ class Mismatch(Exception):
 class Param:
     """An algorithm argument.
 
-    `kind` is one of int, number, str, file, word, flag, numbers, model. A word or flag is written
-    bare; `is_named` keeps a parameter out of the positions.
+    `kind` is one of int, number, str, file, word, flag, numbers, model; or `value` (a value of the
+    flow), `condition`, `key` (an expression on each element) and `stage` (run on each element). A
+    word or flag is written bare; `is_named` keeps a parameter out of the positions. One that
+    `is_live` may be another value with each request.
     """
 
     name: str
@@ -51,6 +63,11 @@ class Param:
     is_required: bool = False
     low: float | None = None
     high: float | None = None
+    is_live: bool = False
+
+    @property
+    def is_body(self) -> bool:
+        return self.kind in ("condition", "key", "stage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +76,8 @@ class Op:
 
     `takes` is the type an item has where nothing else says so (at the head of a flow); `rule`
     gives the type of the result or raises Mismatch; `kind` tells the planner where it can run:
-    `image` operators fuse into regions, `model` is an engine, `host` runs on the CPU behind one.
+    `image` operators fuse into regions, `model` is an engine, `host` runs on the CPU behind one,
+    `map` runs a stage of the flow on each element.
     """
 
     name: str
@@ -70,7 +88,8 @@ class Op:
     params: tuple[Param, ...] = ()
     settings: tuple[str, ...] = ()
     tolerance: str = "exact"
-    keeps_size: bool = field(default=False)
+    keeps_size: bool = False
+    function: Any = None  # of a Python operator: see flowlang.plan.signature
 
     def param(self, name: str) -> Param | None:
         return next((p for p in self.params if p.name == name), None)
@@ -123,11 +142,11 @@ def _resize(given: Type, params: Params) -> Type:
     image = _u8_image(given, "resize")
     size, h, w = params["size"], params["h"], params["w"]
     if size is None and (h is None or w is None):  # one side named: the other follows
-        return sized(image, h, w)
+        return sized(image, None if params["multiple"] else h, None if params["multiple"] else w)
     h, w = (size, size) if size is not None else (h, w)
-    if params["fit"] != "shorter":
+    if params["fit"] not in ("shorter", "least"):
         return sized(image, h, w)
-    if not image.is_sized:
+    if params["fit"] == "least" or not image.is_sized or params["multiple"] or params["most"]:
         return sized(image, None, None)
     return sized(image, *shorter_side(image.height or 1, image.width or 1, h))
 
@@ -139,10 +158,49 @@ def shorter_side(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def _crop(given: Type, params: Params) -> Type:
+    if isinstance(params["image"], Live):
+        return _cut_out(given, params)
     size, h, w = params["size"], params["h"], params["w"]
     h, w = (size, size) if size is not None else (h, w)
     image = _image(given)
     return sized(image, h or image.height, w or image.width)
+
+
+def _cut_out(given: Type, params: Params) -> Type:
+    """`.box -> crop(img)`: the image's own type is put in by the checker, which has it."""
+    if not isinstance(given, Unknown) and given not in (Scalar("box"), Scalar("quad")):
+        raise Mismatch("a box or a quad")
+    return Image()
+
+
+def _pad(given: Type, params: Params) -> Type:
+    image = _u8_image(given, "pad")
+    size, h, w = params["size"], params["h"], params["w"]
+    h, w = (size, size) if size is not None else (h, w)
+    sides = (h or image.height, w or image.width)
+    step = params["multiple"]
+    if step is not None:
+        sides = tuple(None if s is None else -(-s // step) * step for s in sides)  # type: ignore[assignment]
+    return sized(image, *sides)
+
+
+def _flip(given: Type, params: Params) -> Type:
+    return _u8_image(given, "flip")
+
+
+def _rotate(given: Type, params: Params) -> Type:
+    image = _u8_image(given, "rotate")
+    return image if params["degrees"] == 180 else sized(image, image.width, image.height)
+
+
+def _cut(given: Type, params: Params) -> Type:
+    image = _u8_image(given, "cut")
+    return ListOf(sized(image, None, None))
+
+
+def _size(given: Type, params: Params) -> Type:
+    _image(given)
+    return SIZE
 
 
 def _colour(colour: str) -> Callable[[Type, Params], Type]:
@@ -168,7 +226,25 @@ def _softmax(given: Type, params: Params) -> Type:
     return replace(_tensor(given), dtype="f32")
 
 
+def _floats(given: Type, params: Params) -> Type:
+    return replace(_tensor(given), dtype="f32")
+
+
+def _argmax(given: Type, params: Params) -> Type:
+    shape = _tensor(given).shape
+    if shape is None or len(shape) == 1:
+        return INT
+    return Tensor("i64", shape[:-1])
+
+
+def _labels(given: Type, params: Params) -> Type:
+    _tensor(given, 1)
+    return ListOf(LABEL)
+
+
 def _top(given: Type, params: Params) -> Type:
+    if isinstance(given, ListOf):
+        return given
     _tensor(given, 1)
     return ListOf(LABEL)
 
@@ -178,9 +254,52 @@ def _best(given: Type, params: Params) -> Type:
     return LABEL
 
 
+def _list(given: Type) -> ListOf:
+    if isinstance(given, Unknown):
+        return ListOf(UNKNOWN)
+    if not isinstance(given, ListOf):
+        raise Mismatch("a list")
+    return given
+
+
+def _map(given: Type, params: Params) -> Type:
+    _list(given)
+    result: Type = params["stage"].output.type
+    return ListOf(optional(result) if params["on_error"] == "null" else result)
+
+
+def _filter(given: Type, params: Params) -> Type:
+    return _list(given)
+
+
+def _join(given: Type, params: Params) -> Type:
+    if without_null(_list(given).item) not in (STR, UNKNOWN):
+        raise Mismatch("list<str>")
+    return STR
+
+
 def _ctc(given: Type, params: Params) -> Type:
     _tensor(given, 2)
-    return STR
+    return READING if params["scored"] else STR
+
+
+# What a head of a detector gives for one picture, by the rank of its tensor.
+_HEAD_RANKS = {"yolov5": 2, "yolov8": 2, "yolox": 2}
+
+
+def _boxes(given: Type, params: Params) -> Type:
+    head = params["head"]
+    if head == "ssd":
+        if not isinstance(given, (Record, Unknown)):
+            raise Mismatch("a record of boxes and scores")
+    elif head == "db":
+        tensor = _tensor(given)
+        if tensor.shape is not None and len(tensor.shape) not in (2, 3):
+            raise Mismatch("tensor<f32, 1x?x?>")
+        return ListOf(TEXTLINE)
+    else:
+        _tensor(given, _HEAD_RANKS[head])
+    return ListOf(DETECTION)
 
 
 def _trt(given: Type, params: Params) -> Type:
@@ -237,11 +356,28 @@ TABLE: tuple[Op, ...] = (
             Param(
                 "fit",
                 "word",
-                "how the picture fills the size: stretch it, make its shorter side fit, or keep "
-                "its shape and fill the rest (letterbox: centred, pad: at the top left)",
+                "how the picture fills the size: stretch it, make its shorter side fit (shorter), "
+                "or be no less (least), or keep its shape and fill the rest (letterbox: centred, "
+                "pad: at the top left)",
                 "stretch",
-                ("stretch", "shorter", "letterbox", "pad"),
+                ("stretch", "shorter", "least", "letterbox", "pad"),
                 is_named=True,
+            ),
+            Param(
+                "multiple",
+                "int",
+                "make both sides multiples of it, where the picture decides them",
+                is_named=True,
+                low=1,
+                high=4096,
+            ),
+            Param(
+                "most",
+                "int",
+                "longest that a side may become, where the picture decides it",
+                is_named=True,
+                low=1,
+                high=16384,
             ),
             Param("fill", "int", "level of the filled rest", 114, is_named=True, low=0, high=255),
             Param("antialias", "flag", "smooth before shrinking", False, is_named=True),
@@ -275,12 +411,76 @@ TABLE: tuple[Op, ...] = (
     ),
     Op(
         "crop",
-        "the centre of the image; where it is smaller, it is an error",
+        "the centre of the image (where it is smaller, it is an error); or of a box or quad, what "
+        "`crop(img)` finds there in an image: a quad is straightened",
         "image",
         Image(),
         _crop,
-        SIDES,
+        (
+            Param("image", "value", "the image that the arriving box or quad lies in"),
+            *SIDES,
+            Param("upright", "flag", "turn what is taller than wide by half, for text", False),
+        ),
+        tolerance="centre and boxes: exact; quads: 2 levels",
     ),
+    Op(
+        "pad",
+        "more room at the right and the bottom; where the image is larger, it is an error",
+        "image",
+        Image(),
+        _pad,
+        (
+            *SIDES,
+            Param("multiple", "int", "to the next multiple of it", is_named=True, low=1, high=4096),
+            Param("fill", "int", "level of the added rest", 114, is_named=True, low=0, high=255),
+        ),
+    ),
+    Op(
+        "flip",
+        "mirrored",
+        "image",
+        Image(),
+        _flip,
+        (
+            Param(
+                "axis",
+                "word",
+                "horizontal: left and right change places",
+                "horizontal",
+                ("horizontal", "vertical"),
+            ),
+        ),
+        keeps_size=True,
+    ),
+    Op(
+        "rotate",
+        "turned clockwise",
+        "image",
+        Image(),
+        _rotate,
+        (Param("degrees", "int", "90, 180 or 270", is_required=True, low=90, high=270),),
+    ),
+    Op(
+        "cut",
+        "the pieces of an image along one side, in order",
+        "host",
+        Image(),
+        _cut,
+        (
+            Param("h", "int", "height of a piece", is_named=True, low=1, high=16384),
+            Param("w", "int", "width of a piece", is_named=True, low=1, high=16384),
+            Param(
+                "overlap",
+                "int",
+                "pixels that a piece shares with the next",
+                0,
+                is_named=True,
+                low=0,
+                high=16383,
+            ),
+        ),
+    ),
+    Op("size", "height and width of an image", "host", Image(), _size),
     Op(
         "normalize",
         "levels to floats: (level - mean) / std for each channel",
@@ -325,15 +525,41 @@ TABLE: tuple[Op, ...] = (
         "values to shares that sum to 1, over the last axis",
         "host",
         Tensor("f32", None),
-        _softmax,
+        _floats,
+    ),
+    Op("sigmoid", "each value to between 0 and 1", "host", Tensor("f32", None), _floats),
+    Op("l2", "made of length 1, over the last axis", "host", Tensor("f32", None), _floats),
+    Op(
+        "argmax",
+        "index of the greatest value, over the last axis",
+        "host",
+        Tensor("f32", None),
+        _argmax,
+    ),
+    Op(
+        "labels",
+        "every class whose value is at least `min`, greatest first",
+        "host",
+        Tensor("f32", (None,)),
+        _labels,
+        (
+            NAMES,
+            Param(
+                "min", "number", "least value", 0.5, is_named=True, low=-1e9, high=1e9, is_live=True
+            ),
+        ),
     ),
     Op(
         "top",
-        "the k greatest values with their indices and names, greatest first",
+        "the k greatest values with their indices and names, or of a list those greatest by a key",
         "host",
         Tensor("f32", (None,)),
         _top,
-        (Param("k", "int", "how many", is_required=True, low=1, high=100_000), NAMES),
+        (
+            Param("k", "int", "how many", is_required=True, low=1, high=100_000, is_live=True),
+            Param("by", "key", "of a list: what to go by, `by=.score`", is_named=True),
+            NAMES,
+        ),
     ),
     Op(
         "best",
@@ -356,20 +582,121 @@ TABLE: tuple[Op, ...] = (
                 "a text file with one character a line, classes from 1",
                 is_required=True,
             ),
+            Param("scored", "flag", "give the mean value of its steps with the text", False),
         ),
+    ),
+    Op(
+        "boxes",
+        "what a detector found, in coordinates of the decoded picture, best first",
+        "host",
+        UNKNOWN,
+        _boxes,
+        (
+            Param(
+                "head",
+                "word",
+                "how the detector gives its findings; db: text, as quads in reading order",
+                None,
+                ("yolov5", "yolov8", "yolox", "ssd", "db"),
+                is_required=True,
+            ),
+            Param(
+                "conf",
+                "number",
+                "least score (db: 0.5)",
+                None,
+                is_named=True,
+                low=0,
+                high=1,
+                is_live=True,
+            ),
+            Param(
+                "iou",
+                "number",
+                "overlap from which one of two boxes of a class goes",
+                0.45,
+                is_named=True,
+                low=0,
+                high=1,
+            ),
+            Param(
+                "max",
+                "int",
+                "most that are kept (db: 1000)",
+                None,
+                is_named=True,
+                low=1,
+                high=100_000,
+            ),
+            Param(
+                "threshold",
+                "number",
+                "db: level from which a pixel is text",
+                0.3,
+                is_named=True,
+                low=0,
+                high=1,
+            ),
+            Param(
+                "unclip",
+                "number",
+                "db: how far a quad is grown",
+                1.6,
+                is_named=True,
+                low=0,
+                high=10,
+            ),
+            NAMES,
+        ),
+        tolerance="half a pixel",
+    ),
+    Op(
+        "map",
+        "a stage run on each element of a list; elements of all requests share batches",
+        "map",
+        UNKNOWN,
+        _map,
+        (
+            Param("stage", "stage", "what is run on each element", is_required=True),
+            Param(
+                "max",
+                "int",
+                "most elements; a list with more fails",
+                256,
+                is_named=True,
+                low=1,
+                high=100_000,
+            ),
+            Param(
+                "on_error",
+                "word",
+                "an element that fails: fails all, is dropped, is null",
+                "fail",
+                ("fail", "drop", "null"),
+                is_named=True,
+            ),
+        ),
+    ),
+    Op(
+        "filter",
+        "the elements of a list for which a condition holds",
+        "host",
+        UNKNOWN,
+        _filter,
+        (Param("condition", "condition", "true for those to keep", is_required=True),),
+    ),
+    Op(
+        "join",
+        "a list of texts as one",
+        "host",
+        ListOf(STR),
+        _join,
+        (Param("separator", "str", "what stands between them", ""),),
     ),
     Op("pass", "the item itself", "host", UNKNOWN, lambda given, params: given, keeps_size=True),
 )
 
 OPS: Mapping[str, Op] = {op.name: op for op in TABLE}
-
-# Of the language, and not built yet: the checker says so at their place.
-UNBUILT = frozenset(
-    {
-        *("map", "filter", "join", "cut", "boxes", "l2", "sigmoid", "argmax"),
-        *("pad", "flip", "rotate", "labels", "size"),
-    }
-)
 
 PRESETS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),

@@ -2,29 +2,34 @@
 
 Layer 2. Runs of operators become stages. A stage is a chain of a region (image operators), at most
 one model, and what follows it on the host; a chain is cut where a result is used twice, where a
-named flow is mentioned more than once, and before a second model.
+named flow is mentioned more than once, and before a second model. An operator in Python is a stage
+of its own. What is between stages, and which of them an item goes through, are the steps of a
+program: the flow's own, and below a control node those of each of its bodies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from flowlang.diagnostics import CompileError, Diagnostic, Label
 from flowlang.plan import graph
 from flowlang.plan.check import Plan
-from flowlang.plan.graph import FlowPlan, Node, Site, consumers
+from flowlang.plan.declare import MAIN
+from flowlang.plan.graph import Body, FlowPlan, Node, Site, consumers, topological
 from flowlang.plan.onnx import Model
 from flowlang.plan.ops import OPS
 from flowlang.plan.rewrite import rewrite
 from flowlang.plan.schedule import COPIES
-from flowlang.plan.types import Type
+from flowlang.plan.types import Image, Type
 
 MAX_BYTES = 32 << 20  # of a picture file
 MAX_PIXELS = 64 << 20  # of a picture: three times a 24-megapixel camera's
 QUEUE = 256
 LIGHT_BATCH = 64  # stages without a model share out what waits; this bounds one hand-over
+PYTHON_TIMEOUT_S = 30.0  # of an operator in Python, which may well never come back
 GPU_LANES = 2  # each decodes a batch while its last one is in the model
 GPU_BATCH = 64
 HOST_OPS = frozenset(op.name for op in OPS.values() if op.kind == "host")
@@ -58,6 +63,19 @@ class StagePlan:
     settings: Mapping[str, Any]
 
     @property
+    def extras(self) -> tuple[tuple[int, ...], ...]:
+        """For each operator, which values of an item it gets besides the one that flows.
+
+        An item of a stage with any is a tuple: first what flows, then all the others in order.
+        """
+        found, at = [], 1
+        for node in self.nodes:
+            count = len(node.inputs) - 1
+            found.append(tuple(range(at, at + count)))
+            at += count
+        return tuple(found)
+
+    @property
     def model(self) -> Model | None:
         return next((n.model for n in self.nodes if n.model is not None), None)
 
@@ -74,26 +92,48 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A step of a flow's program: a stage's work, or the joining and picking of values.
+    """One step: a stage's work, or glue, or a control node with the steps of its bodies.
 
-    `inputs` and `output` are slots; slot 0 is the request's item.
+    `inputs` and `output` are slots. Inside a body, slot 0 is its item, and `captures` tells which
+    slots get which of the control node's inputs.
     """
 
     stage: int | None
     node: Node
     inputs: tuple[int, ...]
     output: int
+    bodies: tuple[Steps, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The units of one graph, those that give a value before those that take it.
+
+    `result` is the slot of what it gives.
+    """
+
+    units: tuple[Unit, ...]
+    slots: int
+    result: int
+    captures: tuple[tuple[int, int], ...] = ()
+
+    def stages(self) -> Iterator[int]:
+        """The stages that are used, those inside bodies too."""
+        for unit in self.units:
+            if unit.stage is not None:
+                yield unit.stage
+            for body in unit.bodies:
+                yield from body.stages()
 
 
 @dataclass(frozen=True, slots=True)
 class FlowProgram:
-    """How a request walks through the stages."""
+    """How a request walks through the stages. Slot 0 has its item, then come its parameters."""
 
     name: str
     input: Type
     output: Type
-    units: tuple[Unit, ...]
-    slots: int
+    steps: Steps
     queue: int
     slo_s: float | None
     plan: FlowPlan
@@ -107,13 +147,27 @@ class PhysicalPlan:
     remarks: tuple[Diagnostic, ...]
 
 
+# The kinds of the operators that the checker makes itself; those not here are glue or control.
+_KINDS = {
+    graph.PACK: "image",
+    graph.CUT_OUT: "image",
+    graph.SELECT: "host",
+    graph.PYTHON: "python",
+}
+
+
 def _kind(node: Node) -> str:
-    if node.op == graph.PACK:
-        return "image"
-    return OPS[node.op].kind if node.op in OPS else "glue"
+    if node.op in OPS and not node.bodies:
+        return OPS[node.op].kind
+    return _KINDS.get(node.op, "control" if node.bodies else "glue")
 
 
-Identity: TypeAlias = tuple[str, Site, tuple[Type, ...], tuple[tuple[str, Any], ...]]
+def is_work(node: Node) -> bool:
+    """Whether a node is done by a stage."""
+    return _kind(node) not in ("glue", "control")
+
+
+Identity: TypeAlias = tuple[str, Site, tuple[object, ...], tuple[tuple[str, Any], ...]]
 ChainIdentity: TypeAlias = tuple[Identity, ...]
 
 
@@ -123,14 +177,21 @@ def _identity(node: Node) -> Identity:
     One flow may be mentioned behind images of different colours, and one model behind normalized
     and plain ones: these are not the same work.
     """
-    packing = tuple(sorted(node.params.items())) if node.op == graph.PACK else ()
-    return (node.op, node.site, tuple(i.type for i in node.inputs), packing)
+    is_pack = node.op == graph.PACK
+    packing = tuple(sorted(node.params.items())) if is_pack else ()
+    arriving = tuple(i.type if is_pack else _work_type(i.type) for i in node.inputs)
+    return (node.op, node.site, arriving, packing)
+
+
+def _work_type(kind: Type) -> object:
+    """What of a type decides the work: the sides of an image do not, they may differ by item."""
+    return (kind.colour, kind.dtype) if isinstance(kind, Image) else kind
 
 
 def lower(plan: Plan, machine: Machine) -> PhysicalPlan:
     """A checked plan to a physical one for a machine."""
     flows = [rewrite(flow) for flow in plan.flows]
-    chains = _chains(flows, plan, machine)
+    chains = _chains([output for flow in flows for output in flow.levels()], plan, machine)
     stages: list[StagePlan] = []
     stage_of: dict[ChainIdentity, int] = {}
     chain_at: dict[int, list[Node]] = {}
@@ -140,23 +201,24 @@ def lower(plan: Plan, machine: Machine) -> PhysicalPlan:
             stage_of[key] = len(stages)
             stages.append(_stage(len(stages), chain, plan, machine))
         chain_at[id(chain[-1])] = chain
-    programs = [_program(flow, chain_at, stage_of, plan) for flow in flows]
+    walk = _Walk(chain_at, stage_of)
+    programs = [_program(flow, walk, plan) for flow in flows]
     return PhysicalPlan(machine, tuple(stages), tuple(programs), _remarks(stages, machine))
 
 
-def _chains(flows: Sequence[FlowPlan], plan: Plan, machine: Machine) -> list[list[Node]]:
-    """All operators of all flows, in runs that can share a stage."""
+def _chains(outputs: Sequence[Node], plan: Plan, machine: Machine) -> list[list[Node]]:
+    """All operators of all graphs, in runs that can share a stage."""
+    orders = [topological(output) for output in outputs]
     uses: dict[Identity, int] = {}
-    for flow in flows:
-        for node in flow.nodes():
-            identity = _identity(node)
-            uses[identity] = uses.get(identity, 0) + 1
+    for node in itertools.chain(*orders):
+        identity = _identity(node)
+        uses[identity] = uses.get(identity, 0) + 1
     chains: list[list[Node]] = []
-    for flow in flows:
-        users = consumers(flow)
+    for output, order in zip(outputs, orders, strict=True):
+        users = consumers(output)
         ends: dict[int, list[Node]] = {}
-        for node in flow.nodes():
-            if _kind(node) == "glue":
+        for node in order:
+            if not is_work(node):
                 continue
             before = ends.get(id(node.inputs[0]))
             alone = before is not None and len(users[id(before[-1])]) == 1
@@ -191,31 +253,41 @@ def _can_follow(
         on_host = machine.gpus and device == "gpu" and not decodes_on_gpu(chain)
         if on_host and last.op != graph.PACK:
             return False
-    return _kind(node) == "host" or _kind(last) == "image"
+    kinds = (_kind(last), _kind(node))
+    return "python" not in kinds and (kinds[1] == "host" or kinds[0] == "image")
 
 
 def _stage(index: int, chain: list[Node], plan: Plan, machine: Machine) -> StagePlan:
     settings: dict[str, Any] = {}
     for node in chain:
         settings.update({n: g.value for n, g in plan.settings.at(node.site).items()})
-    models = [n for n in chain if n.model is not None]
-    named = next((n.site.flow for n in models), chain[-1].site.flow)
-    label = models[0].model.path.stem if models and models[0].model else chain[0].op
-    name = named if named != "main" else label
+    batched = [n for n in chain if n.model is not None or n.op == graph.PYTHON]
+    models = [n for n in batched if n.model is not None]
     device = settings.get("device", machine.device) if models and machine.gpus else "cpu"
     instances = _instances(chain, settings, machine, device)
+    is_python = bool(batched) and not models
     return StagePlan(
         index,
-        name,
+        _name(chain, batched),
         tuple(chain),
         device,
         _gpus(settings, machine, instances, models[0]) if device == "gpu" else (),
         instances,
-        _batch(models, settings, device),
+        _batch(batched, settings, device),
         settings.get("wait", 0.0),
-        settings.get("timeout"),
+        settings.get("timeout", PYTHON_TIMEOUT_S if is_python else None),
         settings,
     )
+
+
+def _name(chain: list[Node], batched: list[Node]) -> str:
+    """A stage's name: of its flow, or in the unnamed one of what it does."""
+    node = batched[0] if batched else chain[-1]
+    if node.op == graph.PYTHON:
+        return str(node.params["function"].shown)
+    if node.site.flow != MAIN:
+        return node.site.flow
+    return node.model.path.stem if node.model is not None else chain[0].op
 
 
 def _gpus(
@@ -255,17 +327,23 @@ def _instances(
     if device == "gpu":
         first, last = settings.get("gpu", (0, 0))
         return int(settings.get(COPIES, GPU_LANES * (last - first + 1)))
+    if chain[0].op == graph.PYTHON:
+        return int(settings.get(COPIES, 1))
     if all(n.op in HOST_OPS for n in chain):
         return 1  # Python alone: a second thread would only wait for the first
     copies: int = settings.get(COPIES, machine.cores)
     return min(copies, machine.cores)
 
 
-def _batch(models: list[Node], settings: Mapping[str, Any], device: str) -> tuple[int, int, int]:
+def _batch(batched: list[Node], settings: Mapping[str, Any], device: str) -> tuple[int, int, int]:
     """(least, best, most) items at once."""
-    if not models:
+    if not batched:
         return (1, LIGHT_BATCH, LIGHT_BATCH)
-    model = models[0].model
+    model = batched[0].model
+    if model is None:
+        most = LIGHT_BATCH if batched[0].params["function"].is_batched else 1
+        given = settings.get("batch") or (1, most)
+        return (given[0], given[-1], given[-1])
     fixed = model.fixed_batch if model else None
     # On a CPU a batch saves nothing for a convolutional network, so one is the default.
     free = (1, GPU_BATCH) if device == "gpu" else (1, 1)
@@ -273,34 +351,53 @@ def _batch(models: list[Node], settings: Mapping[str, Any], device: str) -> tupl
     return (given[0], given[1] if len(given) == 3 else given[-1], given[-1])
 
 
-def _program(
-    flow: FlowPlan,
-    chain_at: Mapping[int, list[Node]],
-    stage_of: Mapping[ChainIdentity, int],
-    plan: Plan,
-) -> FlowProgram:
-    slots: dict[int, int] = {id(flow.input): 0}
-    units: list[Unit] = []
-    for node in flow.nodes():
-        chain = chain_at.get(id(node))
-        if node is flow.input or (chain is None and _kind(node) != "glue"):
-            continue
-        slots[id(node)] = len(slots)
-        sources = chain[0].inputs if chain else node.inputs
-        stage = stage_of[tuple(_identity(n) for n in chain)] if chain else None
-        units.append(Unit(stage, node, tuple(slots[id(s)] for s in sources), slots[id(node)]))
+def _program(flow: FlowPlan, walk: _Walk, plan: Plan) -> FlowProgram:
     given = plan.settings.flows.get(flow.name, {})
     queue, slo = given.get("queue"), given.get("slo")
+    inputs = [flow.input, *(p.node for p in flow.parameters)]
     return FlowProgram(
         flow.name,
         flow.input.type,
         flow.output.type,
-        tuple(units),
-        len(slots),
+        walk.steps(inputs, flow.output, ()),
         queue.value if queue else QUEUE,
         slo.value if slo else None,
         flow,
     )
+
+
+class _Walk:
+    """Graphs as steps: which stage has each chain."""
+
+    def __init__(
+        self, chain_at: Mapping[int, list[Node]], stage_of: Mapping[ChainIdentity, int]
+    ) -> None:
+        self._chain_at = chain_at
+        self._stage_of = stage_of
+
+    def steps(
+        self, inputs: Sequence[Node], output: Node, captures: tuple[tuple[int, int], ...]
+    ) -> Steps:
+        slots: dict[int, int] = {id(node): slot for slot, node in enumerate(inputs)}
+        units: list[Unit] = []
+        for node in topological(output):
+            chain = self._chain_at.get(id(node))
+            if id(node) in slots or (chain is None and is_work(node)):
+                continue
+            slots[id(node)] = len(slots)
+            sources = list(chain[0].inputs) if chain else list(node.inputs)
+            for link in (chain or ())[1:]:
+                sources += link.inputs[1:]
+            stage = self._stage_of[tuple(_identity(n) for n in chain)] if chain else None
+            bodies = tuple(self._body(b) for b in node.bodies)
+            places = tuple(slots[id(s)] for s in sources)
+            units.append(Unit(stage, node, places, slots[id(node)], bodies))
+        return Steps(tuple(units), len(slots), slots[id(output)], captures)
+
+    def _body(self, body: Body) -> Steps:
+        inner = [node for node, _ in body.captures]
+        captures = tuple((slot, index) for slot, (_, index) in enumerate(body.captures, 1))
+        return self.steps([body.item, *inner], body.output, captures)
 
 
 def _remarks(stages: Sequence[StagePlan], machine: Machine) -> tuple[Diagnostic, ...]:

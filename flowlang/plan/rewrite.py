@@ -137,13 +137,20 @@ def _for_each(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def merge_equal(plan: FlowPlan) -> FlowPlan:
-    """Equal work on equal input is done once. A model written twice stays two."""
+    """Equal work on equal input is done once. What has instances of its own stays, written twice.
+
+    Nodes with bodies stay too: what is in them is another graph's.
+    """
     seen: dict[object, Node] = {}
 
     def change(node: Node) -> Node:
-        own = node.site if node.op in OPS and OPS[node.op].kind == "model" else None
-        params = tuple(sorted(node.params.items(), key=lambda item: item[0]))
-        key = (node.op, params, tuple(id(i) for i in node.inputs), own)
+        kind = OPS[node.op].kind if node.op in OPS else node.op
+        if node.bodies or node.op == graph.INPUT:
+            return node
+        own = node.site if kind in ("model", graph.PYTHON) else None
+        params = sorted((n, repr(v)) for n, v in node.params.items() if not callable(v))
+        others = tuple(id(v) for v in node.params.values() if callable(v))
+        key = (node.op, tuple(params), others, tuple(id(i) for i in node.inputs), own)
         return seen.setdefault(key, node)
 
     return rebuild(plan, change)

@@ -69,12 +69,16 @@ class Given:
 class Settings:
     """The table. A block's line overrules an inline setting; a named schedule overrules both."""
 
-    sites: dict[Site, dict[str, Given]] = field(default_factory=dict)
+    places: dict[tuple[str, Span], dict[str, Given]] = field(default_factory=dict)
     flows: dict[str, dict[str, Given]] = field(default_factory=dict)
+
+    def put(self, site: Site, given: Mapping[str, Given]) -> None:
+        """Set something for the operator that is written there."""
+        self.places.setdefault(site.place, {}).update(given)
 
     def at(self, site: Site) -> Mapping[str, Given]:
         """What is set for one operator, its flow's settings under its own."""
-        return {**self.flows.get(site.flow, {}), **self.sites.get(site, {})}
+        return {**self.flows.get(site.flow, {}), **self.places.get(site.place, {})}
 
     def value(self, site: Site, name: str, default: Any = None) -> Any:
         given = self.at(site).get(name)

@@ -5,13 +5,14 @@ Layer 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan.arguments import did_you_mean, given_setting
 from flowlang.plan.elaborate import Elaborator
 from flowlang.plan.extent import calls
 from flowlang.plan.graph import FlowPlan, Site
+from flowlang.plan.module import Declared, Module
 from flowlang.plan.ops import OPS
 from flowlang.plan.schedule import COPIES, SETTINGS, Given
 from flowlang.plan.values import Constant, Refused, evaluate, refuse
@@ -23,14 +24,13 @@ class Settler:
 
     def __init__(
         self,
-        flows: Mapping[str, tree.Flow],
-        constants: Mapping[str, Constant],
+        module: Module,
         elaborator: Elaborator,
         chosen: str | None,
         report: Callable[[Diagnostic], None],
     ) -> None:
-        self.flows = flows
-        self.constants = constants
+        self.module = module
+        self.constants = module.constants
         self.elaborator = elaborator
         self.chosen = chosen
         self.report = report
@@ -47,23 +47,28 @@ class Settler:
         """Put what a block says into the table, or complain about it."""
         is_chosen = schedule.name is None or schedule.name == self.chosen
         for entry in schedule.entries:
-            name = str(entry.path)
-            if name not in self.flows:
-                if name not in self.elaborator.lost:
+            declared = self.module.declared(entry.path.names)
+            if declared is None:
+                if not self.module.is_lost(entry.path.names):
+                    known = [
+                        n
+                        for n in self.module.callable_names()
+                        if self.module.declared(tuple(n.split("."))) is not None
+                    ]
                     self.error(
                         "unknown-target",
-                        f"there is no flow named `{name}` to schedule",
+                        f"there is no flow named `{entry.path}` to schedule",
                         entry.path.span,
-                        help=did_you_mean(name, self.flows),
-                        note=f"flows are {', '.join(list(self.flows)[:8])}",
+                        help=did_you_mean(str(entry.path), known),
+                        note=f"flows are {', '.join(known[:8])}",
                     )
                 continue
             given = self._entry_settings(entry)
             if entry.count is not None and entry.count_span is not None:
                 given[COPIES] = Given(entry.count, entry.count_span)
             for setting, value in given.items():
-                self._check_once((schedule.name, name, setting), value.span)
-            self._place(entry, name, given, is_chosen)
+                self._check_once((schedule.name, str(entry.path), setting), value.span)
+            self._place(declared, given, is_chosen)
 
     def _check_once(self, key: tuple[str | None, str, str], span: Span) -> None:
         """A setting stands once for each flow in the schedules of one name."""
@@ -105,7 +110,8 @@ class Settler:
         span = Span(
             arg.span.source, arg.span.start, arg.span.start + len(arg.name or arg.span.text)
         )
-        call = self._owner(self.flows[str(entry.path)], name, arg)
+        declared = self.module.declared(entry.path.names)
+        call = self._owner(declared.flow, name, arg) if declared is not None else None
         if call is None:
             return refuse(
                 "unknown-setting",
@@ -136,15 +142,14 @@ class Settler:
                 return call
         return None
 
-    def _place(
-        self, entry: tree.Entry, name: str, given: dict[str, Given], is_chosen: bool
-    ) -> None:
+    def _place(self, declared: Declared, given: dict[str, Given], is_chosen: bool) -> None:
         flow_level = {
             n: g for n, g in given.items() if n in SETTINGS and SETTINGS[n].level == "flow"
         }
         rest = {n: g for n, g in given.items() if n not in flow_level}
+        name = declared.flow.name
         for setting, value in flow_level.items():
-            is_served = self.flows[name].is_exported or len(self.flows) == 1
+            is_served = declared.flow.is_exported or len(declared.module.flows) == 1
             if setting in ("slo", "queue") and not is_served:
                 self.error(
                     "unknown-setting",
@@ -153,16 +158,16 @@ class Settler:
                     help=f"export flow {name}",
                 )
         if is_chosen:
-            self.elaborator.settings.flows.setdefault(name, {}).update(flow_level)
-        self._place_on_operator(entry, name, rest, is_chosen)
+            self.elaborator.settings.flows.setdefault(declared.name, {}).update(flow_level)
+        self._place_on_operator(declared, rest, is_chosen)
 
     def _place_on_operator(
-        self, entry: tree.Entry, name: str, given: dict[str, Given], is_chosen: bool
+        self, declared: Declared, given: dict[str, Given], is_chosen: bool
     ) -> None:
         if not given:
             return
-        found = list(calls(self.flows[name].body))
-        batched = [c for c in found if _is_model(c)]
+        found = list(calls(declared.flow.body))
+        batched = [c for c in found if is_batched(c, declared.module)]
         for setting, value in given.items():
             level = SETTINGS[setting].level if setting in SETTINGS else "stage"
             targets = batched
@@ -176,36 +181,45 @@ class Settler:
                 self.error(
                     "no-one-target",
                     f"`{shown}` needs a flow with exactly one operator that takes it, "
-                    f"and `{name}` has {count}",
+                    f"and `{declared.flow.name}` has {count}",
                     value.span,
                     help="name the part and schedule that: flow net = trt(...)"
                     if targets
-                    else self._better_target(found, setting, value),
+                    else self._better_target(found, declared.module, setting, value),
                 )
                 continue
             for call in targets:
                 if is_chosen:
-                    site = Site(name, call.span)
-                    self.elaborator.settings.sites.setdefault(site, {})[setting] = value
+                    self.elaborator.settings.put(Site(declared.name, call.span), {setting: value})
 
-    def _better_target(self, found: list[tree.Call], setting: str, value: Given) -> str | None:
+    def _better_target(
+        self, found: list[tree.Call], module: Module, setting: str, value: Given
+    ) -> str | None:
         """The same setting on a flow that is mentioned and has one operator that takes it."""
-        for name in (str(c.path) for c in found if str(c.path) in self.flows):
-            models = [c for c in calls(self.flows[name].body) if _is_model(c)]
+        for call in found:
+            inner = module.declared(call.path.names)
+            if inner is None:
+                continue
+            models = [c for c in calls(inner.flow.body) if is_batched(c, inner.module)]
             if len(models) == 1:
                 shown = value.span.text
-                return f"{name} {shown}" if setting == COPIES else f"{name}({setting}={shown})"
+                return (
+                    f"{call.path} {shown}"
+                    if setting == COPIES
+                    else f"{call.path}({setting}={shown})"
+                )
         return None
 
     def check_batches(self, plans: Sequence[FlowPlan]) -> None:
         """Settings placed by a block are held against the models as inline ones were."""
         for plan in plans:
-            for node in plan.nodes():
+            for node in plan.all_nodes():
                 if node.model is not None:
-                    given = self.elaborator.settings.sites.get(node.site, {}).get("batch")
+                    given = self.elaborator.settings.places.get(node.site.place, {}).get("batch")
                     self.elaborator.fitter.check_batch(node.model, given)
 
 
-def _is_model(call: tree.Call) -> bool:
-    op = OPS.get(str(call.path))
-    return op is not None and op.kind == "model"
+def is_batched(call: tree.Call, module: Module) -> bool:
+    """Whether a call is of an operator that has batches: a model, or one in Python."""
+    op = OPS.get(str(call.path)) or module.operator(call.path.names)
+    return op is not None and op.kind in ("model", "python")

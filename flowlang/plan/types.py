@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-SCALARS = ("bytes", "str", "int", "float", "bool", "path", "duration", "size", "box")
+SCALARS = ("bytes", "str", "int", "float", "bool", "path", "duration", "box", "quad")
 COLOURS = ("rgb", "bgr", "gray")
 DTYPES = ("u8", "i8", "u16", "i16", "i32", "i64", "f16", "f32", "f64", "bool")
 MAX_PARTS = 1000
@@ -20,7 +20,10 @@ Shape: TypeAlias = tuple[int | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
+    """A plain value. `frame` tells which decoded picture a box or quad lies in, where known."""
+
     name: str
+    frame: object = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name
@@ -28,12 +31,16 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Height x width x channels. `colour` None is undecided, a side None is of any length."""
+    """Height x width x channels. `colour` None is undecided, a side None is of any length.
+
+    `frame` tells which decoded picture it is a part of, where that is known.
+    """
 
     colour: str | None = None
     dtype: str = "u8"
     height: int | None = None
     width: int | None = None
+    frame: object = field(default=None, compare=False, repr=False)
 
     @property
     def channels(self) -> int | None:
@@ -109,8 +116,16 @@ INT = Scalar("int")
 FLOAT = Scalar("float")
 BOOL = Scalar("bool")
 UNKNOWN = Unknown()
+ANY_ARRAY = Tensor("any", None)  # what a Python operator takes that says no more
 LABEL = Record((("index", INT), ("label", STR), ("score", FLOAT)), "label")
-NAMED: dict[str, Type] = {**{s: Scalar(s) for s in SCALARS}, "label": LABEL}
+SIZE = Record((("height", INT), ("width", INT)), "size")
+DETECTION = Record((("box", Scalar("box")), ("label", STR), ("score", FLOAT)), "detection")
+TEXTLINE = Record((("quad", Scalar("quad")), ("score", FLOAT)), "textline")
+READING = Record((("text", STR), ("score", FLOAT)), "reading")
+NAMED: dict[str, Type] = {
+    **{s: Scalar(s) for s in SCALARS},
+    **{str(r): r for r in (LABEL, SIZE, DETECTION, TEXTLINE, READING)},
+}
 
 
 def shape_text(shape: Iterable[int | None]) -> str:
@@ -138,6 +153,8 @@ def fits(given: Type, wanted: Type) -> bool:
         return True
     if isinstance(wanted, Optional):
         return fits(given.item if isinstance(given, Optional) else given, wanted.item)
+    if wanted == ANY_ARRAY:
+        return isinstance(given, (Tensor, Image))
     if isinstance(given, Image) and isinstance(wanted, Image):
         return (
             given.dtype == wanted.dtype
@@ -150,10 +167,79 @@ def fits(given: Type, wanted: Type) -> bool:
     if isinstance(given, ListOf) and isinstance(wanted, ListOf):
         return fits(given.item, wanted.item)
     if isinstance(given, Record) and isinstance(wanted, Record):
-        return len(given.fields) == len(wanted.fields) and all(
-            fits(t, w) if (w := wanted.get(n)) is not None else False for n, t in given.fields
+        have = dict(given.fields)
+        return all(wanted.get(n) is not None for n in have) and all(
+            fits(have[n], w) if n in have else isinstance(w, Optional) for n, w in wanted.fields
         )
     return given == INT and wanted == FLOAT
+
+
+def without_null(kind: Type) -> Type:
+    return kind.item if isinstance(kind, Optional) else kind
+
+
+def optional(kind: Type) -> Type:
+    return kind if isinstance(kind, (Optional, Unknown)) else Optional(kind)
+
+
+def in_frame(kind: Type, frame: object) -> Type:
+    """The same type, its boxes and quads known to lie in a decoded picture."""
+    if isinstance(kind, Scalar) and kind.name in ("box", "quad"):
+        return replace(kind, frame=frame)
+    if isinstance(kind, ListOf):
+        return ListOf(in_frame(kind.item, frame))
+    if isinstance(kind, Record):
+        return Record(tuple((n, in_frame(t, frame)) for n, t in kind.fields), kind.name)
+    return kind
+
+
+def unify(one: Type, other: Type) -> Type | None:
+    """The narrowest type that holds every value of both, or None where there is none.
+
+    Records may differ by fields, which become optional.
+    """
+    if isinstance(one, Unknown) or isinstance(other, Unknown):
+        return UNKNOWN
+    if one == other:
+        return one
+    if isinstance(one, Optional) or isinstance(other, Optional):
+        inner = unify(without_null(one), without_null(other))
+        return None if inner is None else optional(inner)
+    if isinstance(one, Record) and isinstance(other, Record):
+        return _unify_records(one, other)
+    if isinstance(one, ListOf) and isinstance(other, ListOf):
+        inner = unify(one.item, other.item)
+        return None if inner is None else ListOf(inner)
+    if isinstance(one, Image) and isinstance(other, Image):
+        if (one.colour, one.dtype) != (other.colour, other.dtype):
+            return None
+        frame = one.frame if one.frame == other.frame else None
+        height = one.height if one.height == other.height else None
+        width = one.width if one.width == other.width else None
+        return Image(one.colour, one.dtype, height, width, frame)
+    if isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype:
+        return Tensor(one.dtype, _unify_shapes(one.shape, other.shape))
+    return FLOAT if {one, other} == {INT, FLOAT} else None
+
+
+def _unify_records(one: Record, other: Record) -> Type | None:
+    fields: dict[str, Type] = {}
+    for name in dict.fromkeys(n for r in (one, other) for n, _ in r.fields):
+        a, b = one.get(name), other.get(name)
+        if a is None or b is None:
+            fields[name] = optional(a or b or UNKNOWN)
+            continue
+        kind = unify(a, b)
+        if kind is None:
+            return None
+        fields[name] = kind
+    return Record(tuple(fields.items()))
+
+
+def _unify_shapes(one: Shape | None, other: Shape | None) -> Shape | None:
+    if one is None or other is None or len(one) != len(other):
+        return None
+    return tuple(a if a == b else None for a, b in zip(one, other, strict=True))
 
 
 def _shape_fits(given: Shape | None, wanted: Shape | None) -> bool:

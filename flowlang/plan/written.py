@@ -5,8 +5,11 @@ Layer 2. What is wrong in one is reported at its place, and it counts as unknown
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan.arguments import Report, did_you_mean
+from flowlang.plan.module import Module, PythonFile
 from flowlang.plan.types import (
     COLOURS,
     DTYPES,
@@ -36,9 +39,9 @@ MAX_DIGITS = 12  # of a side
 class WrittenTypes:
     """The types a file declares, and all those it writes."""
 
-    def __init__(self, report: Report, lost: frozenset[str]) -> None:
+    def __init__(self, module: Module, report: Report) -> None:
+        self._module = module
         self._report = report
-        self._lost = lost
         self._declared: dict[str, tree.TypeDef] = {}
         self._resolved: dict[str, Type] = {}
         self._resolving: list[str] = []
@@ -87,6 +90,8 @@ class WrittenTypes:
         name = str(given.name)
         if name in self._declared and not given.arguments:
             return self._named(name, given.span)
+        if len(given.name.names) > 1 and not given.arguments:
+            return self._elsewhere(given)
         if name == "list":
             return self._list(given)
         if name == "image":
@@ -95,14 +100,43 @@ class WrittenTypes:
             return self._tensor(given)
         if name in NAMED and not given.arguments:
             return NAMED[name]
-        if name not in self._lost:
-            self._error(
-                "unknown-type",
-                f"there is no type `{given.span.text}`",
-                given.span,
-                help=did_you_mean(name, sorted({*BUILT_IN, *self._declared} - {name})),
-            )
+        if name not in self._module.lost:
+            self._unknown(given, sorted({*BUILT_IN, *self._declared} - {name}))
         return UNKNOWN
+
+    def _unknown(self, given: tree.TypeExpr, known: Iterable[str]) -> None:
+        self._error(
+            "unknown-type",
+            f"there is no type `{given.span.text}`",
+            given.span,
+            help=did_you_mean(str(given.name), known),
+        )
+
+    def _elsewhere(self, given: tree.TypeExpr) -> Type:
+        """A type of a file that is used. A Python operator's name is the type it gives."""
+        alias, *rest = given.name.names if given.name else ("",)
+        used = self._module.uses.get(alias)
+        if isinstance(used, PythonFile) and len(rest) == 1:
+            if rest[0] in used.types:
+                return used.types[rest[0]]
+            self._unknown(given, (f"{alias}.{name}" for name in used.types))
+        elif isinstance(used, Module) and len(rest) == 1:
+            declared = used.types.declared(rest[0])
+            if declared is not None:
+                return declared
+            self._unknown(given, (f"{alias}.{name}" for name in used.types.names()))
+        elif alias not in self._module.lost:
+            self._unknown(given, ())
+        return UNKNOWN
+
+    def declared(self, name: str) -> Type | None:
+        """A type that this file declares, or None."""
+        item = self._declared.get(name)
+        return self._named(name, item.name_span) if item is not None else None
+
+    def names(self) -> list[str]:
+        """The types that this file declares."""
+        return list(self._declared)
 
     def _record(self, given: tree.TypeExpr) -> Type:
         fields: dict[str, Type] = {}

@@ -6,22 +6,43 @@ Layer 3. Pure logic: time comes in as an argument, nothing is locked and nobody 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowlang.runtime.request import Request
 
+if TYPE_CHECKING:
+    from flowlang.runtime.walk import Walk
+
 
 class Item:
-    """One unit of a request's work, waiting for a stage."""
+    """One unit of a request's work, waiting for a stage.
 
-    __slots__ = ("arrived_s", "is_over", "request", "unit", "value")
+    `walk` is where in its flow it stands; None where the flow is one stage and nothing else.
+    """
 
-    def __init__(self, request: Request, unit: int, value: Any, arrived_s: float) -> None:
+    __slots__ = ("arrived_s", "is_over", "request", "unit", "value", "walk")
+
+    def __init__(
+        self,
+        request: Request,
+        unit: int,
+        value: Any,
+        arrived_s: float,
+        walk: Walk | None = None,
+    ) -> None:
         self.request = request
         self.unit = unit
         self.value = value
         self.arrived_s = arrived_s
+        self.walk = walk
         self.is_over = False  # finished, or past the stage's timeout
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody still waits for its outcome."""
+        if self.is_over or self.request.is_answered:
+            return False
+        return self.walk is None or not self.walk.is_given_up
 
 
 class Batcher:
@@ -45,12 +66,12 @@ class Batcher:
         self.waiting: deque[Item] = deque()
 
     def put(self, item: Item) -> None:
-        self._drop_answered()  # or they would pile up in front of a stuck stage
+        self._drop_unwanted()  # or they would pile up in front of a stuck stage
         self.waiting.append(item)
 
     def due_s(self) -> float | None:
         """When a batch can be taken: in the past if now, None if nothing waits."""
-        self._drop_answered()
+        self._drop_unwanted()
         if not self.waiting:
             return None
         oldest = self.waiting[0].arrived_s
@@ -69,11 +90,11 @@ class Batcher:
         batch: list[Item] = []
         while waiting and len(batch) < size:
             item = waiting.popleft()
-            if not item.request.is_answered and not item.is_over:
+            if item.is_wanted:
                 batch.append(item)
         return batch
 
-    def _drop_answered(self) -> None:
+    def _drop_unwanted(self) -> None:
         waiting = self.waiting
-        while waiting and (waiting[0].request.is_answered or waiting[0].is_over):
+        while waiting and not waiting[0].is_wanted:
             waiting.popleft()

@@ -5,15 +5,16 @@ Layer 3. An item that fails leaves the batch and takes nobody with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import EngineError, StageFailed
 from flowlang.plan.graph import Node
 from flowlang.plan.onnx import Port
 from flowlang.plan.physical import StagePlan
-from flowlang.plan.types import Shape
-from flowlang.runtime.host import Work, work_of
+from flowlang.plan.types import Image, Shape
+from flowlang.runtime.frame import run_framed
+from flowlang.runtime.host import work_of
 from flowlang.runtime.ort import Session, Sessions, numpy_dtype
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ class CpuInstance:
     """One lane's chain of operators."""
 
     def __init__(self, plan: StagePlan, sessions: Sessions) -> None:
-        self.before = [work_of(n, plan.settings) for n in plan.region]
-        self.after = [work_of(n, plan.settings) for n in plan.tail]
+        extras = dict(zip(plan.nodes, plan.extras, strict=True))
+        self.has_extras = any(extras.values())
+        self.before = Chain(plan.region, extras, plan.settings)
+        self.after = Chain(plan.tail, extras, plan.settings)
         node = next((n for n in plan.nodes if n.model is not None), None)
         self.model = _ModelStep(node, sessions.of(node.model)) if node and node.model else None
         self.batch = plan.batch
@@ -41,7 +44,9 @@ class CpuInstance:
             return self._run(values)
 
     def _run(self, values: Sequence[Any]) -> list[Any]:
-        outcomes = [_through(self.before, v) for v in values] if self.before else list(values)
+        outcomes = [v[0] for v in values] if self.has_extras else list(values)
+        if self.before:
+            outcomes = [self.before.through(o, v) for o, v in zip(outcomes, values, strict=True)]
         if self.model is not None:
             good = [i for i, o in enumerate(outcomes) if not isinstance(o, Exception)]
             for index, result in zip(
@@ -50,19 +55,54 @@ class CpuInstance:
                 outcomes[index] = result
         if not self.after:
             return outcomes
-        return [o if isinstance(o, Exception) else _through(self.after, o) for o in outcomes]
+        return [
+            o if isinstance(o, Exception) else self.after.through(o, v)
+            for o, v in zip(outcomes, values, strict=True)
+        ]
 
     def close(self) -> None:
         self.model = None
 
 
-def _through(works: Sequence[Work], value: Any) -> Any:
-    try:
-        for work in works:
-            value = work(value)
-    except Exception as error:
-        return error
-    return value
+class Chain:
+    """Operators run one behind the other on one item.
+
+    `extras` tells for each node which parts of the stage's item it gets besides what flows.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        extras: Mapping[Node, tuple[int, ...]],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._nodes = nodes
+        self._works = [work_of(n, settings) for n in nodes]
+        self._extras = [extras[n] for n in nodes]
+        self._has_extras = any(self._extras)
+        # An image that leaves the stage knows where it lies in the picture it is a part of.
+        self._is_framed = bool(nodes) and isinstance(nodes[-1].type, Image)
+
+    def __bool__(self) -> bool:
+        return bool(self._works)
+
+    def through(self, value: Any, item: Any) -> Any:
+        """What becomes of a value, or the exception it fails with. `item` has the extras."""
+        try:
+            given = (
+                [[item[i] for i in places] for places in self._extras] if self._has_extras else ()
+            )
+            if self._is_framed:
+                return run_framed(self._works, self._nodes, value, given)
+            if given:
+                for work, more in zip(self._works, given, strict=True):
+                    value = work(value, *more)
+                return value
+            for work in self._works:
+                value = work(value)
+        except Exception as error:
+            return error
+        return value
 
 
 def _known(shape: Shape | None) -> tuple[int, ...] | None:

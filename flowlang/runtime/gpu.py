@@ -17,6 +17,7 @@ from flowlang.plan.graph import Node
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, StagePlan, decodes_on_gpu
 from flowlang.plan.types import Image, Tensor
 from flowlang.runtime import cuda, dali, trt
+from flowlang.runtime.cpu import Chain
 from flowlang.runtime.host import Work, as_bmp, check_picture, sample_pictures, work_of
 from flowlang.runtime.picture import Picture, is_plain_jpeg
 from flowlang.runtime.rework import Prologue
@@ -97,7 +98,9 @@ class GpuInstance:
         self.context = trt.Context(
             engine, self.stream, use_graphs=plan.settings.get("graphs", True)
         )
-        self.after = [work_of(n, plan.settings) for n in plan.tail]
+        extras = dict(zip(plan.nodes, plan.extras, strict=True))
+        self.has_extras = any(extras.values())
+        self.after = Chain(plan.tail, extras, plan.settings)
         self.source: _Pictures | _Arrays
         kind = _Pictures if decodes_on_gpu(plan.region) else _Arrays
         try:
@@ -116,7 +119,8 @@ class GpuInstance:
 
     def begin(self, values: Sequence[Any]) -> _Batch:
         """Check the items and start decoding them; nothing of it is waited for."""
-        batch = _Batch(values)
+        batch = _Batch([v[0] for v in values] if self.has_extras else values)
+        batch.items = values
         self.source.begin(batch)
         return batch
 
@@ -136,7 +140,10 @@ class GpuInstance:
         batch.held = None  # DALI's buffers may go back only now that the stream is done with them
         if not self.after:
             return outcomes
-        return [o if isinstance(o, Exception) else self._finish(o) for o in outcomes]
+        return [
+            o if isinstance(o, Exception) else self.after.through(o, item)
+            for o, item in zip(outcomes, batch.items, strict=True)
+        ]
 
     def _scatter(self, outputs: Any, good: Sequence[int], outcomes: list[Any]) -> None:
         if len(outputs) == 1:
@@ -146,14 +153,6 @@ class GpuInstance:
             return
         for row, index in enumerate(good):
             outcomes[index] = {name: values[row] for name, values in outputs.items()}
-
-    def _finish(self, value: Any) -> Any:
-        try:
-            for work in self.after:
-                value = work(value)
-        except RequestError as error:
-            return error
-        return value
 
     def close(self) -> None:
         self.source.close()
@@ -165,13 +164,14 @@ class _Batch:
     """A batch on its way: the outcome of each item so far, and who is still in it.
 
     `good` has the indices of the items under way, in the order of their rows; `pictures` what is
-    being decoded for them; `held` what must be kept until the stream is done.
+    being decoded for them; `held` what must be kept until the stream is done. `items` are what the
+    stage was given, where its operators on the host take more than what flows.
     """
 
-    __slots__ = ("good", "held", "outcomes", "pictures", "region", "values")
+    __slots__ = ("good", "held", "items", "outcomes", "pictures", "region", "values")
 
     def __init__(self, values: Sequence[Any]) -> None:
-        self.values = values
+        self.values = self.items = values
         self.outcomes: list[Any] = [None] * len(values)
         self.good: list[int] = []
         self.pictures: list[NDArray[Any]] = []

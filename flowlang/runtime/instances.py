@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowlang.plan import graph
 from flowlang.plan.physical import PhysicalPlan, StagePlan, decodes_on_gpu
 from flowlang.runtime.stage import Instance
 
@@ -47,6 +48,10 @@ class Instances:
 
             gpu = stage.gpus[number]
             return GpuInstance(stage, gpu, self._resources_of(gpu))
+        if stage.nodes[0].op == graph.PYTHON:
+            from flowlang.runtime.python import PythonInstance
+
+            return PythonInstance(stage)
         from flowlang.runtime.cpu import CpuInstance
         from flowlang.runtime.ort import Sessions
 

@@ -38,7 +38,7 @@ class Request:
     """One call of a flow. `outcome` is its result, or the exception it failed with."""
 
     __slots__ = (
-        "arrived_s", "entrance", "is_under_way", "missing", "outcome", "reply", "token", "values",
+        "arrived_s", "entrance", "is_under_way", "outcome", "reply", "token", "value",
     )  # fmt: skip
 
     def __init__(
@@ -50,8 +50,7 @@ class Request:
         self.arrived_s = arrived_s
         self.outcome: Any = UNANSWERED
         self.is_under_way = False  # in the stages, not in the backlog of the entrance
-        self.values: Any = value  # the item; a list of slots once the flow has several units
-        self.missing: list[int] = []
+        self.value: Any = value  # what was given, until it is under way
 
     @property
     def is_answered(self) -> bool:

@@ -12,7 +12,7 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flowlang.diagnostics import (
@@ -24,10 +24,10 @@ from flowlang.diagnostics import (
     RequestError,
     StageFailed,
 )
-from flowlang.plan import graph
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, StagePlan
 from flowlang.runtime.batcher import Batcher, Item
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
+from flowlang.runtime.walk import Ended, Track, Work, arrive, begin
 
 
 class Stage:
@@ -70,22 +70,19 @@ class Entrance:
         self.outstanding = 0
         self.under_way = 0
         self.backlog: deque[Request] = deque()
-        used = {u.stage for u in program.units if u.stage is not None}
-        room = sum(stages[s].plan.instances * stages[s].plan.batch[2] for s in used)
+        units = program.steps.units
+        room = sum(
+            stages[s].plan.instances * stages[s].plan.batch[2] for s in set(program.steps.stages())
+        )
         self.limit = program.queue + room
-        self.width = 2 * room if room and len(program.units) > 1 else self.limit
-        self.consumers: list[list[int]] = [[] for _ in range(program.slots)]
-        for index, unit in enumerate(program.units):
-            for slot in set(unit.inputs):
-                self.consumers[slot].append(index)
-        self.missing = [len(set(u.inputs)) for u in program.units]
-        self.last = program.units[-1].output if program.units else 0
-        self.is_single = len(program.units) == 1 and program.units[0].stage is not None
+        self.width = 2 * room if room and len(units) > 1 else self.limit
+        self.track = Track(program.steps)
+        self.has_parameters = bool(program.plan.parameters)
         # The stage of a flow that is one stage without a timeout, which most are: its requests
         # are queued there at once, without what only the others need.
         self.door: Stage | None = None
-        if self.is_single:
-            only = stages[program.units[0].stage or 0]
+        if len(units) == 1 and units[0].stage is not None and units[0].inputs == (0,):
+            only = stages[units[0].stage]
             self.door = only if only.plan.timeout_s is None else None
 
 
@@ -143,7 +140,7 @@ class Scheduler:
                 self._admit(entrance)
                 entrance.under_way += 1
                 request.is_under_way = True
-                bell = entrance.door.put(Item(request, 0, value, now))
+                bell = entrance.door.put(Item(request, 0, self._single(entrance, value), now))
             if bell is not None:
                 bell()
             return request
@@ -227,18 +224,12 @@ class Scheduler:
         with self._lock:
             now = self.clock()
             for item, outcome in zip(items, outcomes, strict=True):
-                request = item.request
-                if request.outcome is not UNANSWERED or item.is_over:
+                if item.request.outcome is not UNANSWERED or item.is_over:
                     continue
                 item.is_over = True
                 if isinstance(outcome, Exception):
-                    name = self._stage_of(item).plan.name
-                    self._answer(request, _as_request_error(outcome, name), after)
-                elif request.entrance.is_single:
-                    self._answer(request, outcome, after)
-                else:
-                    slot = request.entrance.program.units[item.unit].output
-                    self._set_slot(request, slot, outcome, now, after)
+                    outcome = _as_request_error(outcome, self._stage_of(item).plan.name)
+                self._settle(item, outcome, now, after)
         after.run()
 
     def lose_instance(self, stage: Stage) -> None:
@@ -275,17 +266,17 @@ class Scheduler:
             heap = self._expiries
             while heap and heap[0][0] <= now:
                 when, _, request, item = heapq.heappop(heap)
-                if request.is_answered or (item is not None and item.is_over):
+                if request.is_answered or (item is not None and not item.is_wanted):
                     continue
-                message, stage = (
-                    f"not answered within {(when - request.arrived_s) * 1e3:.0f} ms",
-                    None,
-                )
-                if item is not None:
-                    item.is_over = True
-                    stage = self._stage_of(item).plan.name
-                    message = f"stage `{stage}` did not finish within its timeout"
-                self._answer(request, DeadlineExceeded(message, stage=stage), after)
+                if item is None:
+                    message = f"not answered within {(when - request.arrived_s) * 1e3:.0f} ms"
+                    self._answer(request, DeadlineExceeded(message), after)
+                    continue
+                item.is_over = True
+                stage = self._stage_of(item)
+                message = f"stage `{stage.plan.name}` did not finish within its timeout"
+                error = DeadlineExceeded(message, stage=stage.plan.name)
+                self._settle(item, error, now, after)
         after.run()
 
     # Ending
@@ -352,7 +343,7 @@ class Scheduler:
     def _drop_expiries(self) -> None:
         """Let go of what was answered in time, rather than keep its answer until its deadline."""
         heap = self._expiries
-        while heap and (heap[0][2].is_answered or (heap[0][3] is not None and heap[0][3].is_over)):
+        while heap and not _is_awaited(heap[0][2], heap[0][3]):
             heapq.heappop(heap)
 
     def _take(self, stage: Stage, free: int) -> list[Item]:
@@ -363,7 +354,8 @@ class Scheduler:
         return batch
 
     def _stage_of(self, item: Item) -> Stage:
-        number = item.request.entrance.program.units[item.unit].stage
+        track = item.walk.track if item.walk is not None else item.request.entrance.track
+        number = track.units[item.unit].stage
         if number is None:
             raise InternalError("an item waits at a unit that is no stage")
         return self.stages[number]
@@ -371,55 +363,48 @@ class Scheduler:
     def _start(self, entrance: Entrance, request: Request, now: float, after: _Afterwards) -> None:
         entrance.under_way += 1
         request.is_under_way = True
-        if entrance.is_single:
-            self._queue(request, 0, request.values, now, after)
-            return
-        item = request.values
-        request.values = [UNANSWERED] * entrance.program.slots
-        request.missing = list(entrance.missing)
-        self._set_slot(request, 0, item, now, after)
+        given, request.value = request.value, None
+        values = given if entrance.has_parameters else (given,)
+        self._go_on(begin(request, entrance.track, values), now, after)
 
-    def _queue(
-        self, request: Request, unit: int, value: Any, now: float, after: _Afterwards
-    ) -> None:
-        item = Item(request, unit, value, now)
+    @staticmethod
+    def _single(entrance: Entrance, value: Any) -> Any:
+        """The item of a flow that is one stage, whose parameters nothing uses."""
+        return value[0] if entrance.has_parameters else value
+
+    def _settle(self, item: Item, outcome: Any, now: float, after: _Afterwards) -> None:
+        """A stage's outcome, which may be an error, reaches the request it is for."""
+        if item.walk is None:
+            self._answer(item.request, outcome, after)
+        else:
+            self._go_on(arrive(item.walk, item.unit, outcome), now, after)
+
+    def _go_on(self, steps: Iterator[Work | Ended], now: float, after: _Afterwards) -> None:
+        """Queue what can be worked on now, and answer what has come to its end."""
+        for step in steps:
+            if isinstance(step, Ended):
+                if not step.request.is_answered:
+                    self._answer(step.request, step.outcome, after)
+            elif self._is_closed:  # nobody would take it any more
+                error = Draining("the app stopped before this was done")
+                self._answer(step.walk.request, error, after)
+                return
+            else:
+                self._queue(step, now, after)
+
+    def _queue(self, work: Work, now: float, after: _Afterwards) -> None:
+        item = Item(work.walk.request, work.unit, work.value, now, work.walk)
         stage = self._stage_of(item)
         if stage.plan.timeout_s is not None:
-            self._expire_at(now + stage.plan.timeout_s, request, item, after)
+            self._expire_at(now + stage.plan.timeout_s, item.request, item, after)
         bell = stage.put(item)
         if bell is not None:
             after.bells.append(bell)
 
-    def _set_slot(
-        self, request: Request, slot: int, value: Any, now: float, after: _Afterwards
-    ) -> None:
-        """A value is there: start every unit it completes, or answer the request."""
-        entrance = request.entrance
-        ready = [(slot, value)]
-        while ready:
-            slot, value = ready.pop()
-            request.values[slot] = value
-            if slot == entrance.last:
-                self._answer(request, value, after)
-                return
-            for index in entrance.consumers[slot]:
-                request.missing[index] -= 1
-                if request.missing[index]:
-                    continue
-                unit = entrance.program.units[index]
-                values = [request.values[s] for s in unit.inputs]
-                if unit.stage is None:
-                    ready.append((unit.output, _glue(unit.node, values)))
-                elif self._is_closed:  # nobody would take it any more
-                    self._answer(request, Draining("the app stopped before this was done"), after)
-                    return
-                else:
-                    self._queue(request, index, values[0], now, after)
-
     def _answer(self, request: Request, outcome: Any, after: _Afterwards) -> None:
         request.outcome = outcome
         after.settled.append(request)
-        request.values = None
+        request.value = None
         entrance = request.entrance
         entrance.outstanding -= 1
         entrance.under_way -= request.is_under_way
@@ -431,11 +416,9 @@ class Scheduler:
             self._quiet.notify_all()
 
 
-def _glue(node: graph.Node, values: list[Any]) -> Any:
-    """Values joined to a record, or a field picked from one."""
-    if node.op == graph.RECORD:
-        return dict(zip(node.params["names"], values, strict=True))
-    return values[0][node.params["name"]]
+def _is_awaited(request: Request, item: Item | None) -> bool:
+    """Whether a deadline still matters to anybody."""
+    return not request.is_answered if item is None else item.is_wanted
 
 
 def _as_request_error(error: Exception, stage: str) -> RequestError:

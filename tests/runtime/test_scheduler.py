@@ -1,4 +1,4 @@
-"""The scheduler on virtual time: nothing is lost, nothing waits for nothing, nothing is counted twice."""
+"""The scheduler on virtual time: nothing is lost, waits for nothing, or is counted twice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -56,7 +56,8 @@ SHAPES = {
         export flow g = second -> {{ a: first -> best, b: first }}""",
     "two outputs": f"""
         flow heads = trt("heads.onnx", {{0}}) x{{1}}
-        export flow f = decode -> {IMAGE} -> {{{{ all: heads, best: heads -> .scores -> best }}}}""",
+        export flow f = decode -> {IMAGE}
+          -> {{{{ all: heads, best: heads -> .scores -> best }}}}""",
     "two inputs": f"""
         export flow f: {{{{ image: bytes, features: tensor<f32, 8> }}}} -> tensor<f32, 10> =
           {{{{ image: .image -> decode -> {IMAGE}, features: .features }}}}
@@ -396,7 +397,7 @@ def test_an_item_out_of_time_fails_its_request(scenario: Scenario) -> None:
 
 def room(entrance: Entrance) -> int:
     """How many items the instances of a flow's stages can work on at once."""
-    used = {u.stage for u in entrance.program.units if u.stage is not None}
+    used = set(entrance.program.steps.stages())
     stages = [s for s in plan(entrance.program.plan.span.source.text).stages if s.index in used]
     return sum(s.instances * s.batch[2] for s in stages)
 
@@ -414,7 +415,7 @@ def test_the_counters_of_an_entrance_tell_what_is_inside(scenario: Scenario) -> 
             backlog = sum(1 for r in entrance.backlog if not r.is_answered)
             assert entrance.under_way + backlog == entrance.outstanding
             width = 2 * room(entrance)
-            if len(entrance.program.units) > 1 and width:
+            if len(entrance.program.steps.units) > 1 and width:
                 assert entrance.under_way <= width
                 assert not backlog or entrance.under_way == width
             else:
@@ -533,7 +534,7 @@ def test_what_waits_behind_lost_instances_is_answered() -> None:
         lost = iter([2.0])
         simulation.lose = lambda stage, items, lost=lost: next(lost, None)  # type: ignore[misc]
         for at_s in (0.0, 0.001, 0.002, 1.0, 3.0):
-            simulation.at(at_s, lambda: simulation.submit("f"))
+            simulation.at(at_s, partial(simulation.submit, "f"))
         simulation.run()
         outcomes = [a.outcome for a in simulation.answers]
         assert len(outcomes) == 5

@@ -1,0 +1,192 @@
+"""Expressions on items: what they give, and how it is computed.
+
+Layer 2. Glue nodes (records, fields, lists, literals, arithmetic, comparisons) are plain Python on
+plain values: the scheduler computes them between stages, and operators such as `filter` inside one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flowlang.plan import graph
+from flowlang.plan.graph import Body, Node, topological
+from flowlang.plan.types import (
+    BOOL,
+    FLOAT,
+    INT,
+    STR,
+    UNKNOWN,
+    Image,
+    Optional,
+    Record,
+    Tensor,
+    Type,
+    Unknown,
+    optional,
+    without_null,
+)
+
+ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+ORDERING: Mapping[str, Callable[[Any, Any], Any]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+EQUALITY: Mapping[str, Callable[[Any, Any], Any]] = {"==": operator.eq, "!=": operator.ne}
+LOGIC: Mapping[str, Callable[[Any, Any], Any]] = {
+    "and": lambda a, b: bool(a) and bool(b),
+    "or": lambda a, b: bool(a) or bool(b),
+}
+_BINARY = {**ARITHMETIC, **ORDERING, **EQUALITY, **LOGIC}
+
+
+class Unsuited(Exception):
+    """An operand of a wrong type: which one (0 or 1), and what it should have been."""
+
+    def __init__(self, operand: int, wants: str) -> None:
+        super().__init__(wants)
+        self.operand = operand
+        self.wants = wants
+
+
+def _is_number(kind: Type) -> bool:
+    return kind in (INT, FLOAT) or (isinstance(kind, Tensor) and kind.shape == ())
+
+
+def binary_type(sign: str, left: Type, right: Type) -> Type:
+    """The type that `left sign right` gives. Raises Unsuited."""
+    sides = (left, right)
+    if sign in LOGIC:
+        _check(sides, lambda kind: kind == BOOL, "wants true or false")
+        return BOOL
+    if sign in EQUALITY:
+        _check_alike(without_null(left), without_null(right))
+        return BOOL
+    if sign in ARITHMETIC:
+        _check(sides, _is_number, "wants a number")
+        return INT if left == right == INT and sign != "/" else _of_unknown(sides, FLOAT)
+    _check(sides, lambda kind: _is_number(kind) or kind == STR, "wants a number or a string")
+    _check_alike(*sides)
+    return BOOL
+
+
+def _of_unknown(sides: Sequence[Type], otherwise: Type) -> Type:
+    return UNKNOWN if any(isinstance(s, Unknown) for s in sides) else otherwise
+
+
+def _check(sides: Sequence[Type], suits: Callable[[Type], bool], wants: str) -> None:
+    for index, kind in enumerate(sides):
+        if not isinstance(kind, Unknown) and not suits(kind):
+            raise Unsuited(index, wants)
+
+
+def _check_alike(left: Type, right: Type) -> None:
+    if isinstance(left, Unknown) or isinstance(right, Unknown):
+        return
+    if not (_is_number(left) or left in (STR, BOOL)):
+        raise Unsuited(0, "wants a number, a string, or true or false")
+    if not (left == right or (_is_number(left) and _is_number(right))):
+        raise Unsuited(1, f"wants {left}, as on the other side")
+
+
+def unary_type(sign: str, kind: Type) -> Type:
+    """The type that `-value` or `not value` gives. Raises Unsuited."""
+    if sign == "not":
+        _check((kind,), lambda k: k == BOOL, "wants true or false")
+        return BOOL
+    _check((kind,), _is_number, "wants a number")
+    return kind if kind == INT else _of_unknown((kind,), FLOAT)
+
+
+def compute(node: Node, values: Sequence[Any]) -> Any:
+    """What a glue node gives. Raises what Python raises (ZeroDivisionError, TypeError on null)."""
+    if node.op == graph.FIELD:
+        return field_of(values[0], node)
+    if node.op == graph.RECORD:
+        return dict(zip(node.params["names"], values, strict=True))
+    if node.op == graph.LITERAL:
+        return node.params["value"]
+    if node.op == graph.BINARY:
+        result = _BINARY[node.params["operator"]](*values)
+        return result if type(result) in (int, float, bool) else result.item()
+    if node.op == graph.UNARY:
+        return not values[0] if node.params["operator"] == "not" else -values[0]
+    return list(values)
+
+
+def field_of(value: Any, node: Node) -> Any:
+    """A field of a record, null where the record is null; the sides of an image."""
+    name = node.params["name"]
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return value[name]
+    return int(value.shape[0 if name == "height" else 1])
+
+
+def is_plain(body: Body) -> bool:
+    """Whether a body is an expression alone, with no operator in it."""
+    return all(n.op == graph.INPUT or n.op in graph.GLUE for n in topological(body.output))
+
+
+def function_of(body: Body) -> Callable[..., Any]:
+    """A plain body as a function of its item and of the values it captures, in order."""
+    order = topological(body.output)
+    places = {id(n): i for i, n in enumerate(order)}
+    given = [
+        (places.get(id(n)), i) for i, n in enumerate([body.item, *(n for n, _ in body.captures)])
+    ]
+    steps = [
+        (places[id(n)], n, [places[id(i)] for i in n.inputs]) for n in order if n.op != graph.INPUT
+    ]
+    last = places[id(body.output)]
+
+    def call(*values: Any) -> Any:
+        slots: list[Any] = [None] * len(order)
+        for place, index in given:
+            if place is not None:
+                slots[place] = values[index]
+        for place, node, sources in steps:
+            slots[place] = compute(node, [slots[s] for s in sources])
+        return slots[last]
+
+    return call
+
+
+class Expression:
+    """An expression on each element of a list, as an argument of `filter` or `top`.
+
+    Called with an element, and with the values of the flow that it uses. `text` is as written.
+    """
+
+    __slots__ = ("_call", "body", "text")
+
+    def __init__(self, body: Body, text: str) -> None:
+        self.body = body
+        self.text = text
+        self._call = function_of(body)
+
+    def __call__(self, *values: Any) -> Any:
+        return self._call(*values)
+
+
+def field_type(kind: Type, name: str) -> Type | None:
+    """The type of a field, optional where its record is; None where there is none."""
+    inner = without_null(kind)
+    found = dict(fields_of(inner)).get(name)
+    return optional(found) if found is not None and inner is not kind else found
+
+
+def fields_of(kind: Type) -> tuple[tuple[str, Type], ...]:
+    """The fields that a value of this type has: those of a record, the sides of an image."""
+    if isinstance(kind, Image):
+        return (("height", INT), ("width", INT))
+    return kind.fields if isinstance(kind, Record) else ()

@@ -1,0 +1,321 @@
+"""Python operators: what a .py file declares, read from its text without running it.
+
+Layer 2. Every public function at the top of the file is an operator. Its annotations are its types,
+its parameters behind the item are what a flow can tell it. The functions themselves are called in
+`flowlang.runtime.python`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowlang.diagnostics import Diagnostic, Label, Source, Span
+from flowlang.plan.arguments import Report
+from flowlang.plan.module import Module, PythonFile
+from flowlang.plan.ops import Mismatch, Op, Param
+from flowlang.plan.types import (
+    ANY_ARRAY,
+    NAMED,
+    UNKNOWN,
+    ListOf,
+    Record,
+    Type,
+    Unknown,
+    fits,
+    optional,
+)
+from flowlang.plan.written import WrittenTypes
+from flowlang.syntax.parse import parse_leniently
+
+SETTINGS = ("batch", "wait", "timeout")
+_PLAIN = {"int": "int", "float": "float", "str": "str", "bool": "bool", "bytes": "bytes"}
+_KINDS = {"int": "int", "float": "number", "str": "str", "bool": "flag"}  # of parameters
+_ARRAYS = frozenset({"ndarray", "NDArray", "ArrayLike"})
+_RECORDS = frozenset({"TypedDict", "NamedTuple"})
+
+
+@dataclass(frozen=True, slots=True)
+class PythonFunction:
+    """Which function an operator is. `fields` are the record's fields it takes one by one.
+
+    One that is `is_batched` takes a list of items and gives a list of results.
+    """
+
+    path: Path
+    name: str
+    shown: str
+    takes: Type
+    gives: Type
+    is_batched: bool
+    fields: tuple[str, ...] = ()
+
+
+class _Unreadable(Exception):
+    """An annotation that says no type of the language."""
+
+    def __init__(self, node: ast.AST, message: str, help: str | None = None) -> None:  # noqa: A002
+        super().__init__(message)
+        self.node = node
+        self.message = message
+        self.help = help
+
+
+def read_python(path: Path, alias: str, report: Report) -> PythonFile | None:
+    """The operators of a file, or None where it is no Python. Raises OSError."""
+    source = Source(str(path), path.read_bytes().decode("utf-8", "replace"))
+    try:
+        parsed = ast.parse(source.text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        report(_no_python(source, error))
+        return None
+    return _Reader(source, path, alias, report).read(parsed)
+
+
+def _no_python(source: Source, error: Exception) -> Diagnostic:
+    line = getattr(error, "lineno", None) or 1
+    column = getattr(error, "offset", None) or 1
+    starts = source.line_starts
+    at = min(starts[min(line, len(starts)) - 1] + max(0, column - 1), len(source.text))
+    reason = getattr(error, "msg", None) or str(error)
+    message = f"this is no Python: {reason}"
+    return Diagnostic("not-python", message, Label(Span(source, at, min(at + 1, len(source.text)))))
+
+
+class _Reader:
+    def __init__(self, source: Source, path: Path, alias: str, report: Report) -> None:
+        self.source = source
+        self.path = path
+        self.alias = alias
+        self.report = report
+        self.records: dict[str, ast.ClassDef] = {}
+        self.types: dict[str, Type] = {}
+        self._resolving: set[str] = set()
+
+    def read(self, parsed: ast.Module) -> PythonFile:
+        self.records = {c.name: c for c in _records(parsed)}
+        operators: dict[str, Op] = {}
+        for node in parsed.body:
+            if isinstance(node, ast.AsyncFunctionDef) and not node.name.startswith("_"):
+                self._tell(_Unreadable(node, f"`{node.name}` is a coroutine, not an operator"))
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                try:
+                    operators[node.name] = self._operator(node)
+                except _Unreadable as error:
+                    self._tell(error)
+                    operators[node.name] = self._unknown(node)
+        for name in self.records:
+            try:
+                self._record(name)
+            except _Unreadable as error:
+                self._tell(error)
+        gives = {name: op.function.gives for name, op in operators.items() if op.function}
+        return PythonFile(self.path, operators, {**gives, **self.types})
+
+    def _tell(self, error: _Unreadable) -> None:
+        label = Label(self._span(error.node))
+        self.report(Diagnostic("bad-signature", error.message, label, help=error.help))
+
+    def _span(self, node: ast.AST) -> Span:
+        """The place of a piece of Python; of a function or class, its first line."""
+        line, column = getattr(node, "lineno", 1), getattr(node, "col_offset", 0)
+        starts = self.source.line_starts
+        text = self.source.line(line)
+        start = starts[line - 1] + len(text.encode()[:column].decode("utf-8", "ignore"))
+        end_line = getattr(node, "end_lineno", None)
+        if end_line != line:
+            return Span(self.source, start, starts[line - 1] + len(text))
+        tail = text.encode()[: getattr(node, "end_col_offset", 0)].decode("utf-8", "ignore")
+        return Span(self.source, start, starts[line - 1] + len(tail))
+
+    def _unknown(self, node: ast.FunctionDef) -> Op:
+        function = PythonFunction(
+            self.path, node.name, f"{self.alias}.{node.name}", UNKNOWN, UNKNOWN, False
+        )
+        return _op(function, "", (), lambda given, params: UNKNOWN)
+
+    def _operator(self, node: ast.FunctionDef) -> Op:
+        shown = f"{self.alias}.{node.name}"
+        args = node.args
+        positional = [*args.posonlyargs, *args.args]
+        if args.vararg or args.kwarg or not positional:
+            raise _Unreadable(
+                node,
+                f"`{node.name}` takes its item first, and then parameters with names",
+                help=f"def {node.name}(item: bytes) -> str:",
+            )
+        if node.returns is None:
+            raise _Unreadable(
+                node,
+                f"`{node.name}` does not say what it gives",
+                help=f"def {node.name}(...) -> str:",
+            )
+        is_batched = any(_name(d) == "batched" for d in node.decorator_list)
+        bare = len(positional) - len(args.defaults)
+        items, rest = positional[: max(1, bare)], positional[max(1, bare) :]
+        takes = [(a.arg, self._annotation(a, is_batched)) for a in items]
+        gives = self._type(node.returns)
+        gives = self._element(node.returns, gives) if is_batched else gives
+        item = takes[0][1] if len(takes) == 1 else Record(tuple(takes))
+        fields = tuple(name for name, _ in takes) if len(takes) > 1 else ()
+        function = PythonFunction(self.path, node.name, shown, item, gives, is_batched, fields)
+        defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
+        params = [self._param(a, d) for a, d in zip(positional, defaults, strict=True) if a in rest]
+        params += [
+            self._param(a, d, is_named=True)
+            for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True)
+        ]
+        doc = (ast.get_docstring(node) or "").partition("\n")[0]
+        return _op(function, doc, tuple(params), _rule(function))
+
+    def _annotation(self, given: ast.arg, is_batched: bool) -> Type:
+        if given.annotation is None:
+            message = f"`{given.arg}` has no type"
+            raise _Unreadable(given, message, help=f"{given.arg}: bytes")
+        kind = self._type(given.annotation)
+        return self._element(given.annotation, kind) if is_batched else kind
+
+    def _element(self, node: ast.AST, kind: Type) -> Type:
+        if not isinstance(kind, ListOf):
+            raise _Unreadable(node, "a batched operator takes and gives lists", help="list[str]")
+        return kind.item
+
+    def _param(self, given: ast.arg, default: ast.expr | None, *, is_named: bool = False) -> Param:
+        kind = _KINDS.get(_name(given.annotation) if given.annotation else "", "value")
+        try:
+            value = ast.literal_eval(default) if default is not None else None
+        except ValueError:
+            value = None
+        return Param(
+            given.arg,
+            kind,
+            "",
+            value,
+            is_named=is_named,
+            is_required=default is None,
+            is_live=True,
+        )
+
+    # Types
+
+    def _type(self, node: ast.expr) -> Type:
+        """The type that an annotation says. Raises _Unreadable."""
+        if isinstance(node, ast.Constant) and node.value is None:
+            raise _Unreadable(node, "an operator gives something")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return self._written(node, node.value)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+            return self._union(node)
+        if isinstance(node, ast.Subscript):
+            return self._subscript(node)
+        name = _name(node)
+        if name in _PLAIN:
+            return NAMED[_PLAIN[name]]
+        if name in _ARRAYS:
+            return ANY_ARRAY
+        if name == "Any":
+            return UNKNOWN
+        if name in self.records:
+            return self._record(name)
+        raise _Unreadable(
+            node,
+            f"`{ast.unparse(node)}` is no type of the language",
+            help='Annotated[np.ndarray, "tensor<f32, 512>"]',
+        )
+
+    def _union(self, node: ast.BinOp) -> Type:
+        sides = (node.left, node.right)
+        others = [s for s in sides if not (isinstance(s, ast.Constant) and s.value is None)]
+        if len(others) != 1:
+            raise _Unreadable(node, "a type is one type, or one or None", help="str | None")
+        return optional(self._type(others[0]))
+
+    def _subscript(self, node: ast.Subscript) -> Type:
+        name, inner = _name(node.value), node.slice
+        if name == "Optional":
+            return optional(self._type(inner))
+        if name in ("list", "List", "Sequence"):
+            return ListOf(self._type(inner))
+        if name in _ARRAYS:
+            return ANY_ARRAY
+        parts = inner.elts if isinstance(inner, ast.Tuple) else []
+        if name == "Annotated" and len(parts) > 1:
+            said = parts[1]
+            if isinstance(said, ast.Constant) and isinstance(said.value, str):
+                return self._written(said, said.value)
+            return self._type(parts[0])
+        raise _Unreadable(node, f"`{ast.unparse(node)}` is no type of the language")
+
+    def _record(self, name: str) -> Type:
+        if name in self.types:
+            return self.types[name]
+        node = self.records[name]
+        if name in self._resolving:
+            raise _Unreadable(node, f"`{name}` would hold itself")
+        self._resolving.add(name)
+        fields = [
+            (part.target.id, self._type(part.annotation))
+            for part in node.body
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+        ]
+        self._resolving.discard(name)
+        self.types[name] = Record(tuple(fields), name)
+        return self.types[name]
+
+    def _written(self, node: ast.expr, text: str) -> Type:
+        """A type in the language's own words."""
+        program, problems, _ = parse_leniently(Source("", f"type it = {text}"))
+        module = Module(Source("", ""), "", self.path.parent)
+        module.types = WrittenTypes(module, problems.append)
+        for item in program.items:
+            module.types.declare(item)  # type: ignore[arg-type]
+        kind = module.types.declared("it")
+        if problems or kind is None:
+            reason = f": {problems[0].message}" if problems else ""
+            raise _Unreadable(node, f"`{text}` is no type of the language{reason}")
+        return Record(kind.fields) if isinstance(kind, Record) and kind.name == "it" else kind
+
+
+def _name(node: ast.AST | None) -> str:
+    """The last name of `a.b.c`, `a.b.c(...)` or `a.b.c[...]`."""
+    if isinstance(node, ast.Call):
+        return _name(node.func)
+    if isinstance(node, ast.Subscript):
+        return _name(node.value)
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _records(parsed: ast.Module) -> Iterator[ast.ClassDef]:
+    """The classes that are records: TypedDict, NamedTuple and dataclasses."""
+    for node in parsed.body:
+        if isinstance(node, ast.ClassDef):
+            marks = {_name(b) for b in node.bases} | {
+                "dataclass" for d in node.decorator_list if _name(d) == "dataclass"
+            }
+            if marks & {*_RECORDS, "dataclass"}:
+                yield node
+
+
+def _rule(function: PythonFunction) -> Callable[[Type, Any], Type]:
+    def rule(given: Type, params: Any) -> Type:
+        if not isinstance(given, Unknown) and not fits(given, function.takes):
+            raise Mismatch(str(function.takes))
+        return function.gives
+
+    return rule
+
+
+def _op(
+    function: PythonFunction,
+    doc: str,
+    params: tuple[Param, ...],
+    rule: Callable[[Type, Any], Type],
+) -> Op:
+    return Op(
+        function.shown, doc, "python", function.takes, rule, params, SETTINGS, function=function
+    )

@@ -1,0 +1,165 @@
+"""Values held against their types where foreign code made them, and made plain.
+
+Layer 3. What an operator in Python gives is checked here: that it is of the type it was declared
+with, so that a lie is told at its operator and not stages later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from flowlang.plan.types import (
+    ANY_ARRAY,
+    Image,
+    ListOf,
+    Optional,
+    Record,
+    Scalar,
+    Tensor,
+    Type,
+    shape_text,
+)
+from flowlang.runtime.ort import numpy_dtype
+
+Conform: TypeAlias = Callable[[Any], Any]
+
+_PLAIN: Mapping[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "path": (str,),
+    "bool": (bool,),
+    "duration": (float, int),
+}
+
+
+class NotOfType(Exception):
+    """A value is not of the type that was declared."""
+
+
+def conforming(kind: Type) -> Conform:
+    """What gives a value as flows hold it, and raises NotOfType where it is not of this type."""
+    if isinstance(kind, Optional):
+        inner = conforming(kind.item)
+        return lambda value: None if value is None else inner(value)
+    if isinstance(kind, ListOf):
+        return _list(kind)
+    if isinstance(kind, Record):
+        return _record(kind)
+    if isinstance(kind, (Tensor, Image)):
+        return _array(kind)
+    if isinstance(kind, Scalar) and kind.name == "bytes":
+        return _bytes
+    if isinstance(kind, Scalar) and kind.name in _PLAIN:
+        return _scalar(kind)
+    return _plain
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy as Python's own; anything else as it is."""
+    return (
+        value.item() if hasattr(value, "dtype") and getattr(value, "shape", None) == () else value
+    )
+
+
+def _bytes(value: Any) -> Any:
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise NotOfType(f"{_called(value)} is not bytes")
+    return bytes(value)
+
+
+def _scalar(kind: Scalar) -> Conform:
+    wanted = _PLAIN[kind.name]
+
+    def conform(value: Any) -> Any:
+        value = _plain(value)
+        if not isinstance(value, wanted) or isinstance(value, bool) != (kind.name == "bool"):
+            raise NotOfType(f"{_called(value)} is not {kind}")
+        return float(value) if kind.name == "float" else value
+
+    return conform
+
+
+def _list(kind: ListOf) -> Conform:
+    inner = conforming(kind.item)
+
+    def conform(value: Any) -> Any:
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+            if not hasattr(value, "tolist"):
+                raise NotOfType(f"{_called(value)} is not {kind}")
+            value = value.tolist()
+        found = []
+        for index, part in enumerate(value):
+            try:
+                found.append(inner(part))
+            except NotOfType as error:
+                raise NotOfType(f"element {index}: {error}") from None
+        return found
+
+    return conform
+
+
+def _record(kind: Record) -> Conform:
+    inner = {name: conforming(part) for name, part in kind.fields}
+    needed = {name for name, part in kind.fields if not isinstance(part, Optional)}
+
+    def conform(value: Any) -> Any:
+        fields = _fields(value)
+        if fields is None:
+            raise NotOfType(f"{_called(value)} is not {kind}")
+        missing = needed - fields.keys()
+        if missing or fields.keys() - inner.keys():
+            raise NotOfType(
+                f"it has the fields {', '.join(map(str, fields))}, not {', '.join(inner)}"
+            )
+        found = {}
+        for name, check in inner.items():
+            try:
+                found[name] = check(fields.get(name))
+            except NotOfType as error:
+                raise NotOfType(f"`{name}`: {error}") from None
+        return found
+
+    return conform
+
+
+def _fields(value: Any) -> Mapping[str, Any] | None:
+    """A dict, dataclass or named tuple by its fields; None for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return value._asdict() if hasattr(value, "_asdict") else None
+
+
+def _array(kind: Tensor | Image) -> Conform:
+    if isinstance(kind, Image):
+        sides = (kind.height, kind.width)
+        shape = sides if kind.colour == "gray" else (*sides, 3)
+    else:
+        shape = kind.shape or ()
+
+    def conform(value: Any) -> Any:
+        import numpy as np
+
+        array = np.asarray(value)
+        if kind == ANY_ARRAY:
+            return array
+        dtype = numpy_dtype(kind.dtype)
+        if array.dtype.kind not in "biuf" or not np.can_cast(array.dtype, dtype, "same_kind"):
+            raise NotOfType(f"an array of {array.dtype} is not {kind}")
+        known = isinstance(kind, Image) or kind.shape is not None
+        if known and (
+            len(shape) != array.ndim
+            or any(w not in (None, s) for w, s in zip(shape, array.shape, strict=True))
+        ):
+            raise NotOfType(f"an array of shape {shape_text(array.shape)} is not {kind}")
+        return array.astype(dtype, copy=False)
+
+    return conform
+
+
+def _called(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
