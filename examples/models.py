@@ -106,6 +106,24 @@ class Network:
         """Append an average over height and width: [N, C, H, W] -> [N, C]."""
         return self.node("Flatten", [self.node("GlobalAveragePool", [source])], axis=1)
 
+    def flat(self, source: str, rows: int, columns: int) -> str:
+        """Append a change of shape to [N, rows, columns]."""
+        import numpy as np
+
+        shape = np.asarray([0, rows, columns], "int64")
+        return self.node("Reshape", [source, self._constant("shape", shape)])
+
+    def spread(self, values: np.ndarray[Any, Any], like: str) -> str:
+        """Append a constant [rows, columns], once for each item of the batch of `like`."""
+        import numpy as np
+
+        # Zero times the mean of the item: the batch is known only when the graph runs.
+        mean = self.node("ReduceMean", [like], axes=[1, 2], keepdims=0)
+        mean = self.node("ReduceMean", [mean], axes=[1], keepdims=1)
+        nothing = self.node("Mul", [mean, self._weight("zero", np.zeros(1))])
+        nothing = self.flat(nothing, 1, 1)
+        return self.node("Add", [nothing, self._weight("grid", values[None])])
+
     def model(self, recipe: str) -> onnx.ModelProto:
         """Close the graph; `recipe` goes into the model's doc string."""
         from onnx import helper
@@ -121,12 +139,15 @@ class Network:
             opset_imports=[helper.make_opsetid("", OPSET)],
         )
 
-    def _weight(self, prefix: str, array: np.ndarray[Any, Any]) -> str:
+    def _constant(self, prefix: str, array: np.ndarray[Any, Any]) -> str:
         from onnx import numpy_helper
 
         name = f"{prefix}_{len(self._nodes)}"
-        self._weights.append(numpy_helper.from_array(array.astype("float32"), name))
+        self._weights.append(numpy_helper.from_array(array, name))
         return name
+
+    def _weight(self, prefix: str, array: np.ndarray[Any, Any]) -> str:
+        return self._constant(prefix, array.astype("float32"))
 
     def _balanced(self, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         """He's initialisation with every filter summing to zero.
@@ -292,6 +313,80 @@ def two_inputs(path: str | Path, *, size: int = 64, seed: int = 0) -> Path:
         both = network.node("Concat", [pooled, features], axis=1)
         network.dense(both, 40, 10, "scores", gain=2.0)
         network.output("scores", ("N", 10))
+        return network.model(recipe)
+
+    return _write(path, recipe, build)
+
+
+def detector(
+    path: str | Path,
+    *,
+    head: str = "yolov8",
+    side: int = 640,
+    classes: Sequence[str] = ("person", "dog", "car", "bus", "truck"),
+    seed: int = 0,
+) -> Path:
+    """Write a detector: `images` [N, 3, side, side] -> `output0`, laid out as its head gives it.
+
+    It sees in cells of 8, 16 and 32 pixels. What it reports is a matter of brightness and colour,
+    so that different pictures give different boxes; the boxes have the size of a few cells. `head`
+    is yolov8 (4 + classes rows, a column for each cell) or yolox (a row for each cell of offsets,
+    logarithms of sizes, objectness and classes). The class names stand in the metadata.
+    """
+    recipe = _recipe("detector", head, side, *classes, seed)
+
+    def build() -> onnx.ModelProto:
+        network = Network(seed)
+        source = network.input("images", ("N", 3, side, side))
+        parts = [_cells(network, source, head, side, step, len(classes)) for step in (8, 16, 32)]
+        joined = network.node("Concat", parts, "output0" if head == "yolov8" else "", axis=2)
+        cells = sum((side // step) ** 2 for step in (8, 16, 32))
+        if head == "yolov8":
+            network.output("output0", ("N", 4 + len(classes), cells))
+        else:
+            network.node("Transpose", [joined], "output0", perm=[0, 2, 1])
+            network.output("output0", ("N", cells, 5 + len(classes)))
+        model = network.model(recipe)
+        entry = model.metadata_props.add()
+        entry.key, entry.value = "names", str(dict(enumerate(classes)))
+        return model
+
+    return _write(path, recipe, build)
+
+
+def _cells(network: Network, source: str, head: str, side: int, step: int, classes: int) -> str:
+    """Boxes and scores of one size of cells: [N, rows, cells]."""
+    import numpy as np
+
+    across = side // step
+    seen = network.node("AveragePool", [source], kernel_shape=[step] * 2, strides=[step] * 2)
+    scores = network.node("Sigmoid", [network.conv(seen, 3, classes, 1, gain=8.0 / step)])
+    scores = network.flat(scores, classes, across * across)
+    grid = np.stack(np.meshgrid(np.arange(across), np.arange(across)), 0).reshape(2, -1)
+    if head == "yolov8":
+        boxes = np.concatenate([(grid + 0.5) * step, np.full_like(grid, 3 * step)])
+        parts = [network.spread(boxes, source), scores]
+    else:
+        inside = np.concatenate([np.full(grid.shape, 0.5), np.full(grid.shape, np.log(3.0))])
+        parts = [network.spread(inside, source), network.spread(np.ones_like(grid[:1]), source)]
+        parts.append(scores)
+    return network.node("Concat", parts, axis=1)
+
+
+def recogniser(
+    path: str | Path, *, height: int = 32, width: int = 512, classes: int = 97, seed: int = 0
+) -> Path:
+    """Write a reader of lines: `x` [N, 1, height, width] -> `steps` [N, width / 8, classes]."""
+    recipe = _recipe("recogniser", height, width, classes, seed)
+
+    def build() -> onnx.ModelProto:
+        network = Network(seed)
+        source = network.input("x", ("N", 1, height, width))
+        columns = network.node("AveragePool", [source], kernel_shape=[height, 8], strides=[height, 8])
+        values = network.flat(network.conv(columns, 1, classes, 1, gain=0.02), classes, width // 8)
+        rows = network.node("Transpose", [values], perm=[0, 2, 1])
+        network.node("Softmax", [rows], "steps", axis=2)
+        network.output("steps", ("N", width // 8, classes))
         return network.model(recipe)
 
     return _write(path, recipe, build)

@@ -28,6 +28,7 @@ __all__ = [
     "RequestError",
     "StageFailed",
     "__version__",
+    "batched",
     "check",
     "load",
 ]
@@ -48,9 +49,16 @@ if TYPE_CHECKING:
         RequestError,
         StageFailed,
     )
+    from flowlang.mark import batched
     from flowlang.plan.files import check
 
-_MODULE = {"App": "app", "Flow": "app", "load": "app", "check": "plan.files"}
+_MODULE = {
+    "App": "app",
+    "Flow": "app",
+    "batched": "mark",
+    "check": "plan.files",
+    "load": "app",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,6 @@ blocking calls, Futures, `await` and whole iterables.
 from __future__ import annotations
 
 import asyncio
-import functools
 import importlib
 import threading
 import time
@@ -30,7 +29,7 @@ from flowlang.runtime.machine import this_machine
 from flowlang.runtime.request import FutureReply, LoopReply, Request, Waiter
 from flowlang.runtime.scheduler import Scheduler
 from flowlang.runtime.seal import KeySource
-from flowlang.runtime.stage import Lane, Watch
+from flowlang.runtime.stage import Lane, Lanes, Watch
 
 GRACE_S = 30.0
 END_S = 10.0  # for a batch under way when the program ends
@@ -213,18 +212,10 @@ class App:
         self.physical = physical
         self.scheduler = Scheduler(physical, time.monotonic)
         self.flows: Mapping[str, Flow] = {p.name: Flow(self, p) for p in physical.programs}
-        self._watch = Watch(self.scheduler)
         self._instances = Instances(physical, Path(engines) if engines is not None else None, key)
-        self._lanes = [
-            Lane(
-                self.scheduler,
-                stage,
-                number,
-                functools.partial(self._instances.make, stage.plan, number),
-            )
-            for stage in self.scheduler.stages
-            for number in range(stage.plan.instances)
-        ]
+        lanes = Lanes(self.scheduler, self._instances.make)
+        self._watch = Watch(self.scheduler, lanes.replace_stuck)
+        self._lanes = lanes.all
         # Also for an app that nobody closes: a thread inside ONNX Runtime when the interpreter ends
         # would take the process down with it.
         self._end = weakref.finalize(
@@ -298,7 +289,7 @@ class App:
         in_time = self.scheduler.drain(grace_s)
         self.scheduler.close()
         for lane in self._lanes:
-            if lane.is_alive():
+            if lane.is_alive() and not lane.is_abandoned:
                 lane.join(5.0 if in_time else 0.2)
         self.scheduler.abandon([item for lane in self._lanes for item in lane.items])
         if in_time:
@@ -321,7 +312,7 @@ def _end(scheduler: Scheduler, watch: Watch, lanes: list[Lane], instances: Insta
     """Let the threads of an app come to their end. What still waits is answered with Draining."""
     scheduler.close()
     watch.stop()
-    for thread in (*lanes, watch):
+    for thread in (*(lane for lane in lanes if not lane.is_abandoned), watch):
         if thread.is_alive() and thread is not threading.current_thread():
             thread.join(END_S)
     instances.close()

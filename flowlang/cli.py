@@ -1,4 +1,4 @@
-"""The command line: check, fmt, explain, run, serve, explain-error.
+"""The command line: every command, its options and its exit status.
 
 Layer 4. Exit status: 0 all well, 1 an item or a check failed, 2 wrong use.
 """
@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,6 +18,7 @@ import click
 
 from flowlang import __version__
 from flowlang.diagnostics import (
+    BadRequest,
     CompileError,
     Diagnostic,
     FlowError,
@@ -152,6 +154,13 @@ _device = click.option(
     metavar="DEVICE",
     callback=_checked_device,
     help="Where to run: cpu, gpu or gpu:NUMBER. The default is the GPU where there is one.",
+)
+
+
+_engines = click.option(
+    "--engines",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The folder of built TensorRT engines, in place of the user's cache.",
 )
 
 
@@ -296,14 +305,25 @@ def explain_error(slug: str | None) -> None:
     "--json", "as_json", is_flag=True, help="One JSON object a line: path, result or error."
 )
 @click.option("--flow", "name", help="Which flow, where the file serves several.")
+@click.option(
+    "--param",
+    "parameters",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_values,
+    help="A parameter of the flow, as a request would bring it.",
+)
 @_device
+@_engines
 @_plan_options
 def run(
     file: str,
     pictures: tuple[Path, ...],
     as_json: bool,
     name: str | None,
+    parameters: dict[str, str],
     device: str | None,
+    engines: Path | None,
     values: dict[str, str],
     schedule: str | None,
     key: Key | None,
@@ -316,9 +336,13 @@ def run(
     if not paths:
         raise click.BadParameter("there is no file in the folders given", param_hint="PICTURES")
     secret = key.secret if key else None
-    with load(file, device=device, values=values, schedule=schedule, key=secret) as app:
+    with load(
+        file, device=device, values=values, schedule=schedule, engines=engines, key=secret
+    ) as app:
+        flow = _flow(app, name)
+        given = _parameters(flow, parameters)
         try:
-            answers = with_progress(answers_of(_flow(app, name), paths), len(paths))
+            answers = with_progress(answers_of(flow, paths, given), len(paths))
             failures = (print_json if as_json else print_text)(paths, answers)
         except KeyboardInterrupt:
             app.close(0.0)
@@ -351,17 +375,66 @@ def _flow(app: App, name: str | None) -> Flow:
     return flow
 
 
+def _parameters(flow: Flow, texts: dict[str, str]) -> dict[str, Any]:
+    """The parameters of a flow out of their texts. Raises UsageError."""
+    from flowlang.serve.form import ParameterReader
+
+    try:
+        return ParameterReader(flow.parameters).of_texts(texts)
+    except BadRequest as error:
+        raise click.UsageError(error.message) from None
+
+
+@main.command()
+@click.argument("file", type=_FILE)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The folder to put the engines in, for --engines; the default is the user's cache.",
+)
+@_device
+@_plan_options
+def build(
+    file: str,
+    output: Path | None,
+    device: str | None,
+    values: dict[str, str],
+    schedule: str | None,
+    key: Key | None,
+) -> None:
+    """Build the TensorRT engines of FILE ahead of time, so that serving it starts at once."""
+    from flowlang.plan.files import compile_file
+    from flowlang.plan.physical import lower
+    from flowlang.runtime.build import build_engines
+    from flowlang.runtime.engine_store import EngineStore, default_directory
+    from flowlang.runtime.machine import this_machine
+
+    machine = this_machine(device or "gpu")
+    plan = compile_file(file, values=values, schedule=schedule, opener=_opener(key))
+    start_s = time.monotonic()
+
+    def progress(model: str, step: str) -> None:
+        click.echo(f"{time.monotonic() - start_s:7.1f} s  {model}: {step}", err=True)
+
+    store = EngineStore(output or default_directory(), key)
+    for built in build_engines(lower(plan, machine), store, progress):
+        how = f"built in {built.seconds:.1f} s" if built.seconds else "was there already"
+        click.echo(f"{built.model}: {how}, {shown(built.path)}")
+
+
 @main.command()
 @click.argument("files", nargs=-1, required=True, type=_FILE)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @_device
+@_engines
 @_plan_options
 def serve(
     files: tuple[str, ...],
     host: str,
     port: int,
     device: str | None,
+    engines: Path | None,
     values: dict[str, str],
     schedule: str | None,
     key: Key | None,
@@ -386,4 +459,6 @@ def serve(
                 raise FlowError(f"{both} both serve a flow named `{flow.name}`: rename one")
             owners[flow.name] = file
     stages = [(plan, lower(plan, machine)) for plan in plans.values()]
-    sys.exit(serve_http(lambda: [App(*stage, key=key) for stage in stages], host, port))
+    sys.exit(
+        serve_http(lambda: [App(*stage, engines=engines, key=key) for stage in stages], host, port)
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ def shown(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def answers_of(flow: Flow, paths: list[Path]) -> Iterator[Any]:
+def answers_of(
+    flow: Flow, paths: list[Path], parameters: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
     """What becomes of each file: a result, a RequestError or an OSError."""
     unread: dict[int, OSError] = {}
 
@@ -37,7 +39,7 @@ def answers_of(flow: Flow, paths: list[Path]) -> Iterator[Any]:
                 unread[index], content = error, b""
             yield content
 
-    for index, answer in enumerate(flow.map(contents(), errors="return")):
+    for index, answer in enumerate(flow.map(contents(), errors="return", **(parameters or {}))):
         answer = unread.get(index, answer)
         if isinstance(answer, Exception) and not isinstance(answer, (RequestError, OSError)):
             raise answer

@@ -43,6 +43,9 @@ MODELS: dict[str, tuple[list[Port], list[Port]]] = {
         [("left", "f32", ("N", 1000)), ("right", "f32", ("N", 1000))],
         [("score", "f32", ("N", 1))],
     ),
+    "yolov8n.onnx": (
+        [("images", "f32", ("N", 3, 640, 640))], [("output0", "f32", ("N", 84, 8400))],
+    ),
     "rec.onnx": ([("x", "f32", ("N", 1, 32, 512))], [("steps", "f32", ("N", 64, 97))]),
 }
 TEXTS = {
@@ -50,6 +53,41 @@ TEXTS = {
     "models/imagenet.txt": "".join(f"class {i}\n" for i in range(1000)),
     "keys.txt": "".join(f"{chr(0x61 + i % 26)}\n" for i in range(96)),
     "notes.txt": "not a model\n",
+    "common.flow": "flow prep(size: int = 224) = resize(size) -> rgb -> normalize(imagenet)\n",
+    "first.flow": 'use "second.flow" as second\nflow prep = second.prep\n',
+    "second.flow": 'use "first.flow" as first\nflow prep = first.prep\n',
+    "itself.flow": 'use "itself.flow" as itself\nflow prep = resize(224)\n',
+    "post.py": """\
+import numpy as np
+
+def word(item: str) -> str:
+    return item
+
+def part(image: np.ndarray, *, side: int) -> str:
+    return str(image.shape)
+""",
+    "broken.py": "def part(image: bytes) -> str\n    return ''\n",
+    "binary.py": "\0\0\0",
+    "vague.py": """\
+def untyped(image):
+    return image
+
+def gives_nothing(image: bytes):
+    print(image)
+
+def takes_anything(*images: bytes) -> str:
+    return str(images)
+
+def strange(image: bytes) -> complex:
+    return 1j
+
+def wrong_words(image: bytes) -> "tensor<f32, many>":
+    return image
+
+def bare(image) -> str:
+    return ''
+""",
+    "coroutine.py": "async def part(image: bytes) -> str:\n    return ''\n",
 }
 
 

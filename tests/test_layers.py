@@ -18,19 +18,20 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "flowlang").rglob("*.py"))
 # The faces come last: `serve` is built on the app, and the command line on both.
 LAYERS = (
-    *("diagnostics", "syntax", "plan", "runtime"),
-    *("items", "app", "serve", "rows", "cli", "__main__"),
+    *("diagnostics", "mark", "syntax", "plan", "runtime"),
+    *("items", "app", "serve", "rows", "doc", "highlight", "editor", "cli", "__main__"),
 )
 HOMES = {
     "lark": {"syntax.parse", "syntax.read", "syntax.complaint"},
     "onnx": {"runtime.rework"},  # plan.onnx loads its messages alone, without the package
     "google": {"plan.onnx"},
-    "cv2": {"runtime.host"},
+    "cv2": {"runtime.vision"},
     "onnxruntime": {"runtime.ort", "runtime.rework"},
     "nvidia": {"runtime.dali"},
     "tensorrt": {"runtime.trt"},
     "cuda": {"runtime.cuda"},
     "cryptography": {"runtime.seal"},
+    "python_multipart": {"serve.form"},
     "uvicorn": {"serve.http"},
     "click": {"cli", "rows"},
     "rich": {"cli", "rows"},

@@ -260,7 +260,7 @@ class Binder:
             self.report(
                 Diagnostic(
                     "missing-parameter",
-                    f"`{op.name}` needs its `{param.name}`: {param.doc}",
+                    f"`{op.name}` needs its `{param.name}`" + (param.doc and f": {param.doc}"),
                     Label(call.span),
                     note=_signature(op),
                 )
@@ -293,7 +293,7 @@ class Binder:
 
     def _check_sides(self, call: tree.Call, op: Op, bound: Bound) -> None:
         """A size is one number, or `h` and `w`, as the way of fitting asks."""
-        if "image" in bound.live or bound.params.get("multiple") and op.name == "pad":
+        if "image" in bound.live or (op.name == "pad" and bound.params["multiple"]):
             return  # of a box, or as far as the next multiple
         sides = [bound.params[n] for n in ("h", "w") if n in bound.spans]
         fit = bound.params.get("fit", "stretch")

@@ -127,7 +127,9 @@ class _Checker:
         roots = [
             name
             for name, declared in flows.items()
-            if name in served or name not in extents.mentioned or declared.flow.signature
+            if declared.module is module
+            and (name in served or name not in extents.mentioned or declared.flow.signature)
+            and (name in served or all(i.default is not None for i in declared.flow.inputs))
         ]
         if not extents.can_unroll(roots):
             return ()
@@ -203,7 +205,11 @@ class _Checker:
         if isinstance(kind, Image) and not flow.signature and not is_served:
             kind = UNKNOWN  # a part of something: sized and coloured where it is mentioned
         item = Node(graph.INPUT, {}, (), kind, flow.name_span, scope.site(flow.name_span))
-        parameters = self._parameters(declared, elaborator, scope, item)
+        parameters = []
+        if is_served:
+            parameters = self._parameters(declared, elaborator, scope, item)
+        else:
+            elaborator.calls.set_defaults(declared, item, scope)
         output = elaborator.flow(declared, item, scope)
         if is_served and isinstance(kind, Unknown) and len(self.diagnostics) == before:
             self._check_input(declared, output)
@@ -219,7 +225,7 @@ class _Checker:
         for given in declared.flow.inputs:
             kind = declared.module.types.resolve(given.type)
             node = Node(graph.INPUT, {}, (), kind, given.span, scope.site(given.span))
-            default = elaborator.default(declared, given, item)
+            default = elaborator.calls.default(declared, given, item)
             scope.values[given.name] = node
             found.append(Parameter(node, given.name, kind, default))
         return found

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from flowlang.diagnostics import Diagnostic, Label
 from flowlang.plan import graph
 from flowlang.plan.arguments import Bound
-from flowlang.plan.expression import Expression, is_plain
-from flowlang.plan.fitting import mismatch
+from flowlang.plan.expression import Expression, is_plain, widened
+from flowlang.plan.extent import ungrouped
 from flowlang.plan.graph import Body, Node
 from flowlang.plan.ops import Op
 from flowlang.plan.scope import Bodies, Scope, start
@@ -49,7 +49,7 @@ class Control:
     ) -> Body:
         """The body that `expr` is for an item of this type."""
         inside = scope.inside()
-        item = start(inside, kind, expr.span)
+        item = start(kind, bodies.inputs[0])
         apply = self._elaborator.operand if is_value else self._elaborator.apply
         return bodies.add(item, apply(expr, item, inside), inside)
 
@@ -61,9 +61,9 @@ class Control:
         if op.name == "top" and not self._suits_top(node, bound, given):
             return self._elaborator.unknown(node.span, node.inputs[0], scope)
         if not bound.bodies:
-            return self._elaborator.typed(node, op)
+            return self._elaborator.calls.typed(node, op)
         if not isinstance(given, (ListOf, Unknown)):
-            return self._elaborator.typed(node, op)  # which says so
+            return self._elaborator.calls.typed(node, op)  # which says so
         (name, expr), *_ = bound.bodies.items()
         bodies = Bodies(list(node.inputs))
         element = given.item if isinstance(given, ListOf) else UNKNOWN
@@ -71,7 +71,7 @@ class Control:
         if op.name == "map":
             params = {**node.params, "stage": body}
             node = replace(node, op=graph.MAP, params=params, inputs=tuple(bodies.inputs))
-            node = self._elaborator.typed(node, op)
+            node = self._elaborator.calls.typed(node, op)
             params = {n: v for n, v in params.items() if n != "stage"}
             return replace(node, params=params, bodies=(body,))
         if not self._suits(name, body.output, expr):
@@ -79,11 +79,11 @@ class Control:
         if is_plain(body):
             params = {**node.params, name: Expression(body, expr.span.text)}
             inputs = tuple(bodies.inputs)
-            return self._elaborator.typed(replace(node, params=params, inputs=inputs), op)
+            return self._elaborator.calls.typed(replace(node, params=params, inputs=inputs), op)
         return self._select(node, name, body, bodies)
 
     def _select(self, node: Node, name: str, body: Body, bodies: Bodies) -> Node:
-        """`filter` by a condition with operators in it: it is run as `map`, then the list sifted."""
+        """`filter` by a condition with operators in it: it is run as `map`, and the list sifted."""
         if name != "condition":
             message = "`by` is an expression on the element, without operators"
             self._report(Diagnostic("not-a-constant", message, Label(node.param_spans[name])))
@@ -117,7 +117,8 @@ class Control:
             return self.is_condition(output, expr)
         if isinstance(kind, Unknown) or without_null(kind) in (INT, FLOAT, STR):
             return True
-        mismatch(self._report, expr.span, output, "this cannot be ranked", "wants a number")
+        message = "a list is ranked by numbers or texts"
+        self._report(Diagnostic("type-mismatch", message, Label(expr.span, f"gives {kind}")))
         return False
 
     def is_condition(self, output: Node, expr: tree.Expr) -> bool:
@@ -242,7 +243,8 @@ class Control:
     ) -> Node:
         site = scope.site(expr.span)
         inputs = tuple(bodies.inputs)
-        return Node(op, params, inputs, kind, expr.span, site, bodies=tuple(bodies.made))
+        made = tuple(replace(b, output=widened(b.output, kind)) for b in bodies.made)
+        return Node(op, params, inputs, kind, expr.span, site, bodies=made)
 
     def _one_type(
         self,
@@ -257,13 +259,13 @@ class Control:
         for way, other in zip(ways[1:], kinds[1:], strict=True):
             both = unify(kind, other)
             if both is None:
-                first = Label(ways[0].span, f"gives {kinds[0]}")
+                first = Label(ungrouped(ways[0]).span, f"gives {kinds[0]}")
                 mend = _mend(kinds[0], other, ways[0], way)
                 self._report(
                     Diagnostic(
                         "branch-types",
                         f"{what} give different types",
-                        Label(way.span, f"gives {other}"),
+                        Label(ungrouped(way).span, f"gives {other}"),
                         (first,),
                         help=mend,
                     )

@@ -6,22 +6,29 @@ are written, so that all mentions share one physical thing.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
-from flowlang.plan.arguments import Binder, Bound, Report, did_you_mean
+from flowlang.plan.arguments import Report, did_you_mean
+from flowlang.plan.calls import Calls
 from flowlang.plan.control import Control
-from flowlang.plan.expression import Unsuited, binary_type, field_type, fields_of, unary_type
-from flowlang.plan.extent import field_value
-from flowlang.plan.fitting import ModelFitter, called, mismatch, shape_source
-from flowlang.plan.graph import Live, Node
-from flowlang.plan.model import input_type
-from flowlang.plan.module import Declared, Module
+from flowlang.plan.expression import (
+    Unsuited,
+    binary_type,
+    field_type,
+    fields_of,
+    unary_type,
+    widened,
+)
+from flowlang.plan.extent import field_value, ungrouped
+from flowlang.plan.fitting import called, mismatch
+from flowlang.plan.graph import Node
+from flowlang.plan.model import input_type, tensor_packing
+from flowlang.plan.module import Declared
 from flowlang.plan.onnx import Opener
-from flowlang.plan.ops import OPS, Mismatch, Op, Param
+from flowlang.plan.ops import OPS
 from flowlang.plan.schedule import COPIES, Given, Settings
 from flowlang.plan.scope import Scope
 from flowlang.plan.types import (
@@ -30,25 +37,20 @@ from flowlang.plan.types import (
     INT,
     STR,
     UNKNOWN,
-    Image,
     ListOf,
     Optional,
     Record,
-    Scalar,
     Type,
     Unknown,
     fits,
-    in_frame,
     unify,
     why_vast,
     without_null,
 )
 from flowlang.plan.values import Constant, Refused, evaluate
 from flowlang.syntax import tree
-from flowlang.syntax.scan import RESERVED
 
 _LITERALS = {"int": INT, "float": FLOAT, "percent": FLOAT, "str": STR, "bool": BOOL}
-_WANTED = {"int": (INT,), "number": (INT, FLOAT), "str": (STR,), "flag": (BOOL,)}
 
 
 class Elaborator:
@@ -62,13 +64,10 @@ class Elaborator:
     ) -> None:
         self.flows = flows
         self.report = report
-        self.fitter = ModelFitter(report, opener)
         self.settings = Settings()
         self.seen: list[tuple[Span, Type]] = []
         self.control = Control(self)
-        self._frames = itertools.count(1)
-        self._bound: dict[tuple[Span, object], Bound] = {}
-        self._binders: dict[str, Binder] = {}
+        self.calls = Calls(self, opener)
 
     # Flows
 
@@ -102,6 +101,7 @@ class Elaborator:
                     f"`{flow.name}` is declared to give `{wanted}`",
                     f"but it ends with {called(result)}",
                 )
+            result = widened(result, wanted)
         return result
 
     def head_type(self, expr: tree.Expr, declared: Declared) -> Type:
@@ -127,7 +127,7 @@ class Elaborator:
         op = OPS.get(str(expr.path)) or module.operator(expr.path.names)
         if op is not None and op.kind == "model":
             scope = Scope(declared, constants=module.constants)
-            model = self.fitter.model_of(self._bind(expr, op, scope))
+            model = self.calls.fitter.model_of(self.calls.bind(expr, op, scope))
             return input_type(model) if model else UNKNOWN
         return op.takes if op else UNKNOWN
 
@@ -154,13 +154,14 @@ class Elaborator:
 
     def _apply(self, expr: tree.Expr, item: Node, scope: Scope) -> Node:
         if isinstance(expr, tree.Pipeline):
-            for step in expr.steps:
-                item = self.apply(step, item, scope)
+            item = self.apply(expr.steps[0], item, scope)
+            for step in expr.steps[1:]:
+                item = self._step(step, item, scope)
             return item
         if isinstance(expr, tree.Group):
             return self.apply(expr.value, item, scope)
         if isinstance(expr, tree.Call):
-            return self._call(expr, item, scope)
+            return self.calls.call(expr, item, scope)
         if isinstance(expr, tree.Repeat):
             return self._repeat(expr, item, scope)
         if isinstance(expr, tree.Record):
@@ -183,11 +184,18 @@ class Elaborator:
             return self._list(expr, item, scope)
         return self._literal(expr, item, scope)
 
+    def _step(self, expr: tree.Expr, item: Node, scope: Scope) -> Node:
+        """What stands behind an arrow: not a literal, which would take nothing of the item."""
+        inner = ungrouped(expr)
+        if not isinstance(inner, (tree.Number, tree.String, tree.Bool, tree.Range)):
+            return self.apply(expr, item, scope)
+        message = f"`{inner.span.text}` is a value, and a stage belongs here"
+        self.report(Diagnostic("not-a-stage", message, Label(inner.span)))
+        return self.unknown(inner.span, item, scope)
+
     def operand(self, expr: tree.Expr, item: Node, scope: Scope) -> Node:
         """What an expression gives where a value is wanted: there, a param's name is its value."""
-        inner = expr
-        while isinstance(inner, tree.Group):
-            inner = inner.value
+        inner = ungrouped(expr)
         if isinstance(inner, tree.Call) and inner.args is None:
             name = str(inner.path)
             if scope.value(name) is None and name in scope.constants:
@@ -199,7 +207,12 @@ class Elaborator:
         return Node("unknown", {}, (item,), UNKNOWN, span, scope.site(span))
 
     def _ascribe(self, expr: tree.Ascribe, item: Node, scope: Scope) -> Node:
+        """`as TYPE` checks; where it says tensor and an image arrives, the image is packed."""
         wanted = scope.module.types.resolve(expr.type)
+        packing = tensor_packing(item.type, wanted)
+        if packing is not None:
+            params = {**packing, "mean": None, "std": None}
+            return Node(graph.PACK, params, (item,), wanted, expr.span, scope.site(expr.span))
         if not fits(item.type, wanted):
             mismatch(self.report, expr.span, item, f"this is not `{wanted}`", f"wants {wanted}")
         elif isinstance(item.type, Unknown):
@@ -251,7 +264,7 @@ class Elaborator:
     ) -> None:
         may_be_null = isinstance(node.type, Optional)
         what = f"{node.type}, which may be null" if may_be_null else f"{node.type}"
-        default = {INT: "0", FLOAT: "0.0", STR: '""', BOOL: "false"}
+        default: Mapping[Type, str] = {INT: "0", FLOAT: "0.0", STR: '""', BOOL: "false"}
         instead = default.get(without_null(node.type)) if may_be_null else None
         self.report(
             Diagnostic(
@@ -273,14 +286,13 @@ class Elaborator:
                 label = f"gives {part.type}, and the first gives {parts[0].type}"
                 self.report(Diagnostic("type-mismatch", message, Label(given.span, label)))
             kind = both or UNKNOWN
+        parts = tuple(widened(p, kind or UNKNOWN) for p in parts)
         return Node(
             graph.LIST, {}, parts, ListOf(kind or UNKNOWN), expr.span, scope.site(expr.span)
         )
 
     def _repeat(self, expr: tree.Repeat, item: Node, scope: Scope) -> Node:
-        inner = expr.stage
-        while isinstance(inner, tree.Group):
-            inner = inner.value
+        inner = ungrouped(expr.stage)
         node = self.apply(inner, item, scope)
         if isinstance(inner, tree.Call):
             given = Given(expr.count, expr.count_span)
@@ -356,266 +368,29 @@ class Elaborator:
         """The node that picks a field of what `item` gives."""
         kind = field_type(item.type, name)
         if kind is None and fields_of(without_null(item.type)):
-            self._unknown_field(item, name, span)
+            self._unknown_field(item, name, span, scope)
         elif kind is None and not isinstance(item.type, Unknown):
             mismatch(self.report, span, item, f"there is no field `{name}` here", "wants a record")
         params = {"name": name}
         return Node(graph.FIELD, params, (item,), kind or UNKNOWN, span, scope.site(span))
 
-    def _unknown_field(self, item: Node, name: str, span: Span) -> None:
+    def _unknown_field(self, item: Node, name: str, span: Span, scope: Scope) -> None:
         kind = without_null(item.type)
         known = [n for n, _ in fields_of(kind)]
         like = did_you_mean(name, known)
         named = kind.name if isinstance(kind, Record) else "image"
         owner = f"`{named}`" if named else "this record"
+        origin = self.flows.get(item.site.flow)
+        if origin is not None and origin.name != scope.declared.name:
+            place = origin.flow.name_span
+            note = f"fields are {', '.join(known)}; `{origin.name}` was declared at {place}"
+        else:
+            note = f"fields are {', '.join(known)}"
         self.report(
             Diagnostic(
                 "unknown-field",
                 f"{owner} has no field `{name}`",
                 Label(span, like.replace("`", "`.", 1) if like else ""),
-                note=f"fields are {', '.join(known)}",
+                note=note,
             )
         )
-
-    # Calls
-
-    def _call(self, call: tree.Call, item: Node, scope: Scope) -> Node:
-        name, prefix = str(call.path), call.path.names[0]
-        value = scope.value(prefix) if call.args is None else None
-        if value is not None:
-            for part in call.path.names[1:]:
-                value = self.field(value, part, call.path.span, scope)
-            return value
-        declared = scope.module.declared(call.path.names)
-        if declared is not None:
-            return self._mention(declared, call, item, scope)
-        op = OPS.get(name) or scope.module.operator(call.path.names)
-        if op is not None:
-            return self._operator(call, op, item, scope)
-        is_told = scope.module.is_lost(call.path.names) or {name, prefix} & RESERVED
-        if not is_told or prefix == "in":
-            self.report(self._unknown_stage(call, scope))
-        return self.unknown(call.span, item, scope)
-
-    def _unknown_stage(self, call: tree.Call, scope: Scope) -> Diagnostic:
-        name, place = str(call.path), Label(call.path.span)
-        values = scope.names()
-        if name in values:
-            message = f"`{name}` is a value, and takes no arguments"
-            return Diagnostic("not-a-stage", message, place, help=name, fix=call.span)
-        if name in scope.constants:
-            message = f"`{name}` is a param, and a stage belongs here"
-            return Diagnostic("not-a-stage", message, place)
-        if name in scope.lets:
-            message = f"`{name}` is used before it is declared"
-            return Diagnostic("unknown-name", message, place, note="lets are read in order")
-        if name == "in":
-            return Diagnostic(
-                "not-a-stage",
-                "`in` is the item of a flow that has a body",
-                place,
-                note="flow name { return in -> decode }",
-            )
-        known = [*OPS, *scope.module.callable_names(), *values]
-        like = did_you_mean(name, [k for k in known if k != "in"])
-        message = f"there is no operator or flow named `{name}`"
-        return Diagnostic("unknown-operator", message, place, help=like)
-
-    def _mention(self, declared: Declared, call: tree.Call, item: Node, scope: Scope) -> Node:
-        """A mention of a flow: its declared input is checked, then its nodes follow."""
-        flow = declared.flow
-        if flow.signature:
-            wanted = declared.module.types.resolve(flow.signature[0])
-            if not fits(item.type, wanted):
-                mismatch(
-                    self.report,
-                    call.span,
-                    item,
-                    f"`{call.path}` cannot take what {called(item)} gives",
-                    f"wants {wanted}",
-                )
-                item = replace(item, type=wanted)
-        inner = Scope(declared, constants=declared.module.constants)
-        self._pass_arguments(declared, call, item, scope, inner)
-        return self.flow(declared, item, inner)
-
-    def _pass_arguments(
-        self, declared: Declared, call: tree.Call, item: Node, scope: Scope, inner: Scope
-    ) -> None:
-        """Set the parameters of a mentioned flow: constants, or values of the mentioning one."""
-        inputs = {given.name: given for given in declared.flow.inputs}
-        free = list(inputs)
-        given: dict[str, tree.Arg] = {}
-        for arg in call.args or ():
-            name = arg.name if arg.name is not None else next(iter(free), "")
-            if name not in inputs:
-                self.report(_no_place(declared, call, arg))
-                continue
-            if name in given:
-                message = f"`{name}` of `{call.path}` is given twice"
-                first = Label(given[name].span, "first here")
-                self.report(Diagnostic("given-twice", message, Label(arg.span), (first,)))
-                continue
-            free.remove(name)
-            given[name] = arg
-        constants: dict[str, Constant] = {}
-        for name, wanted in inputs.items():
-            default = self.default(declared, wanted, item)
-            if name in given:
-                value = self.operand(given[name].value, item, scope)
-                self._check_argument(declared, wanted, value, given[name])
-            elif default is not None:
-                value = default
-            else:
-                message = f"`{call.path}` needs its `{name}`"
-                self.report(Diagnostic("missing-parameter", message, Label(call.span)))
-                value = self.unknown(call.span, item, scope)
-            inner.values[name] = value
-            if value.op == graph.LITERAL:
-                kind = next(k for k, t in _LITERALS.items() if t == value.type)
-                constants[name] = Constant(kind, value.params["value"], value.span)
-        inner.constants = {**inner.constants, **constants}
-        inner.arguments = tuple((n, c.value) for n, c in constants.items())
-
-    def default(self, declared: Declared, wanted: tree.Input, item: Node) -> Node | None:
-        """The default of a flow's parameter, or None where it has none."""
-        if wanted.default is None:
-            return None
-        scope = Scope(declared, constants=declared.module.constants)
-        value = self.operand(wanted.default, item, scope)
-        self._check_argument(declared, wanted, value, None)
-        if value.op not in (graph.LITERAL, "unknown"):
-            message = f"the default of `{wanted.name}` must be known before anything runs"
-            self.report(Diagnostic("not-a-constant", message, Label(wanted.default.span)))
-        return value
-
-    def _check_argument(
-        self, declared: Declared, wanted: tree.Input, value: Node, arg: tree.Arg | None
-    ) -> None:
-        kind = declared.module.types.resolve(wanted.type)
-        if not fits(value.type, kind):
-            place = arg.value.span if arg is not None else wanted.span
-            message = f"`{wanted.name}` of `{declared.flow.name}` is {kind}, not {value.type}"
-            self.report(Diagnostic("wrong-kind", message, Label(place)))
-
-    def bound_at(self, call: tree.Call) -> Bound | None:
-        """The arguments of a call that has been met."""
-        return next((b for (span, _), b in self._bound.items() if span == call.span), None)
-
-    def _bind(self, call: tree.Call, op: Op, scope: Scope) -> Bound:
-        """The arguments of a call, bound once however often its flow is mentioned alike."""
-        key = (call.span, scope.arguments)
-        if key not in self._bound:
-            module = scope.module
-            if module.prefix not in self._binders:
-                self._binders[module.prefix] = Binder(module.folder, self.report)
-            self._bound[key] = self._binders[module.prefix].bind(call, op, scope)
-        return self._bound[key]
-
-    def _operator(self, call: tree.Call, op: Op, item: Node, scope: Scope) -> Node:
-        bound = self._bind(call, op, scope)
-        site = scope.site(call.span)
-        if bound.settings:
-            self.settings.put(site, bound.settings)
-        if not bound.is_whole:
-            return self.unknown(call.span, item, scope)
-        node = Node(op.name, dict(bound.params), (item,), UNKNOWN, call.span, site, bound.spans)
-        node = self._with_live(node, op, bound, item, scope)
-        if op.name in ("map", "filter", "top") and (bound.bodies or op.name == "top"):
-            return self.control.over_list(node, op, bound, scope)
-        if op.kind == "model":
-            return self.fitter.fit(node, item, bound)
-        if op.kind == "image" and op.name != "decode" and isinstance(item.type, Unknown):
-            return node
-        return self.typed(node, op)
-
-    def typed(self, node: Node, op: Op) -> Node:
-        """A node with the type its operator gives, or what stands for a wrong one."""
-        item = node.inputs[0]
-        try:
-            kind = op.rule(item.type, node.params)
-        except Mismatch as misfit:
-            mismatch(
-                self.report,
-                node.span,
-                item,
-                f"`{op.name}` cannot take what {called(item)} gives",
-                f"wants {misfit.wants}",
-            )
-            return Node("unknown", {}, (item,), UNKNOWN, node.span, node.site)
-        if op.name == "decode" and isinstance(kind, Image):
-            return replace(node, type=replace(kind, frame=next(self._frames)))
-        if op.name == "crop" and isinstance(node.params["image"], Live):
-            return self._cut_out(node, kind)
-        if op.name == "boxes":
-            return self._located(node, kind)
-        if op.function is not None:
-            params = {**node.params, "function": op.function}
-            return replace(node, op=graph.PYTHON, params=params, type=kind)
-        return replace(node, type=kind)
-
-    def _with_live(self, node: Node, op: Op, bound: Bound, item: Node, scope: Scope) -> Node:
-        """A node that also gets the values which each request brings for its parameters."""
-        for name, expr in bound.live.items():
-            value = self.operand(expr, item, scope)
-            self._check_live(op, op.param(name), expr, value)
-            node.params[name] = Live(len(node.inputs))  # type: ignore[index]
-            node = replace(node, inputs=(*node.inputs, value))
-        return node
-
-    def _check_live(self, op: Op, param: Param | None, expr: tree.Expr, value: Node) -> None:
-        wanted = _WANTED.get(param.kind) if param else None
-        kind = value.type
-        if param is None or isinstance(kind, Unknown) or (wanted and kind in wanted):
-            return
-        if param.kind == "value" and (op.name != "crop" or isinstance(kind, Image)):
-            return
-        words = {"value": "an image", "int": "a whole number", "number": "a number"}
-        said = words.get(param.kind, param.kind)
-        message = f"`{param.name}` of `{op.name}` is {said}, and `{expr.span.text}` gives {kind}"
-        self.report(Diagnostic("wrong-kind", message, Label(expr.span)))
-
-    def _cut_out(self, node: Node, kind: Type) -> Node:
-        """`.box -> crop(img)`: part of an image, which lies in the frame of the box."""
-        box, image = node.inputs
-        found = image.type if isinstance(image.type, Image) else Image()
-        here = without_null(box.type)
-        frame = here.frame if isinstance(here, Scalar) else None
-        if frame is not None and found.frame is not None and frame != found.frame:
-            name = node.param_spans["image"].text
-            self.report(
-                Diagnostic(
-                    "frame-mismatch",
-                    f"these boxes lie in another picture than `{name}`",
-                    Label(node.param_spans["image"]),
-                    (Label(box.span, "found in another picture"),),
-                    note="crop from the picture that the detector was given",
-                )
-            )
-        params = {n: v for n, v in node.params.items() if n in ("upright",)}
-        kind = replace(found, height=None, width=None)
-        return replace(node, op=graph.CUT_OUT, params=params, type=kind)
-
-    def _located(self, node: Node, kind: Type) -> Node:
-        """`boxes`, with the picture that the model was given, to answer in its coordinates."""
-        source, chain = shape_source(node.inputs[0])
-        params = {**node.params, "chain": chain}
-        if source is None:
-            return replace(node, params=params, type=kind)
-        images = [n.type for n in chain or () if isinstance(n.type, Image)]
-        images += [source.type] if isinstance(source.type, Image) else []
-        frame = next((i.frame for i in images if i.frame is not None), None)
-        inputs = (*node.inputs, source)
-        return replace(node, params=params, inputs=inputs, type=in_frame(kind, frame))
-
-
-def _no_place(declared: Declared, call: tree.Call, arg: tree.Arg) -> Diagnostic:
-    known = [given.name for given in declared.flow.inputs]
-    if arg.name is None:
-        message = f"`{call.path}` has no place for this argument"
-        note = f"parameters are {', '.join(known)}" if known else f"`{call.path}` takes none"
-        return Diagnostic("too-many-arguments", message, Label(arg.span), note=note)
-    span = Span(arg.span.source, arg.span.start, arg.span.start + len(arg.name))
-    message = f"`{call.path}` has no parameter `{arg.name}`"
-    help_text = did_you_mean(arg.name, known)
-    return Diagnostic("unknown-parameter", message, Label(span), help=help_text)

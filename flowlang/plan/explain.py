@@ -114,7 +114,7 @@ def _graph(
         if id(node) in names:
             continue
         names[id(node)] = f"%{next(numbers)}"
-        mark = "+" if node.op == graph.PACK else " "
+        mark = "+" if node.op in (graph.PACK, graph.WIDEN) else " "
         is_next = node.inputs[:1] == (previous,)
         others = node.inputs[1:] if is_next else node.inputs
         sources = f"  of {' '.join(names[id(i)] for i in node.inputs)}" if others else ""
@@ -149,7 +149,8 @@ def _stage(stage: StagePlan) -> Iterable[str]:
     if stage.tail:
         yield f"  host    {_chain(stage.tail)}"
     if stage.nodes[0].op == graph.PYTHON:
-        yield f"  python  {_node_text(stage.nodes[0])}  ({stage.nodes[0].params['function'].path.name})"
+        node = stage.nodes[0]
+        yield f"  python  {_node_text(node)}  ({node.params['function'].path.name})"
 
 
 def _device(stage: StagePlan) -> str:
@@ -177,6 +178,8 @@ def _node_text(node: Node) -> str:
         return f'"{value}"' if isinstance(value, str) else str(value)
     if node.op in (graph.BINARY, graph.UNARY):
         return str(node.params["operator"])
+    if node.op == graph.WIDEN:
+        return "widen"
     if node.op == graph.LIST:
         return "[ ]"
     if node.op == graph.ROUTE:
@@ -217,6 +220,8 @@ def _argument(param: Param, value: Any) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, Path):
         return f'"{value.name}"'
+    if isinstance(value, list):
+        return f"<{len(value)} names>"
     if isinstance(value, Live):
         return f"<{value.index}>"
     if isinstance(value, Expression):

@@ -19,7 +19,7 @@ from flowlang.plan.types import (
     STR,
     UNKNOWN,
     Image,
-    Optional,
+    ListOf,
     Record,
     Tensor,
     Type,
@@ -119,7 +119,40 @@ def compute(node: Node, values: Sequence[Any]) -> Any:
         return result if type(result) in (int, float, bool) else result.item()
     if node.op == graph.UNARY:
         return not values[0] if node.params["operator"] == "not" else -values[0]
+    if node.op == graph.WIDEN:
+        return _widen(values[0], node.params["given"], node.params["wanted"])
     return list(values)
+
+
+def widened(node: Node, wanted: Type) -> Node:
+    """A node whose values are wholly of a wider type: fields they may lack are there, as null."""
+    if not _is_wider(node.type, wanted):
+        return node
+    params = {"given": node.type, "wanted": wanted}
+    return Node(graph.WIDEN, params, (node,), wanted, node.span, node.site)
+
+
+def _is_wider(given: Type, wanted: Type) -> bool:
+    """Whether values of one type have to be changed to be values of the other."""
+    given, wanted = without_null(given), without_null(wanted)
+    if isinstance(given, Record) and isinstance(wanted, Record):
+        have = dict(given.fields)
+        return any(n not in have or _is_wider(have[n], t) for n, t in wanted.fields)
+    if isinstance(given, ListOf) and isinstance(wanted, ListOf):
+        return _is_wider(given.item, wanted.item)
+    return given == INT and wanted == FLOAT
+
+
+def _widen(value: Any, given: Type, wanted: Type) -> Any:
+    given, wanted = without_null(given), without_null(wanted)
+    if value is None or not _is_wider(given, wanted):
+        return value
+    if isinstance(given, Record) and isinstance(wanted, Record):
+        have = dict(given.fields)
+        return {n: _widen(value[n], have[n], t) if n in have else None for n, t in wanted.fields}
+    if isinstance(given, ListOf) and isinstance(wanted, ListOf):
+        return [_widen(part, given.item, wanted.item) for part in value]
+    return float(value)
 
 
 def field_of(value: Any, node: Node) -> Any:

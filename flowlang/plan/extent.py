@@ -162,3 +162,10 @@ def children(expr: object) -> list[object]:
 def field_value(field: tree.RecordField) -> tree.Expr:
     """What a record's field is made from: `{a}` is `{a: a}`."""
     return field.value or tree.Call(tree.Path((field.name or "",), field.span), None, field.span)
+
+
+def ungrouped(expr: tree.Expr) -> tree.Expr:
+    """An expression without the parentheses around it."""
+    while isinstance(expr, tree.Group):
+        expr = expr.value
+    return expr

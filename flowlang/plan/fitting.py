@@ -207,6 +207,13 @@ def called(node: Node) -> str:
         return "the flow's input"
     if node.op == graph.RECORD:
         return "this record"
+    if node.op == graph.PYTHON:
+        return f"`{node.params['function'].shown}`"
+    if node.op in (graph.LITERAL, graph.BINARY, graph.UNARY, graph.ROUTE, graph.FALLBACK):
+        text = " ".join(node.span.text.split())
+        return f"`{text}`" if len(text) <= 40 else f"`{text[:37]}...`"
+    if node.op == graph.CUT_OUT:
+        return "`crop`"
     if node.op == graph.FIELD:
         return f"`.{node.params['name']}`"
     if node.model is not None:
@@ -214,17 +221,22 @@ def called(node: Node) -> str:
     return f"`{node.op}`"
 
 
-def shape_source(node: Node) -> tuple[Node | None, tuple[Node, ...] | None]:
-    """Where the picture came from that a detector was given, and what was done to it on the way.
-
-    `node` is what the detector gave. The source is the bytes that were decoded, or an image; the
-    chain is the image operators between it and the model. (None, None) where no image was given.
-    """
+def model_before(node: Node) -> Node | None:
+    """The model whose answer a node works on, or None where there is none."""
     while node.model is None:
         if not node.inputs:
-            return None, None
+            return None
         node = node.inputs[0]
-    at = node.inputs[0]
+    return node
+
+
+def picture_before(model: Node) -> tuple[Node | None, tuple[Node, ...] | None]:
+    """Where the picture came from that a model was given, and what was done to it on the way.
+
+    The source is the bytes that were decoded, or an image; the chain is the image operators between
+    it and the model. (None, None) where the model was given no image.
+    """
+    at = model.inputs[0]
     chain: list[Node] = []
     while at.op in OPS and OPS[at.op].kind == "image":
         chain.append(at)

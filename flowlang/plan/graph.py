@@ -15,11 +15,13 @@ from flowlang.plan.types import Type
 
 # Nodes the checker makes itself; every other `op` is a row of the operator table.
 INPUT, PACK, CUT_OUT, SELECT, PYTHON = "input", "pack", "crop_box", "select", "python"
-RECORD, FIELD, LIST, LITERAL, UNARY, BINARY = (
-    "record", "field", "list", "literal", "unary", "binary",
+RECORD, FIELD, LIST, LITERAL, UNARY, BINARY, WIDEN = (
+    "record", "field", "list", "literal", "unary", "binary", "widen",
 )  # fmt: skip
 MAP, ROUTE, FALLBACK = "map", "route", "fallback"
-GLUE = frozenset({RECORD, FIELD, LIST, LITERAL, UNARY, BINARY})  # see flowlang.plan.expression
+GLUE = frozenset(
+    {RECORD, FIELD, LIST, LITERAL, UNARY, BINARY, WIDEN}
+)  # see flowlang.plan.expression
 CONTROL = frozenset({MAP, ROUTE, FALLBACK})  # these have bodies
 
 

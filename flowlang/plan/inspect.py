@@ -28,11 +28,33 @@ _WORD = re.compile(r"[A-Za-z_]\w*")
 MAX_MENTIONED = 64  # flows that are unrolled to answer what arrives at one place
 
 
+class PartSource(Source):
+    """A part's text, which starts on line `first` (from 0) of its file and tells places so."""
+
+    __slots__ = ("first",)
+
+    def __init__(self, name: str, text: str, first: int) -> None:
+        super().__init__(name, text)
+        self.first = first
+
+    def move(self, first: int) -> None:
+        """The part now starts on another line."""
+        if first != self.first:
+            self.first, self._starts = first, None
+
+    @property
+    def line_starts(self) -> list[int]:
+        """As if all lines before the part were empty."""
+        if self._starts is None:
+            self._starts = [0] * self.first + Source(self.name, self.text).line_starts
+        return self._starts
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
     """A declaration with the comments above it; the first one with the head of the file."""
 
-    source: Source
+    source: PartSource
     program: tree.Program
     diagnostics: tuple[Diagnostic, ...]
     lost: frozenset[str]
@@ -82,11 +104,15 @@ class Reader:
         starts = _starts(text)
         seen: Counter[str] = Counter()
         kept: dict[tuple[str, int], Part] = {}
+        line = 0
         for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
             piece = text[start:end]
             key = (piece, seen[piece])  # declared twice, it stands at two places
             seen[piece] += 1
-            kept[key] = self._kept.get(key) or _read_part(Source(self.name, piece))
+            part = self._kept.get(key) or _read_part(PartSource(self.name, piece, line))
+            part.source.move(line)
+            kept[key] = part
+            line += piece.count("\n")
         self._kept = kept
         parts = tuple(kept.values())
         at = {part.source: start for part, start in zip(parts, starts, strict=True)}
@@ -95,10 +121,11 @@ class Reader:
 
 def read_part(text: str, original: Part) -> Part:
     """A part with another text. Raises CompileError where that is too large."""
-    return _read_part(Source(original.source.name, text))
+    source = original.source
+    return _read_part(PartSource(source.name, text, source.first))
 
 
-def _read_part(source: Source) -> Part:
+def _read_part(source: PartSource) -> Part:
     program, diagnostics, lost = parse_leniently(source)
     words = frozenset(_WORD.findall(source.text))
     return Part(source, program, tuple(diagnostics), lost, words)
@@ -240,5 +267,6 @@ def too_large(error: CompileError) -> Draft:
     """The draft of a text of which no more is known than why it cannot be one."""
     source = error.diagnostics[0].span.source
     program = tree.Program(None, (), None, Span(source, 0, 0))
-    part = Part(source, program, tuple(error.diagnostics), frozenset({""}), frozenset())
-    return Draft(source, (part,), (0,), {source: 0})
+    empty = PartSource(source.name, "", 0)
+    part = Part(empty, program, tuple(error.diagnostics), frozenset({""}), frozenset())
+    return Draft(source, (part,), (0,), {})

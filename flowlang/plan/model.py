@@ -116,6 +116,21 @@ def _fit_image(given: Image, port: Port, model: Model) -> Packing | Misfit:
     return Packing(layout, port.dtype)
 
 
+def tensor_packing(given: Type, wanted: Type) -> dict[str, str] | None:
+    """How an image becomes a tensor that is asked for by name, or None where it cannot."""
+    if not (isinstance(given, Image) and isinstance(wanted, Tensor)):
+        return None
+    if given.colour is None or wanted.shape is None or len(wanted.shape) != 3:
+        return None
+    if wanted.dtype not in ("u8", "f16", "f32") or (given.dtype == "f32" and wanted.dtype == "u8"):
+        return None
+    sides = (given.height, given.width)
+    for layout, shape in (("chw", (given.channels, *sides)), ("hwc", (*sides, given.channels))):
+        if all(w in (None, g) for g, w in zip(shape, wanted.shape, strict=True)):
+            return {"layout": layout, "dtype": wanted.dtype}
+    return None
+
+
 def _resize_to(h: int | None, w: int | None) -> str:
     if h == w:
         return f"resize({h})"

@@ -7,12 +7,13 @@ left goes to onnx.
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib.util
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ from flowlang.plan.types import Record, Shape, Tensor, Type
 MODEL_GRAPH = 7
 GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 5, 11, 12
 TENSOR_NAME = 8
-MODEL_SMALL = (1, 8)  # ir_version, opset_import
+MODEL_SMALL = (1, 8, 14)  # ir_version, opset_import, metadata_props
 
 # onnx.TensorProto.DataType
 DTYPE = {
@@ -64,6 +65,7 @@ class Model:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     opener: Opener | None = field(default=None, compare=False)  # of an encrypted file
+    metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def content(self) -> bytes | None:
         """What an encrypted file holds; None for a plain one, which is read where it lies."""
@@ -72,6 +74,24 @@ class Model:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes by number, where the exporter wrote them down.
+
+        Ultralytics does, as metadata `names`: a Python dict from numbers to names.
+        """
+        try:
+            given = ast.literal_eval(self.metadata.get("names", ""))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+        names = dict(enumerate(given)) if isinstance(given, (list, tuple)) else given
+        if not isinstance(names, dict) or not names or not all(type(k) is int for k in names):
+            return None
+        most = max(names)
+        if min(names) < 0 or most > 100_000:
+            return None
+        return [str(names.get(number, number)) for number in range(most + 1)]
 
     @property
     def fixed_batch(self) -> int | None:
@@ -237,4 +257,5 @@ def _model(path: Path, header: bytes, initializers: frozenset[str], opener: Open
     outputs = tuple(port(v) for v in model.graph.output)
     if not inputs or not outputs:
         raise NotAModel("it has no inputs or no outputs")
-    return Model(path, inputs, outputs, opener)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return Model(path, inputs, outputs, opener, metadata)

@@ -1,47 +1,27 @@
 """The operator table: what each operator is called, takes, gives and may be told.
 
-Layer 2. No implementation: the typing rules stand here, the work is done in `flowlang.runtime`.
-A new operator is a row here and a function in `flowlang/runtime/host.py`.
+Layer 2. No implementation: the work is done in `flowlang.runtime`. A new operator is a row here, a
+rule in `flowlang/plan/rules.py` and a function in `flowlang/runtime/host.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from flowlang.plan.graph import Live
+from flowlang.plan import rules
 from flowlang.plan.types import (
     BYTES,
-    DETECTION,
-    INT,
-    LABEL,
-    READING,
-    SIZE,
     STR,
-    TEXTLINE,
     UNKNOWN,
     Image,
     ListOf,
-    Record,
-    Scalar,
     Tensor,
     Type,
-    Unknown,
-    optional,
-    sized,
-    without_null,
 )
 
 Params: TypeAlias = Mapping[str, Any]
-
-
-class Mismatch(Exception):
-    """The arriving item does not fit; `wants` says in words what would."""
-
-    def __init__(self, wants: str) -> None:
-        super().__init__(wants)
-        self.wants = wants
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,205 +87,6 @@ class Op:
         ]
 
 
-def _image(given: Type) -> Image:
-    if not isinstance(given, Image):
-        raise Mismatch("an image")
-    return given
-
-
-def _u8_image(given: Type, op: str) -> Image:
-    image = _image(given)
-    if image.dtype != "u8":
-        raise Mismatch(f"an image of 8-bit levels: put `{op}` before `normalize`")
-    return image
-
-
-def _tensor(given: Type, rank: int | None = None) -> Tensor:
-    if isinstance(given, Unknown):
-        return Tensor("f32", None)
-    if not isinstance(given, Tensor) or not given.dtype.startswith("f"):
-        raise Mismatch(
-            "tensor<f32>" if rank is None else "tensor<f32, " + "x".join("?" * rank) + ">"
-        )
-    if rank is not None and given.shape is not None and len(given.shape) != rank:
-        raise Mismatch("tensor<f32, " + "x".join("?" * rank) + ">")
-    return given
-
-
-def _decode(given: Type, params: Params) -> Type:
-    if given not in (BYTES, UNKNOWN):
-        raise Mismatch("bytes")
-    return Image()
-
-
-def _resize(given: Type, params: Params) -> Type:
-    image = _u8_image(given, "resize")
-    size, h, w = params["size"], params["h"], params["w"]
-    if size is None and (h is None or w is None):  # one side named: the other follows
-        return sized(image, None if params["multiple"] else h, None if params["multiple"] else w)
-    h, w = (size, size) if size is not None else (h, w)
-    if params["fit"] not in ("shorter", "least"):
-        return sized(image, h, w)
-    if params["fit"] == "least" or not image.is_sized or params["multiple"] or params["most"]:
-        return sized(image, None, None)
-    return sized(image, *shorter_side(image.height or 1, image.width or 1, h))
-
-
-def shorter_side(height: int, width: int, side: int) -> tuple[int, int]:
-    """Height and width of a picture whose shorter side is made `side`, the other following."""
-    scale = side / min(height, width)
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def _crop(given: Type, params: Params) -> Type:
-    if isinstance(params["image"], Live):
-        return _cut_out(given, params)
-    size, h, w = params["size"], params["h"], params["w"]
-    h, w = (size, size) if size is not None else (h, w)
-    image = _image(given)
-    return sized(image, h or image.height, w or image.width)
-
-
-def _cut_out(given: Type, params: Params) -> Type:
-    """`.box -> crop(img)`: the image's own type is put in by the checker, which has it."""
-    if not isinstance(given, Unknown) and given not in (Scalar("box"), Scalar("quad")):
-        raise Mismatch("a box or a quad")
-    return Image()
-
-
-def _pad(given: Type, params: Params) -> Type:
-    image = _u8_image(given, "pad")
-    size, h, w = params["size"], params["h"], params["w"]
-    h, w = (size, size) if size is not None else (h, w)
-    sides = (h or image.height, w or image.width)
-    step = params["multiple"]
-    if step is not None:
-        sides = tuple(None if s is None else -(-s // step) * step for s in sides)  # type: ignore[assignment]
-    return sized(image, *sides)
-
-
-def _flip(given: Type, params: Params) -> Type:
-    return _u8_image(given, "flip")
-
-
-def _rotate(given: Type, params: Params) -> Type:
-    image = _u8_image(given, "rotate")
-    return image if params["degrees"] == 180 else sized(image, image.width, image.height)
-
-
-def _cut(given: Type, params: Params) -> Type:
-    image = _u8_image(given, "cut")
-    return ListOf(sized(image, None, None))
-
-
-def _size(given: Type, params: Params) -> Type:
-    _image(given)
-    return SIZE
-
-
-def _colour(colour: str) -> Callable[[Type, Params], Type]:
-    def rule(given: Type, params: Params) -> Type:
-        image = _u8_image(given, colour)
-        if image.colour == "gray" and colour != "gray":
-            raise Mismatch("an image that still has its colours")
-        return replace(image, colour=colour)
-
-    return rule
-
-
-def _normalize(given: Type, params: Params) -> Type:
-    image = _u8_image(given, "normalize")
-    if image.colour is None:
-        raise Mismatch("an image of decided colour: put `rgb`, `bgr` or `gray` before it")
-    if image.channels == 1 and any(len(params[n] or ()) > 1 for n in ("mean", "std")):
-        raise Mismatch("an image of three channels, as `mean` or `std` has three numbers")
-    return replace(image, dtype="f32")
-
-
-def _softmax(given: Type, params: Params) -> Type:
-    return replace(_tensor(given), dtype="f32")
-
-
-def _floats(given: Type, params: Params) -> Type:
-    return replace(_tensor(given), dtype="f32")
-
-
-def _argmax(given: Type, params: Params) -> Type:
-    shape = _tensor(given).shape
-    if shape is None or len(shape) == 1:
-        return INT
-    return Tensor("i64", shape[:-1])
-
-
-def _labels(given: Type, params: Params) -> Type:
-    _tensor(given, 1)
-    return ListOf(LABEL)
-
-
-def _top(given: Type, params: Params) -> Type:
-    if isinstance(given, ListOf):
-        return given
-    _tensor(given, 1)
-    return ListOf(LABEL)
-
-
-def _best(given: Type, params: Params) -> Type:
-    _tensor(given, 1)
-    return LABEL
-
-
-def _list(given: Type) -> ListOf:
-    if isinstance(given, Unknown):
-        return ListOf(UNKNOWN)
-    if not isinstance(given, ListOf):
-        raise Mismatch("a list")
-    return given
-
-
-def _map(given: Type, params: Params) -> Type:
-    _list(given)
-    result: Type = params["stage"].output.type
-    return ListOf(optional(result) if params["on_error"] == "null" else result)
-
-
-def _filter(given: Type, params: Params) -> Type:
-    return _list(given)
-
-
-def _join(given: Type, params: Params) -> Type:
-    if without_null(_list(given).item) not in (STR, UNKNOWN):
-        raise Mismatch("list<str>")
-    return STR
-
-
-def _ctc(given: Type, params: Params) -> Type:
-    _tensor(given, 2)
-    return READING if params["scored"] else STR
-
-
-# What a head of a detector gives for one picture, by the rank of its tensor.
-_HEAD_RANKS = {"yolov5": 2, "yolov8": 2, "yolox": 2}
-
-
-def _boxes(given: Type, params: Params) -> Type:
-    head = params["head"]
-    if head == "ssd":
-        if not isinstance(given, (Record, Unknown)):
-            raise Mismatch("a record of boxes and scores")
-    elif head == "db":
-        tensor = _tensor(given)
-        if tensor.shape is not None and len(tensor.shape) not in (2, 3):
-            raise Mismatch("tensor<f32, 1x?x?>")
-        return ListOf(TEXTLINE)
-    else:
-        _tensor(given, _HEAD_RANKS[head])
-    return ListOf(DETECTION)
-
-
-def _trt(given: Type, params: Params) -> Type:
-    raise NotImplementedError("the checker types models: see flowlang.plan.model")
-
-
 SIDES = (
     Param(
         "size",
@@ -330,7 +111,7 @@ TABLE: tuple[Op, ...] = (
         "a picture file (JPEG, PNG, WebP, TIFF, BMP, GIF) as an upright 8-bit image",
         "image",
         BYTES,
-        _decode,
+        rules.decode,
         (
             Param("decoder", "word", "who decodes JPEG", "auto", ("auto", "nvjpeg", "libjpeg")),
             Param(
@@ -350,7 +131,7 @@ TABLE: tuple[Op, ...] = (
         "another size, bilinear with half-pixel centres and no antialias",
         "image",
         Image(),
-        _resize,
+        rules.resize,
         (
             *SIDES,
             Param(
@@ -389,7 +170,7 @@ TABLE: tuple[Op, ...] = (
         "channels in the order red, green, blue",
         "image",
         Image(),
-        _colour("rgb"),
+        rules.colour("rgb"),
         keeps_size=True,
     ),
     Op(
@@ -397,7 +178,7 @@ TABLE: tuple[Op, ...] = (
         "channels in the order blue, green, red",
         "image",
         Image(),
-        _colour("bgr"),
+        rules.colour("bgr"),
         keeps_size=True,
     ),
     Op(
@@ -405,7 +186,7 @@ TABLE: tuple[Op, ...] = (
         "one channel: 0.299 red + 0.587 green + 0.114 blue",
         "image",
         Image(),
-        _colour("gray"),
+        rules.colour("gray"),
         tolerance="1 level",
         keeps_size=True,
     ),
@@ -415,7 +196,7 @@ TABLE: tuple[Op, ...] = (
         "`crop(img)` finds there in an image: a quad is straightened",
         "image",
         Image(),
-        _crop,
+        rules.crop,
         (
             Param("image", "value", "the image that the arriving box or quad lies in"),
             *SIDES,
@@ -428,7 +209,7 @@ TABLE: tuple[Op, ...] = (
         "more room at the right and the bottom; where the image is larger, it is an error",
         "image",
         Image(),
-        _pad,
+        rules.pad,
         (
             *SIDES,
             Param("multiple", "int", "to the next multiple of it", is_named=True, low=1, high=4096),
@@ -440,7 +221,7 @@ TABLE: tuple[Op, ...] = (
         "mirrored",
         "image",
         Image(),
-        _flip,
+        rules.flip,
         (
             Param(
                 "axis",
@@ -457,7 +238,7 @@ TABLE: tuple[Op, ...] = (
         "turned clockwise",
         "image",
         Image(),
-        _rotate,
+        rules.rotate,
         (Param("degrees", "int", "90, 180 or 270", is_required=True, low=90, high=270),),
     ),
     Op(
@@ -465,7 +246,7 @@ TABLE: tuple[Op, ...] = (
         "the pieces of an image along one side, in order",
         "host",
         Image(),
-        _cut,
+        rules.cut,
         (
             Param("h", "int", "height of a piece", is_named=True, low=1, high=16384),
             Param("w", "int", "width of a piece", is_named=True, low=1, high=16384),
@@ -480,13 +261,13 @@ TABLE: tuple[Op, ...] = (
             ),
         ),
     ),
-    Op("size", "height and width of an image", "host", Image(), _size),
+    Op("size", "height and width of an image", "host", Image(), rules.size),
     Op(
         "normalize",
         "levels to floats: (level - mean) / std for each channel",
         "image",
         Image("rgb"),
-        _normalize,
+        rules.normalize,
         (
             Param(
                 "preset",
@@ -505,7 +286,7 @@ TABLE: tuple[Op, ...] = (
         "a model: TensorRT on an NVIDIA GPU, ONNX Runtime on a CPU",
         "model",
         UNKNOWN,
-        _trt,
+        rules.trt,
         (
             Param("model", "model", "an ONNX file, beside the flow", is_required=True),
             Param(
@@ -525,23 +306,23 @@ TABLE: tuple[Op, ...] = (
         "values to shares that sum to 1, over the last axis",
         "host",
         Tensor("f32", None),
-        _floats,
+        rules.floats,
     ),
-    Op("sigmoid", "each value to between 0 and 1", "host", Tensor("f32", None), _floats),
-    Op("l2", "made of length 1, over the last axis", "host", Tensor("f32", None), _floats),
+    Op("sigmoid", "each value to between 0 and 1", "host", Tensor("f32", None), rules.floats),
+    Op("l2", "made of length 1, over the last axis", "host", Tensor("f32", None), rules.floats),
     Op(
         "argmax",
         "index of the greatest value, over the last axis",
         "host",
         Tensor("f32", None),
-        _argmax,
+        rules.argmax,
     ),
     Op(
         "labels",
         "every class whose value is at least `min`, greatest first",
         "host",
         Tensor("f32", (None,)),
-        _labels,
+        rules.labels,
         (
             NAMES,
             Param(
@@ -554,7 +335,7 @@ TABLE: tuple[Op, ...] = (
         "the k greatest values with their indices and names, or of a list those greatest by a key",
         "host",
         Tensor("f32", (None,)),
-        _top,
+        rules.top,
         (
             Param("k", "int", "how many", is_required=True, low=1, high=100_000, is_live=True),
             Param("by", "key", "of a list: what to go by, `by=.score`", is_named=True),
@@ -566,7 +347,7 @@ TABLE: tuple[Op, ...] = (
         "the greatest value with its index and name",
         "host",
         Tensor("f32", (None,)),
-        _best,
+        rules.best,
         (NAMES,),
     ),
     Op(
@@ -574,7 +355,7 @@ TABLE: tuple[Op, ...] = (
         "text of a recogniser: the best class of each step, repeats and blanks (class 0) dropped",
         "host",
         Tensor("f32", (None, None)),
-        _ctc,
+        rules.ctc,
         (
             Param(
                 "keys",
@@ -590,7 +371,7 @@ TABLE: tuple[Op, ...] = (
         "what a detector found, in coordinates of the decoded picture, best first",
         "host",
         UNKNOWN,
-        _boxes,
+        rules.boxes,
         (
             Param(
                 "head",
@@ -603,7 +384,7 @@ TABLE: tuple[Op, ...] = (
             Param(
                 "conf",
                 "number",
-                "least score (db: 0.5)",
+                "least score (0.25; db: 0.5)",
                 None,
                 is_named=True,
                 low=0,
@@ -622,7 +403,7 @@ TABLE: tuple[Op, ...] = (
             Param(
                 "max",
                 "int",
-                "most that are kept (db: 1000)",
+                "most that are kept (256; db: 1000)",
                 None,
                 is_named=True,
                 low=1,
@@ -655,7 +436,7 @@ TABLE: tuple[Op, ...] = (
         "a stage run on each element of a list; elements of all requests share batches",
         "map",
         UNKNOWN,
-        _map,
+        rules.map_list,
         (
             Param("stage", "stage", "what is run on each element", is_required=True),
             Param(
@@ -682,7 +463,7 @@ TABLE: tuple[Op, ...] = (
         "the elements of a list for which a condition holds",
         "host",
         UNKNOWN,
-        _filter,
+        rules.filter_list,
         (Param("condition", "condition", "true for those to keep", is_required=True),),
     ),
     Op(
@@ -690,7 +471,7 @@ TABLE: tuple[Op, ...] = (
         "a list of texts as one",
         "host",
         ListOf(STR),
-        _join,
+        rules.join,
         (Param("separator", "str", "what stands between them", ""),),
     ),
     Op("pass", "the item itself", "host", UNKNOWN, lambda given, params: given, keeps_size=True),

@@ -102,6 +102,6 @@ class Bodies:
         return body
 
 
-def start(scope: Scope, kind: Type, span: Span) -> Node:
-    """The node that a body's item arrives at."""
-    return Node(graph.INPUT, {}, (), kind, span, scope.site(span))
+def start(kind: Type, source: Node) -> Node:
+    """The node that a body's item arrives at, known by where it comes from."""
+    return Node(graph.INPUT, {}, (), kind, source.span, source.site)

@@ -5,7 +5,7 @@ Layer 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan.arguments import did_you_mean, given_setting
@@ -122,7 +122,7 @@ class Settler:
             )
         op = OPS[str(call.path)]
         param = op.param(name) if arg.name else op.param_of_word(name)
-        bound = self.elaborator.bound_at(call)
+        bound = self.elaborator.calls.bound_at(call)
         rival = bound.spans.get(param.name) if bound and param else None
         kept = [a.span.text for a in call.args or () if rival not in (a.span, a.value.span)]
         mended = f"{call.path}({', '.join([*kept, arg.span.text])})"
@@ -167,7 +167,7 @@ class Settler:
         if not given:
             return
         found = list(calls(declared.flow.body))
-        batched = [c for c in found if is_batched(c, declared.module)]
+        batched = batched_calls(found, declared.module)
         for setting, value in given.items():
             level = SETTINGS[setting].level if setting in SETTINGS else "stage"
             targets = batched
@@ -200,8 +200,7 @@ class Settler:
             inner = module.declared(call.path.names)
             if inner is None:
                 continue
-            models = [c for c in calls(inner.flow.body) if is_batched(c, inner.module)]
-            if len(models) == 1:
+            if len(batched_calls(calls(inner.flow.body), inner.module)) == 1:
                 shown = value.span.text
                 return (
                     f"{call.path} {shown}"
@@ -216,10 +215,14 @@ class Settler:
             for node in plan.all_nodes():
                 if node.model is not None:
                     given = self.elaborator.settings.places.get(node.site.place, {}).get("batch")
-                    self.elaborator.fitter.check_batch(node.model, given)
+                    self.elaborator.calls.fitter.check_batch(node.model, given)
 
 
-def is_batched(call: tree.Call, module: Module) -> bool:
-    """Whether a call is of an operator that has batches: a model, or one in Python."""
-    op = OPS.get(str(call.path)) or module.operator(call.path.names)
-    return op is not None and op.kind in ("model", "python")
+def batched_calls(found: Iterable[tree.Call], module: Module) -> list[tree.Call]:
+    """The calls of models; where there are none, those of operators in Python."""
+    kinds: dict[str, list[tree.Call]] = {"model": [], "python": []}
+    for call in found:
+        op = OPS.get(str(call.path)) or module.operator(call.path.names)
+        if op is not None and op.kind in kinds:
+            kinds[op.kind].append(call)
+    return kinds["model"] or kinds["python"]

@@ -8,6 +8,7 @@ its parameters behind the item are what a flow can tell it. The functions themse
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 from flowlang.diagnostics import Diagnostic, Label, Source, Span
 from flowlang.plan.arguments import Report
 from flowlang.plan.module import Module, PythonFile
-from flowlang.plan.ops import Mismatch, Op, Param
+from flowlang.plan.ops import Op, Param
+from flowlang.plan.rules import Mismatch
 from flowlang.plan.types import (
     ANY_ARRAY,
     NAMED,
@@ -42,7 +44,8 @@ _RECORDS = frozenset({"TypedDict", "NamedTuple"})
 class PythonFunction:
     """Which function an operator is. `fields` are the record's fields it takes one by one.
 
-    One that is `is_batched` takes a list of items and gives a list of results.
+    One that is `is_batched` takes a list of items and gives a list of results. `problem` is why it
+    cannot be an operator: that is told where it is mentioned, for not every function is one.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class PythonFunction:
     gives: Type
     is_batched: bool
     fields: tuple[str, ...] = ()
+    problem: Diagnostic | None = None
 
 
 class _Unreadable(Exception):
@@ -68,6 +72,8 @@ def read_python(path: Path, alias: str, report: Report) -> PythonFile | None:
     """The operators of a file, or None where it is no Python. Raises OSError."""
     source = Source(str(path), path.read_bytes().decode("utf-8", "replace"))
     try:
+        if "\0" in source.text:
+            raise ValueError("it holds null bytes")
         parsed = ast.parse(source.text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         report(_no_python(source, error))
@@ -99,25 +105,18 @@ class _Reader:
         self.records = {c.name: c for c in _records(parsed)}
         operators: dict[str, Op] = {}
         for node in parsed.body:
-            if isinstance(node, ast.AsyncFunctionDef) and not node.name.startswith("_"):
-                self._tell(_Unreadable(node, f"`{node.name}` is a coroutine, not an operator"))
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            if not node.name.startswith("_"):
                 try:
                     operators[node.name] = self._operator(node)
                 except _Unreadable as error:
-                    self._tell(error)
-                    operators[node.name] = self._unknown(node)
+                    operators[node.name] = self._unknown(node, error)
         for name in self.records:
-            try:
+            with contextlib.suppress(_Unreadable):  # told where it is the type of an operator
                 self._record(name)
-            except _Unreadable as error:
-                self._tell(error)
         gives = {name: op.function.gives for name, op in operators.items() if op.function}
         return PythonFile(self.path, operators, {**gives, **self.types})
-
-    def _tell(self, error: _Unreadable) -> None:
-        label = Label(self._span(error.node))
-        self.report(Diagnostic("bad-signature", error.message, label, help=error.help))
 
     def _span(self, node: ast.AST) -> Span:
         """The place of a piece of Python; of a function or class, its first line."""
@@ -131,13 +130,23 @@ class _Reader:
         tail = text.encode()[: getattr(node, "end_col_offset", 0)].decode("utf-8", "ignore")
         return Span(self.source, start, starts[line - 1] + len(tail))
 
-    def _unknown(self, node: ast.FunctionDef) -> Op:
+    def _unknown(self, node: ast.FunctionDef | ast.AsyncFunctionDef, error: _Unreadable) -> Op:
+        place = Label(self._span(error.node))
+        problem = Diagnostic("bad-signature", error.message, place, help=error.help)
         function = PythonFunction(
-            self.path, node.name, f"{self.alias}.{node.name}", UNKNOWN, UNKNOWN, False
+            self.path,
+            node.name,
+            f"{self.alias}.{node.name}",
+            UNKNOWN,
+            UNKNOWN,
+            is_batched=False,
+            problem=problem,
         )
         return _op(function, "", (), lambda given, params: UNKNOWN)
 
-    def _operator(self, node: ast.FunctionDef) -> Op:
+    def _operator(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Op:
+        if isinstance(node, ast.AsyncFunctionDef):
+            raise _Unreadable(node, f"`{node.name}` is a coroutine, not an operator")
         shown = f"{self.alias}.{node.name}"
         args = node.args
         positional = [*args.posonlyargs, *args.args]

@@ -17,6 +17,7 @@ from flowlang.plan.types import (
     Optional,
     Record,
     Scalar,
+    Shape,
     Tensor,
     Type,
     shape_text,
@@ -72,12 +73,13 @@ def _bytes(value: Any) -> Any:
 
 def _scalar(kind: Scalar) -> Conform:
     wanted = _PLAIN[kind.name]
+    to: Conform = float if kind.name == "float" else lambda value: value
 
     def conform(value: Any) -> Any:
-        value = _plain(value)
-        if not isinstance(value, wanted) or isinstance(value, bool) != (kind.name == "bool"):
-            raise NotOfType(f"{_called(value)} is not {kind}")
-        return float(value) if kind.name == "float" else value
+        found = _plain(value)
+        if not isinstance(found, wanted) or isinstance(found, bool) != (kind.name == "bool"):
+            raise NotOfType(f"{_called(found)} is not {kind}")
+        return to(found)
 
     return conform
 
@@ -86,12 +88,11 @@ def _list(kind: ListOf) -> Conform:
     inner = conforming(kind.item)
 
     def conform(value: Any) -> Any:
-        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
-            if not hasattr(value, "tolist"):
-                raise NotOfType(f"{_called(value)} is not {kind}")
-            value = value.tolist()
+        parts: Any = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(parts, (str, bytes, Mapping)) or not isinstance(parts, Sequence):
+            raise NotOfType(f"{_called(value)} is not {kind}")
         found = []
-        for index, part in enumerate(value):
+        for index, part in enumerate(parts):
             try:
                 found.append(inner(part))
             except NotOfType as error:
@@ -135,6 +136,7 @@ def _fields(value: Any) -> Mapping[str, Any] | None:
 
 
 def _array(kind: Tensor | Image) -> Conform:
+    shape: Shape
     if isinstance(kind, Image):
         sides = (kind.height, kind.width)
         shape = sides if kind.colour == "gray" else (*sides, 3)

@@ -1,6 +1,7 @@
 """The CPU implementation of every operator: the reference for all others.
 
-Layer 3, and the only file importing cv2. Images are numpy arrays of height x width x 3 (height x
+Layer 3. Operators on images stand here, those on what models give in `flowlang.runtime.results`;
+OpenCV is behind `flowlang.runtime.vision`. Images are numpy arrays of height x width x 3 (height x
 width for gray), 8-bit levels; an image of undecided colour is blue, green, red, as OpenCV decodes.
 """
 
@@ -8,38 +9,61 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from flowlang.diagnostics import BadRequest, RequestError, StageFailed
+from flowlang.diagnostics import BadRequest, EngineError, RequestError, StageFailed
 from flowlang.plan import graph
-from flowlang.plan.graph import Node
-from flowlang.plan.ops import shorter_side
+from flowlang.plan.expression import Expression
+from flowlang.plan.graph import Live, Node
+from flowlang.plan.ops import OPS, Param
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS
 from flowlang.plan.rewrite import levels_of
 from flowlang.plan.types import Image
+from flowlang.runtime import results, vision
+from flowlang.runtime.frame import (
+    Frame,
+    crop_place,
+    frame_of,
+    pad_size,
+    product,
+    quad_matrix,
+    resize_placement,
+    with_frame,
+)
 from flowlang.runtime.picture import Picture, UnreadablePicture, is_plain_jpeg, read_picture
+from flowlang.runtime.results import read_lines
+from flowlang.runtime.vision import as_bmp as as_bmp  # gpu.py takes it from here
+from flowlang.runtime.vision import sample_pictures as sample_pictures  # likewise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array: TypeAlias = NDArray[Any]
 
-Work: TypeAlias = Callable[[Any], Any]
+Work: TypeAlias = results.Work
+
+MAX_WORKS = 64  # kept for values that requests bring
+UPRIGHT = 1.5  # taller than this for its width, a line of text runs downwards
+LONGEST = 16384  # side of what is cut out of a quad
 
 
 def work_of(node: Node, settings: Mapping[str, Any]) -> Work:
-    """What an operator does to one item.
+    """What an operator does to one item, given the values of the node's further inputs too.
 
     The function raises RequestError for an item it cannot work on, with the operator and its place.
     """
-    inner = _MAKERS[node.op](node, settings)
-    name, place = node.op, str(node.span)
+    lives = _lives(node)
+    inner = _live_work(node, settings, lives) if lives else _MAKERS[node.op](node, settings)
+    name, place = "crop" if node.op == graph.CUT_OUT else node.op, str(node.span)
 
-    def work(value: Any) -> Any:
+    def work(value: Any, *extras: Any) -> Any:
         try:
-            return inner(value)
+            return inner(value, *extras)
         except RequestError as error:
             error.message = f"{name} failed: {error.message}"
             error.stage, error.place = name, place
@@ -51,12 +75,82 @@ def work_of(node: Node, settings: Mapping[str, Any]) -> Work:
     return work
 
 
-def _decode(node: Node, settings: Mapping[str, Any]) -> Work:
-    import cv2
-    import numpy as np
+# Parameters that requests bring
 
-    # A bad picture is told to its sender, not to stderr.
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+def _lives(node: Node) -> list[tuple[Param, int]]:
+    """The parameters known only with a request, each with the index of the input that has it.
+
+    A parameter that is a value of the flow (the image of `crop`) is an item like any other.
+    """
+    op = OPS.get(node.op)
+    rows = [(op.param(n), v) for n, v in node.params.items() if isinstance(v, Live)] if op else []
+    return [(p, v.index) for p, v in rows if p is not None and p.kind != "value"]
+
+
+def _live_work(node: Node, settings: Mapping[str, Any], lives: Sequence[tuple[Param, int]]) -> Work:
+    """One inner work for each tuple of values, made when it first comes and kept for a while."""
+    make = _MAKERS[node.op]
+    # Files are read now: later they may be gone, and a request is not the time to read them.
+    known = {n: read_lines(v) if isinstance(v, Path) else v for n, v in node.params.items()}
+    others = _others(node, lives)
+
+    @functools.lru_cache(maxsize=MAX_WORKS)
+    def work_with(values: tuple[Any, ...]) -> Work:
+        live = {param.name: value for (param, _), value in zip(lives, values, strict=True)}
+        return make(replace(node, params={**known, **live}), settings)
+
+    def work(value: Any, *extras: Any) -> Any:
+        values = tuple(_checked(param, extras[index - 1]) for param, index in lives)
+        return work_with(values)(value, *(extras[index - 1] for index in others))
+
+    return work
+
+
+def _others(node: Node, lives: Sequence[tuple[Param, int]]) -> list[int]:
+    """The inputs that a work gets besides its item, where some are its parameters.
+
+    An expression takes the values it uses, which may be those of parameters too.
+    """
+    for value in node.params.values():
+        if isinstance(value, Expression):
+            return [index for _, index in value.body.captures]
+    taken = {0, *(index for _, index in lives)}
+    return [index for index in range(len(node.inputs)) if index not in taken]
+
+
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "int": (Integral, "a whole number"),
+    "number": (Real, "a number"),
+    "str": (str, "a text"),
+    "word": (str, "a word"),
+    "flag": (bool, "true or false"),
+}
+
+
+def _checked(param: Param, value: Any) -> Any:
+    """A value that a request brings, as the parameter's kind. Raises BadRequest."""
+    kind, wanted = _KINDS.get(param.kind, (tuple, "fixed in the flow"))
+    low, high = param.low, param.high
+    is_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if param.words:
+        is_kind, wanted = value in param.words, "one of " + ", ".join(param.words)
+    elif low is not None and high is not None:
+        wanted = f"{wanted} from {low:g} to {high:g}"
+    elif low is not None or high is not None:
+        wanted += f" of at least {low:g}" if low is not None else f" of at most {high:g}"
+    too_low = is_kind and low is not None and not value >= low  # `not`, for NaN is neither
+    too_high = is_kind and high is not None and not value <= high
+    if not is_kind or too_low or too_high:
+        raise BadRequest(f"`{param.name}` must be {wanted}, and is {reprlib.repr(value)}")
+    return int(value) if kind is Integral else float(value) if kind is Real else value
+
+
+# Pictures to images
+
+
+def _decode(node: Node, settings: Mapping[str, Any]) -> Work:
+    vision.silence()
     max_bytes = settings.get("max_bytes", MAX_BYTES)
     max_pixels = settings.get("max_pixels", MAX_PIXELS)
     allows_truncated = node.params["truncated"] == "allow"
@@ -65,14 +159,8 @@ def _decode(node: Node, settings: Mapping[str, Any]) -> Work:
         if len(data) > max_bytes or not is_plain_jpeg(data, max_pixels):
             picture = check_picture(data, max_bytes, max_pixels, allows_truncated)
             if not picture.is_complete and picture.format == "jpeg":
-                data += b"\xff\xd9"  # without an end marker OpenCV gives nothing at all
-        try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        except cv2.error as error:
-            raise BadRequest(f"not a picture that can be decoded ({error.err})") from None
-        if image is None:
-            raise BadRequest("not a picture that can be decoded")
-        return image
+                data += vision.END_OF_JPEG
+        return vision.decode_picture(data)
 
     return work
 
@@ -97,139 +185,207 @@ def check_picture(
     return picture
 
 
-def as_bmp(data: bytes, picture: Picture | None = None) -> bytes:
-    """A picture file as an uncompressed one of the same pixels, upright. Raises BadRequest."""
-    import cv2
-    import numpy as np
-
-    if picture is not None and not picture.is_complete and picture.format == "jpeg":
-        data += b"\xff\xd9"
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise BadRequest("not a picture that can be decoded")
-    return cv2.imencode(".bmp", image)[1].tobytes()
-
-
-def sample_pictures(count: int) -> list[bytes]:
-    """Made-up photographs (JPEG, 500x375, 4:2:0) to measure decoders with, always the same."""
-    import cv2
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    found = []
-    for _ in range(count):
-        image = sum(
-            cv2.resize(random.normal(0, scale, (375 // cell, 500 // cell, 3)), (500, 375))
-            for cell, scale in ((1, 12.0), (4, 14.0), (16, 20.0), (64, 30.0))
-        )
-        levels = np.clip(image + 128, 0, 255).astype(np.uint8)
-        found.append(cv2.imencode(".jpg", levels, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes())
-    return found
+# Images to images
 
 
 def _resize(node: Node, settings: Mapping[str, Any]) -> Work:
-    import cv2
     import numpy as np
 
     params = node.params
-    size, h, w, fit = params["size"], params["h"], params["w"], params["fit"]
-    height, width = (size, size) if size is not None else (h, w)
-    scale_to = (
-        _antialiased
-        if params["antialias"]
-        else functools.partial(cv2.resize, interpolation=cv2.INTER_LINEAR)
-    )
+    scale_to = vision.resize_antialiased if params["antialias"] else vision.resize_linear
+    fills = params["fit"] in ("letterbox", "pad")
 
-    def stretch(image: Array) -> Array:
+    def work(image: Array) -> Array:
         rows, columns = image.shape[:2]
-        to_h = height if height is not None else max(1, round(rows * width / columns))
-        to_w = width if width is not None else max(1, round(columns * height / rows))
-        return scale_to(image, (to_w, to_h))
+        place = resize_placement(rows, columns, params)
+        small = scale_to(image, place.inner_height, place.inner_width)
+        if not fills:
+            return small
+        return _surrounded(
+            small, place.top, place.left, place.height, place.width, params["fill"], np.uint8
+        )
 
-    def shorter(image: Array) -> Array:
-        rows, columns = image.shape[:2]
-        to_h, to_w = shorter_side(rows, columns, height)
-        return scale_to(image, (to_w, to_h))
-
-    def inside(image: Array) -> Array:
-        rows, columns = image.shape[:2]
-        to_h, to_w = inner_size(rows, columns, height, width)
-        small = scale_to(image, (to_w, to_h))
-        out = np.full((height, width, *image.shape[2:]), params["fill"], np.uint8)
-        top = (height - to_h) // 2 if fit == "letterbox" else 0
-        left = (width - to_w) // 2 if fit == "letterbox" else 0
-        out[top : top + to_h, left : left + to_w] = small
-        return out
-
-    return {"stretch": stretch, "shorter": shorter, "letterbox": inside, "pad": inside}[fit]
+    return work
 
 
-def inner_size(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
-    """Height and width of a picture of rows x columns made to fit inside height x width."""
-    scale = min(height / rows, width / columns)
-    return min(height, max(1, round(rows * scale))), min(width, max(1, round(columns * scale)))
-
-
-@functools.lru_cache(maxsize=64)
-def _triangle(length: int, to: int) -> Array:
-    """Weights of the triangular filter that makes `length` samples `to`, one row a result.
-
-    It is as wide as the step where it shrinks, and plain linear interpolation where it grows. Past
-    an edge the sample at the edge repeats, as it does in plain linear interpolation.
-    """
+def _surrounded(
+    image: Array, top: int, left: int, height: int, width: int, fill: int, dtype: Any
+) -> Array:
+    """The image inside a larger one that is filled with a level."""
     import numpy as np
 
-    step = length / to
-    support = max(1.0, step)
-    beyond = math.ceil(support)
-    centres = (np.arange(to) + 0.5) * step
-    places = np.arange(-beyond, length + beyond) + 0.5
-    weights = np.clip(1 - abs(places[None] - centres[:, None]) / support, 0, None)
-    weights /= weights.sum(1, keepdims=True)
-    inside = weights[:, beyond : beyond + length].copy()
-    inside[:, 0] += weights[:, :beyond].sum(1)
-    inside[:, -1] += weights[:, beyond + length :].sum(1)
-    return np.asarray(inside, np.float32)
-
-
-def _antialiased(image: Array, size: tuple[int, int]) -> Array:
-    import numpy as np
-
-    width, height = size
-    rows = np.tensordot(_triangle(image.shape[0], height), image.astype(np.float32), axes=1)
-    both = np.tensordot(_triangle(image.shape[1], width), rows, axes=([1], [1]))
-    return np.clip(np.rint(np.swapaxes(both, 0, 1)), 0, 255).astype(np.uint8)
+    out = np.full((height, width, *image.shape[2:]), fill, dtype)
+    out[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return out
 
 
 def _colour(node: Node, settings: Mapping[str, Any]) -> Work:
-    import cv2
-
     given = node.inputs[0].type
     start = (given.colour if isinstance(given, Image) else None) or "bgr"
-    codes = {
-        ("bgr", "rgb"): cv2.COLOR_BGR2RGB,
-        ("rgb", "bgr"): cv2.COLOR_RGB2BGR,
-        ("bgr", "gray"): cv2.COLOR_BGR2GRAY,
-        ("rgb", "gray"): cv2.COLOR_RGB2GRAY,
-    }
-    code = codes.get((start, node.op))
-    return (lambda image: image) if code is None else (lambda image: cv2.cvtColor(image, code))
+    return vision.recolour(start, node.op)
 
 
 def _crop(node: Node, settings: Mapping[str, Any]) -> Work:
     params = node.params
-    size = params["size"]
-    height, width = (size, size) if size is not None else (params["h"], params["w"])
 
     def work(image: Array) -> Array:
         rows, columns = image.shape[:2]
-        h, w = height or rows, width or columns
-        if rows < h or columns < w:
-            raise BadRequest(f"an image of {rows}x{columns} has no centre of {h}x{w}")
-        top, left = (rows - h) // 2, (columns - w) // 2
-        return image[top : top + h, left : left + w]
+        top, left, height, width = crop_place(rows, columns, params)
+        return image[top : top + height, left : left + width]
 
     return work
+
+
+def _pad(node: Node, settings: Mapping[str, Any]) -> Work:
+    params = node.params
+
+    def work(image: Array) -> Array:
+        rows, columns = image.shape[:2]
+        height, width = pad_size(rows, columns, params)
+        return _surrounded(image, 0, 0, height, width, params["fill"], image.dtype)
+
+    return work
+
+
+def _flip(node: Node, settings: Mapping[str, Any]) -> Work:
+    axis = node.params["axis"]
+    return lambda image: vision.flip(image, axis)
+
+
+def _rotate(node: Node, settings: Mapping[str, Any]) -> Work:
+    degrees = node.params["degrees"]
+    if degrees not in (90, 180, 270):
+        raise EngineError(f"`rotate` turns by 90, 180 or 270 degrees ({node.span})")
+    return lambda image: vision.rotate(image, degrees)
+
+
+def _cut(node: Node, settings: Mapping[str, Any]) -> Work:
+    high, wide, overlap = node.params["h"], node.params["w"], node.params["overlap"]
+    length = high if high is not None else wide
+    if not 0 <= overlap < length:
+        raise EngineError(f"pieces of {length} pixels cannot overlap by {overlap} ({node.span})")
+
+    def work(image: Array) -> list[Array]:
+        frame = frame_of(image)
+        rows, columns = image.shape[:2]
+        whole = rows if high is not None else columns
+        if whole <= length:
+            return [image]
+        last = whole - length
+        starts = [*range(0, last, length - overlap), last]
+        if high is not None:
+            parts = [(image[s : s + length], frame.cropped(s, 0, length, columns)) for s in starts]
+        else:
+            parts = [(image[:, s : s + length], frame.cropped(0, s, rows, length)) for s in starts]
+        return [with_frame(pixels, part) for pixels, part in parts]
+
+    return work
+
+
+# Parts of images, by where they lie in the decoded picture
+
+
+def _crop_box(node: Node, settings: Mapping[str, Any]) -> Work:
+    """What lies in a box or a quad: `crop(img)`."""
+    turns = node.params.get("upright", False)
+
+    def work(place: Any, image: Array) -> Array:
+        frame = frame_of(image)
+        corners, is_box = _corners_of(place)
+        inside = frame.from_decoded(corners)
+        if is_box and frame.is_straight:
+            return _cut_box(image, frame, inside)
+        return _cut_quad(image, frame, inside, turns and not is_box)
+
+    return work
+
+
+def _corners_of(place: Any) -> tuple[Array, bool]:
+    """The corners of a box or a quad, clockwise from the top left, and whether it is a box."""
+    import numpy as np
+
+    try:
+        numbers = np.asarray(place, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        numbers = np.empty(0)
+    if numbers.shape not in ((4,), (4, 2)) or not np.isfinite(numbers).all():
+        raise BadRequest(
+            "neither a box [left, top, right, bottom] nor a quad of four points [x, y]: "
+            f"{reprlib.repr(place)}"
+        )
+    if numbers.ndim == 2:
+        return numbers, False
+    if not (numbers[2:] > numbers[:2]).all():
+        raise BadRequest(f"a box of no area: {reprlib.repr(place)}")
+    return numbers[[0, 1, 2, 1, 2, 3, 0, 3]].reshape(4, 2), True
+
+
+def _cut_box(image: Array, frame: Frame, corners: Array) -> Array:
+    """The pixels between the edges next to those of an upright rectangle, at least one each way."""
+    (left, top), (right, bottom) = corners.min(0).tolist(), corners.max(0).tolist()
+    first_row, last_row = _pixels(top, bottom, frame.height)
+    first, last = _pixels(left, right, frame.width)
+    part = image[first_row:last_row, first:last]
+    return with_frame(part, frame.cropped(first_row, first, last_row - first_row, last - first))
+
+
+def _pixels(low: float, high: float, length: int) -> tuple[int, int]:
+    low, high = max(low, 0.0), min(high, float(length))
+    if not high > low:
+        raise BadRequest("the box does not touch the image")
+    first = min(math.floor(low + 0.5), length - 1)
+    return first, max(math.floor(high + 0.5), first + 1)
+
+
+def _cut_quad(image: Array, frame: Frame, corners: Array, turns: bool) -> Array:
+    """A quad straightened to a rectangle as long as the longer of its opposite sides."""
+    import numpy as np
+
+    _check_quad(corners, frame)
+    edges = np.hypot(*(np.roll(corners, -1, 0) - corners).T)
+    width, height = float(max(edges[0], edges[2])), float(max(edges[1], edges[3]))
+    if turns and height > UPRIGHT * width:
+        corners, width, height = np.roll(corners, -1, 0), height, width
+    if max(width, height) > min(LONGEST, 2 * math.hypot(frame.height, frame.width)):
+        raise BadRequest(f"a quad of {height:.0f}x{width:.0f} reaches far out of the image")
+    rows, columns = max(1, round(height)), max(1, round(width))
+    matrix = quad_matrix(corners.tolist(), rows, columns)
+    # Only what is looked at, with room for the cubic: OpenCV takes no image beyond 32767 pixels.
+    left, top = (max(0, math.floor(v) - 3) for v in corners.min(0))
+    right, bottom = (math.ceil(v) + 3 for v in corners.max(0))
+    shifted = product((1.0, 0.0, -left, 0.0, 1.0, -top, 0.0, 0.0, 1.0), matrix)
+    straight = vision.warp(
+        image[top:bottom, left:right], np.reshape(shifted, (3, 3)), rows, columns
+    )
+    return with_frame(straight, frame.warped(matrix, rows, columns))
+
+
+def _check_quad(corners: Array, frame: Frame) -> None:
+    """Raises BadRequest for corners of no convex shape, and for one beside the image."""
+    import numpy as np
+
+    edges = np.roll(corners, -1, 0) - corners
+    following = np.roll(edges, -1, 0)
+    turns = edges[:, 0] * following[:, 1] - edges[:, 1] * following[:, 0]
+    if not ((turns > 1e-6).all() or (turns < -1e-6).all()):
+        raise BadRequest("the four points are not the corners of a quad, in order around it")
+    if (corners.max(0) <= 0).any() or (corners.min(0) >= (frame.width, frame.height)).any():
+        raise BadRequest("the quad does not touch the image")
+
+
+def _size(node: Node, settings: Mapping[str, Any]) -> Work:
+    return lambda image: {"height": int(image.shape[0]), "width": int(image.shape[1])}
+
+
+def _height(node: Node, settings: Mapping[str, Any]) -> Work:
+    return lambda image: int(image.shape[0])
+
+
+def _width(node: Node, settings: Mapping[str, Any]) -> Work:
+    return lambda image: int(image.shape[1])
+
+
+# Images to what models take
 
 
 def _normalize(node: Node, settings: Mapping[str, Any]) -> Work:
@@ -245,7 +401,6 @@ def _normalize(node: Node, settings: Mapping[str, Any]) -> Work:
 
 def _pack(node: Node, settings: Mapping[str, Any]) -> Work:
     """An image to a model's input: layout, dtype, and levels normalized on the way."""
-    import cv2
     import numpy as np
 
     params = node.params
@@ -266,10 +421,7 @@ def _pack(node: Node, settings: Mapping[str, Any]) -> Work:
     ]
 
     def normalized(image: Array) -> Array:
-        planes = cv2.split(image) if image.ndim == 3 else [image]
-        out = np.empty((len(tables), *image.shape[:2]), np.float32)
-        for plane, table, target in zip(planes, tables, out, strict=True):
-            cv2.LUT(plane, table, dst=target)
+        out = vision.planes_by_table(image, tables)
         if not is_chw:
             out = np.ascontiguousarray(out.transpose(1, 2, 0))
         return out.astype(dtype, copy=False)
@@ -277,101 +429,27 @@ def _pack(node: Node, settings: Mapping[str, Any]) -> Work:
     return normalized
 
 
-def _softmax(node: Node, settings: Mapping[str, Any]) -> Work:
-    import numpy as np
-
-    def work(values: Array) -> Array:
-        values = np.exp(values.astype(np.float32) - values.max(-1, keepdims=True))
-        shares: Array = values / values.sum(-1, keepdims=True)
-        return shares
-
-    return work
-
-
-def read_lines(path: Path | None) -> list[str] | None:
-    """The lines of a text file of names, without their line ends.
-
-    Only line feeds end a line: a recogniser's characters include the other separators of Unicode.
-    """
-    if path is None:
-        return None
-    text = path.read_bytes().decode("utf-8-sig")
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if lines[-1] == "" else lines
-
-
-def _label(index: int, score: float, names: list[str] | None) -> dict[str, Any]:
-    named = names is not None and index < len(names)
-    return {
-        "index": index,
-        "label": names[index] if named and names else str(index),
-        "score": score,
-    }
-
-
-def _top(node: Node, settings: Mapping[str, Any]) -> Work:
-    import numpy as np
-
-    names = read_lines(node.params["names"])
-    k = node.params["k"]
-
-    def work(values: Array) -> list[dict[str, Any]]:
-        # A model gone wrong may give NaN: it counts as the least. Of equals the first comes first.
-        ranked = np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-        count = min(k, len(values))
-        if not count:
-            return []
-        least = np.partition(ranked, len(ranked) - count)[len(ranked) - count]
-        found = np.flatnonzero(ranked >= least)
-        order = found[np.argsort(-ranked[found], kind="stable")][:count]
-        return [_label(i, float(values[i]), names) for i in order.tolist()]
-
-    return work
-
-
-def _best(node: Node, settings: Mapping[str, Any]) -> Work:
-    import numpy as np
-
-    names = read_lines(node.params["names"])
-
-    def work(values: Array) -> dict[str, Any]:
-        index = int(np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf).argmax())
-        return _label(index, float(values[index]), names)
-
-    return work
-
-
-def _ctc(node: Node, settings: Mapping[str, Any]) -> Work:
-    keys = ["", *(read_lines(node.params["keys"]) or ())]
-
-    def work(steps: Array) -> str:
-        if steps.shape[-1] > len(keys):
-            raise StageFailed(
-                f"the model knows {steps.shape[-1]} classes and `keys` names {len(keys) - 1}"
-            )
-        best = steps.argmax(-1)
-        changed = [int(b) for i, b in enumerate(best) if i == 0 or b != best[i - 1]]
-        return "".join(keys[b] for b in changed)
-
-    return work
-
-
 def _pass(node: Node, settings: Mapping[str, Any]) -> Work:
     return lambda value: value
 
 
-_MAKERS: dict[str, Callable[[Node, Mapping[str, Any]], Work]] = {
+_MAKERS: dict[str, results.Maker] = {
+    **results.MAKERS,
     "decode": _decode,
     "resize": _resize,
     "rgb": _colour,
     "bgr": _colour,
     "gray": _colour,
     "crop": _crop,
+    "pad": _pad,
+    "flip": _flip,
+    "rotate": _rotate,
+    "cut": _cut,
+    graph.CUT_OUT: _crop_box,
+    "size": _size,
+    "height": _height,
+    "width": _width,
     "normalize": _normalize,
     graph.PACK: _pack,
-    "softmax": _softmax,
-    "top": _top,
-    "best": _best,
-    "ctc": _ctc,
     "pass": _pass,
 }

@@ -86,7 +86,7 @@ class PythonInstance:
 
     def run(self, values: Sequence[Any]) -> list[Any]:
         items = [v[0] if self._live else v for v in values]
-        given = [
+        given: list[Mapping[str, Any]] = [
             {**self._fixed, **{n: v[i] for n, i in self._live.items()}}
             if self._live
             else self._fixed

@@ -7,6 +7,7 @@ needs; it is made, warmed, used and closed in one thread, so it needs no lock.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import threading
 import time
@@ -14,10 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from flowlang.diagnostics import EngineError, InternalError, RequestError, StageFailed
+from flowlang.plan import graph
+from flowlang.plan.physical import StagePlan
 from flowlang.runtime.batcher import Item
 from flowlang.runtime.scheduler import Scheduler, Stage
 
 log = logging.getLogger("flowlang")
+
+MAX_ABANDONED = 16  # threads of one stage that never came back
 
 
 class Instance(Protocol):
@@ -76,6 +81,8 @@ class Lane(threading.Thread):
         self.is_ready = threading.Event()
         self.failure: Exception | None = None
         self.items: list[Item] = []  # the batch being worked on
+        self.number = number
+        self.is_abandoned = False  # nobody waits for it any more: another lane has its place
         self._bell = threading.Lock()
         self._bell.acquire()
 
@@ -102,9 +109,16 @@ class Lane(threading.Thread):
                 instance = self._replacement()
         self._close(instance)
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether foreign code keeps this lane although all it works on has missed its timeout."""
+        items = self.items
+        is_foreign = self.stage.plan.nodes[0].op == graph.PYTHON
+        return is_foreign and bool(items) and all(item.is_over for item in items)
+
     def _feed(self, instance: Instance) -> None:
         """Batch after batch, each done before the next is taken, until the scheduler is closed."""
-        while (items := self._next_batch()) is not None:
+        while not self.is_abandoned and (items := self._next_batch()) is not None:
             self.items = items
             try:
                 outcomes = instance.run([item.value for item in items])
@@ -238,12 +252,49 @@ class _Nothing:
     def close(self) -> None: ...
 
 
+class Lanes:
+    """The lanes of an app, one for each instance of each stage, and those that took a stuck one's
+    place.
+    """
+
+    def __init__(self, scheduler: Scheduler, make: Callable[[StagePlan, int], Instance]) -> None:
+        self._scheduler = scheduler
+        self._make = make
+        self.all = [
+            self._lane(stage, number)
+            for stage in scheduler.stages
+            for number in range(stage.plan.instances)
+        ]
+
+    def _lane(self, stage: Stage, number: int) -> Lane:
+        make = functools.partial(self._make, stage.plan, number)
+        return Lane(self._scheduler, stage, number, make)
+
+    def replace_stuck(self) -> None:
+        """Give the place of each stuck lane to a new one. Called by the watch over deadlines.
+
+        A thread cannot be ended from outside: it is left to itself, and ends if it comes back.
+        """
+        for lane in [lane for lane in self.all if lane.is_stuck and not lane.is_abandoned]:
+            name = lane.stage.plan.name
+            gone = sum(other.is_abandoned for other in self.all if other.stage is lane.stage)
+            if gone >= MAX_ABANDONED:
+                log.error("stage `%s`: %d calls never came back; this one's lane stays", name, gone)
+                continue
+            log.error("stage `%s`: a call does not come back, and is left to itself", name)
+            lane.is_abandoned = True
+            replacement = self._lane(lane.stage, lane.number)
+            self.all.append(replacement)
+            replacement.start()
+
+
 class Watch(threading.Thread):
     """The thread that answers requests at their deadline."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, on_expired: Callable[[], None]) -> None:
         super().__init__(name="flowlang-deadlines", daemon=True)
         self.scheduler = scheduler
+        self.on_expired = on_expired
         self._moved = threading.Event()
         scheduler.on_expiry = self._moved.set
 
@@ -255,6 +306,7 @@ class Watch(threading.Thread):
                 self._moved.wait(patience_s)
                 self._moved.clear()
             self.scheduler.expire()
+            self.on_expired()
 
     def stop(self) -> None:
         self._moved.set()

@@ -22,7 +22,12 @@ from flowlang.plan.types import Image, Record, Scalar, Tensor, Type, Unknown
 from flowlang.runtime.ort import numpy_dtype
 
 JSON, OCTETS, HTML = b"application/json", b"application/octet-stream", b"text/html; charset=utf-8"
-WANTED = frozenset((b"content-length", b"content-encoding", b"x-deadline-ms", b"x-request-id"))
+WANTED = frozenset(
+    (
+        *(b"content-length", b"content-encoding", b"content-type"),
+        *(b"x-deadline-ms", b"x-request-id"),
+    )
+)
 RETRY_S = b"1"
 
 _ID = re.compile(rb"[\x20-\x7e]{1,128}")
@@ -88,21 +93,26 @@ def _finite(value: Any) -> Any:
 
 
 def error_answer(error: RequestError, flow: str | None, request_id: bytes) -> Answer:
-    """What a client is told of a request that was not answered with a result."""
-    message = error.message
-    if isinstance(error, StageFailed):  # its message may be any exception's
-        message = f"stage `{error.stage}` failed" if error.stage else "the flow failed"
+    """The answer to a request that was not answered with a result."""
     headers = error.headers if isinstance(error, Refusal) else ()
     if error.http_status in (429, 503):
         headers = (*headers, (b"retry-after", RETRY_S))
-    told = {
+    body = to_json({"error": told(error, flow, request_id)})
+    return Answer(error.http_status, body, JSON, headers)
+
+
+def told(error: RequestError, flow: str | None, request_id: bytes) -> dict[str, Any]:
+    """What a client is told of an error."""
+    message = error.message
+    if isinstance(error, StageFailed):  # its message may be any exception's
+        message = f"stage `{error.stage}` failed" if error.stage else "the flow failed"
+    return {
         "code": error.code,
         "message": message,
         "stage": error.stage,
         "flow": flow,
         "request_id": request_id.decode("ascii"),
     }
-    return Answer(error.http_status, to_json({"error": told}), JSON, headers)
 
 
 def request_id_of(given: bytes | None) -> bytes:

@@ -14,6 +14,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from flowlang.diagnostics import Draining, FlowError, RequestError, StageFailed
+from flowlang.items import plain
 from flowlang.plan.physical import MAX_BYTES
 from flowlang.serve.answer import (
     HTML,
@@ -26,7 +27,9 @@ from flowlang.serve.answer import (
     reader_of,
     request_id_of,
     to_json,
+    told,
 )
+from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
@@ -65,6 +68,11 @@ class _Door:
 
     flow: Flow
     read: Callable[[bytes], Any] | None
+    parameters: ParameterReader
+
+    def item(self, body: bytes) -> Any:
+        """The flow's item, as a body brings it. Raises BadRequest."""
+        return body if self.read is None else self.read(body)
 
 
 class Service:
@@ -89,7 +97,7 @@ class Service:
             path = f"/flows/{flow.name}"
             if path in doors:
                 raise FlowError(f"two flows are named `{flow.name}`: give one another name")
-            doors[path] = _Door(flow, reader_of(flow.input))
+            doors[path] = _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
         self.names = [door.flow.name for door in doors.values()]
         self._listing = to_json({"flows": [_listed(path, d) for path, d in doors.items()]})
         if len(doors) == 1:
@@ -126,7 +134,9 @@ class Service:
             return
         self.under_way += 1
         try:
-            answer = await self._answer_call(door, found, request_id, receive)
+            answer = await self._answer_call(
+                door, scope["query_string"], found, request_id, receive
+            )
             await self._send(send, answer, request_id)
         except _HungUp:
             pass
@@ -148,23 +158,28 @@ class Service:
     # Flows
 
     async def _answer_call(
-        self, door: _Door, found: dict[bytes, bytes], request_id: bytes, receive: Receive
+        self,
+        door: _Door,
+        query: bytes,
+        found: dict[bytes, bytes],
+        request_id: bytes,
+        receive: Receive,
     ) -> Answer:
         flow = door.flow
         try:
             deadline_s = deadline_of(found.get(b"x-deadline-ms"))
+            parameters = door.parameters.of_query(query) if query else {}
             body = await self._read_body(found, receive)
-            item = body if door.read is None else door.read(body)
-            watch = _Watch(receive)
-            try:
-                result = await flow.acall(item, deadline_s=deadline_s)
-            except asyncio.CancelledError:
-                if watch.hung_up:
-                    raise _HungUp from None
-                raise
-            finally:
-                watch.stop()
-            kind, body = encode(result)
+            items: list[Part] = []
+            if is_form(found.get(b"content-type")):
+                given, items = door.parameters.of_form(parts_of(found[b"content-type"], body))
+                parameters |= given
+                body = only_item(items, given)
+            if len(items) > 1:
+                call = _call_each(door, items, deadline_s, parameters, request_id)
+            else:
+                call = flow.acall(door.item(body), deadline_s=deadline_s, **parameters)
+            kind, body = encode(await _unless_hung_up(call, receive))
             return Answer(200, body, kind)
         except RequestError as error:
             level = logging.WARNING if isinstance(error, StageFailed) else logging.INFO
@@ -277,6 +292,41 @@ class Service:
         return Answer(200 if self.state == "ready" else 503, body)
 
 
+async def _unless_hung_up(call: Awaitable[Any], receive: Receive) -> Any:
+    """The result of a call. Raises _HungUp once nobody is there to be told."""
+    watch = _Watch(receive)
+    try:
+        return await call
+    except asyncio.CancelledError:
+        if watch.hung_up:
+            raise _HungUp from None
+        raise
+    finally:
+        watch.stop()
+
+
+async def _call_each(
+    door: _Door,
+    items: list[Part],
+    deadline_s: float | None,
+    parameters: dict[str, Any],
+    request_id: bytes,
+) -> dict[str, Any]:
+    """Every item of a form through the flow: a result or an error for each, in order."""
+
+    async def call(part: Part) -> dict[str, Any]:
+        name = part.file_name if part.file_name is not None else part.name
+        try:
+            item = door.item(part.content)
+            result = await door.flow.acall(item, deadline_s=deadline_s, **parameters)
+        except RequestError as error:
+            log.info("request %s, `%s`: %s", request_id.decode(), name, error)
+            return {"name": name, "error": told(error, door.flow.name, request_id)}
+        return {"name": name, "result": plain(result)}
+
+    return {"results": await asyncio.gather(*(call(part) for part in items))}
+
+
 class _Watch:
     """Cancels the task that made it when its client hangs up.
 
@@ -328,6 +378,10 @@ def _listed(path: str, door: _Door) -> dict[str, Any]:
         "output": str(flow.output),
         "path": path,
         "takes": "bytes" if door.read is None else "json",
+        "parameters": [
+            {"name": p.name, "type": str(p.type), "required": p.default is None}
+            for p in flow.parameters
+        ],
     }
 
 

@@ -179,7 +179,8 @@ def check_take(batcher: Batcher, oracle: Oracle, now_s: float, free: int) -> Non
         return
     oldest_s = live[0].arrived_s
     is_due = len(live) >= oracle.high or now_s >= oldest_s + oracle.wait_s
-    assert due_s is not None and due_s <= oldest_s + oracle.wait_s
+    assert due_s is not None
+    assert due_s <= oldest_s + oracle.wait_s
     assert batch or not is_due
     if oracle.waiting == live:
         among = oracle.instances if oracle.is_shared else free

@@ -58,9 +58,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "scores": (("N", "k"), ("N", "k")),
         "fixed": ((4, 3), (4, 3)),
     }
-    for name, (given, result) in shapes.items():
+    for name, (taken, result) in shapes.items():
         write_model(
-            root / f"{name}.onnx", doubled, [("data", FLOATS, given)], [("out", FLOATS, result)]
+            root / f"{name}.onnx", doubled, [("data", FLOATS, taken)], [("out", FLOATS, result)]
         )
     indices = [("data", TensorProto.INT64, ("N", "k"))]
     write_model(

@@ -423,7 +423,7 @@ def test_a_stage_out_of_time_is_named(start: Start) -> None:
     gate = Gate()
     works: list[Any] = [list, gate]
     app = start(text, lambda: works.pop(0))
-    with pytest.raises(DeadlineExceeded, match="stage `.*` did not finish") as caught:
+    with pytest.raises(DeadlineExceeded, match=r"stage `.*` did not finish") as caught:
         app(row(1))
     assert caught.value.stage in ("first", "second")
     gate.opened.set()

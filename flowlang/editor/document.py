@@ -1,0 +1,114 @@
+"""An open file: its text, what was read of it, and what checking it found.
+
+Layer 4. The text is read at each change, which is quick; checking it is asked for when there is
+time, and may finish when the text has moved on: what it found is kept by the parts of the file, and
+those that have not changed since still know their places.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from flowlang.diagnostics import CompileError, Diagnostic, Span, in_order
+from flowlang.editor.lines import Lines
+from flowlang.plan.declare import Choices
+from flowlang.plan.inspect import (
+    Draft,
+    Findings,
+    Part,
+    Reader,
+    arriving,
+    inspect,
+    read_part,
+    too_large,
+)
+from flowlang.plan.types import Type
+from flowlang.syntax import tree
+
+Named: TypeAlias = tree.Use | tree.Param | tree.TypeDef | tree.Flow
+NOTHING = Findings((), {}, None)
+
+
+class Document:
+    """A flow file as an editor has it. `path` need not exist; files are looked for beside it."""
+
+    def __init__(self, path: str, text: str, encoding: str = "utf-16") -> None:
+        self.path = path
+        self.encoding = encoding
+        self.findings = NOTHING
+        self.check_s = 0.0  # how long the last check took
+        self._reader = Reader(path)
+        self.change(text)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path).parent
+
+    @property
+    def text(self) -> str:
+        return self.draft.source.text
+
+    def change(self, text: str) -> None:
+        """Take a new text."""
+        self.lines = Lines(text, self.encoding)
+        try:
+            self.draft = self._reader.read(text)
+        except CompileError as error:
+            self.draft = too_large(error)
+
+    def check(self) -> tuple[Draft, Findings]:
+        """Check the text as it is now; for a thread that has time."""
+        draft, start_s = self.draft, time.monotonic()
+        findings = inspect(draft, choices())
+        self.check_s = time.monotonic() - start_s
+        return draft, findings
+
+    def known(self) -> list[Diagnostic]:
+        """What is known to be wrong before the text is checked: what cannot be read, and what was
+        found in the parts that have stayed as they were."""
+        read = [d for part in self.draft.parts for d in part.diagnostics]
+        kept = [d for d in self.findings.diagnostics if self.draft.place(d.span) is not None]
+        return in_order([*read, *kept])
+
+    def part(self, offset: int) -> tuple[Part, int]:
+        """The part at an offset, and the offset in it."""
+        index = self.draft.index(offset)
+        return self.draft.parts[index], offset - self.draft.starts[index]
+
+    def arriving(self, offset: int, probe: tuple[str, int, int]) -> tuple[Type, ...]:
+        """What arrives at an offset, told by a text for its part and the place to look at there."""
+        text, start, end = probe
+        index = self.draft.index(offset)
+        try:
+            part = read_part(text, self.draft.parts[index])
+        except CompileError:
+            return ()
+        return arriving(self.draft, index, part, (start, end), choices())
+
+    def place(self, span: Span) -> tuple[int, int] | None:
+        """Start and end of a span in the text as it is now; None for one elsewhere, or gone."""
+        return self.draft.place(span)
+
+    # What the file declares
+
+    def declarations(self) -> Iterator[tuple[tree.Item, int]]:
+        """Every declaration that could be read, and the offset that its spans count from."""
+        for part, start in zip(self.draft.parts, self.draft.starts, strict=True):
+            for item in part.program.items:
+                yield item, start
+
+    def declared(self, name: str) -> tuple[Named, int] | None:
+        """The declaration of a name, and the offset that its spans count from."""
+        for item, start in self.declarations():
+            if not isinstance(item, tree.Schedule) and item.name == name:
+                return item, start
+        return None
+
+
+def choices() -> Choices:
+    """What is chosen outside a file that is only looked at: nothing but the environment."""
+    return Choices({}, os.environ)

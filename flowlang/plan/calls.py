@@ -1,0 +1,322 @@
+"""Calls: mentions of flows, and operators with their arguments, as nodes.
+
+Layer 2. A flow's parameters are constants where the mention gives constants, and values of the
+mentioning flow otherwise; an operator's are constants, or Live where a request brings them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from flowlang.diagnostics import Diagnostic, Label, Span
+from flowlang.plan import graph
+from flowlang.plan.arguments import Binder, Bound, did_you_mean
+from flowlang.plan.expression import widened
+from flowlang.plan.fitting import ModelFitter, called, mismatch, model_before, picture_before
+from flowlang.plan.graph import Live, Node
+from flowlang.plan.module import Declared
+from flowlang.plan.onnx import Opener
+from flowlang.plan.ops import OPS, Op, Param
+from flowlang.plan.rules import Mismatch
+from flowlang.plan.scope import Scope
+from flowlang.plan.types import (
+    BOOL,
+    FLOAT,
+    INT,
+    STR,
+    UNKNOWN,
+    Image,
+    Scalar,
+    Type,
+    Unknown,
+    fits,
+    in_frame,
+    without_null,
+)
+from flowlang.plan.values import Constant
+from flowlang.syntax import tree
+from flowlang.syntax.scan import RESERVED
+
+if TYPE_CHECKING:
+    from flowlang.plan.elaborate import Elaborator
+
+_CONSTANT_KINDS: Mapping[Type, str] = {INT: "int", FLOAT: "float", STR: "str", BOOL: "bool"}
+_WANTED = {"int": (INT,), "number": (INT, FLOAT), "str": (STR,), "flag": (BOOL,)}
+
+
+class Calls:
+    """What stands for an operator or a flow by its name, for an Elaborator."""
+
+    def __init__(self, elaborator: Elaborator, opener: Opener | None) -> None:
+        self._elaborator = elaborator
+        self._report = elaborator.report
+        self.fitter = ModelFitter(elaborator.report, opener)
+        self._frames = itertools.count(1)
+        self._bound: dict[tuple[Span, object], Bound] = {}
+        self._binders: dict[str, Binder] = {}
+
+    def call(self, call: tree.Call, item: Node, scope: Scope) -> Node:
+        name, prefix = str(call.path), call.path.names[0]
+        value = scope.value(prefix) if call.args is None else None
+        if value is not None:
+            for part in call.path.names[1:]:
+                value = self._elaborator.field(value, part, call.path.span, scope)
+            return value
+        declared = scope.module.declared(call.path.names)
+        if declared is not None:
+            return self._mention(declared, call, item, scope)
+        op = OPS.get(name) or scope.module.operator(call.path.names)
+        if op is not None:
+            return self._operator(call, op, item, scope)
+        is_told = scope.module.is_lost(call.path.names) or {name, prefix} & RESERVED
+        if not is_told or prefix == "in":
+            self._report(self._unknown_stage(call, scope))
+        return self._elaborator.unknown(call.span, item, scope)
+
+    def _unknown_stage(self, call: tree.Call, scope: Scope) -> Diagnostic:
+        name, place = str(call.path), Label(call.path.span)
+        values = scope.names()
+        if name in values:
+            message = f"`{name}` is a value, and takes no arguments"
+            return Diagnostic("not-a-stage", message, place, help=name, fix=call.span)
+        if name in scope.constants:
+            message = f"`{name}` is a param, and a stage belongs here"
+            return Diagnostic("not-a-stage", message, place)
+        if name in scope.lets:
+            message = f"`{name}` is used before it is declared"
+            return Diagnostic("unknown-name", message, place, note="lets are read in order")
+        if name == "in":
+            return Diagnostic(
+                "not-a-stage",
+                "`in` is the item of a flow that has a body",
+                place,
+                note="flow name { return in -> decode }",
+            )
+        known = [*OPS, *scope.module.callable_names(), *values]
+        like = did_you_mean(name, [k for k in known if k != "in"])
+        message = f"there is no operator or flow named `{name}`"
+        return Diagnostic("unknown-operator", message, place, help=like)
+
+    def _mention(self, declared: Declared, call: tree.Call, item: Node, scope: Scope) -> Node:
+        """A mention of a flow: its declared input is checked, then its nodes follow."""
+        flow = declared.flow
+        if flow.signature:
+            wanted = declared.module.types.resolve(flow.signature[0])
+            if not fits(item.type, wanted):
+                mismatch(
+                    self._report,
+                    call.span,
+                    item,
+                    f"`{call.path}` cannot take what {called(item)} gives",
+                    f"wants {wanted}",
+                )
+                item = replace(item, type=wanted)
+            item = widened(item, wanted)
+        inner = Scope(declared, constants=declared.module.constants)
+        self._pass_arguments(declared, call, item, scope, inner)
+        return self._elaborator.flow(declared, item, inner)
+
+    def _pass_arguments(
+        self, declared: Declared, call: tree.Call, item: Node, scope: Scope, inner: Scope
+    ) -> None:
+        """Set the parameters of a mentioned flow: constants, or values of the mentioning one."""
+        inputs = {given.name: given for given in declared.flow.inputs}
+        free = list(inputs)
+        given: dict[str, tree.Arg] = {}
+        for arg in call.args or ():
+            name = arg.name if arg.name is not None else next(iter(free), "")
+            if name not in inputs:
+                self._report(_no_place(declared, call, arg))
+                continue
+            if name in given:
+                message = f"`{name}` of `{call.path}` is given twice"
+                first = Label(given[name].span, "first here")
+                self._report(Diagnostic("given-twice", message, Label(arg.span), (first,)))
+                continue
+            free.remove(name)
+            given[name] = arg
+        values: dict[str, Node] = {}
+        for name, wanted in inputs.items():
+            default = self.default(declared, wanted, item)
+            if name in given:
+                value = self._elaborator.operand(given[name].value, item, scope)
+                self._check_argument(declared, wanted, value, given[name])
+            elif default is not None:
+                value = default
+            else:
+                message = f"`{call.path}` needs its `{name}`"
+                self._report(Diagnostic("missing-parameter", message, Label(call.span)))
+                value = self._elaborator.unknown(call.span, item, scope)
+            values[name] = value
+        self._set(inner, values)
+
+    def default(self, declared: Declared, wanted: tree.Input, item: Node) -> Node | None:
+        """The default of a flow's parameter, or None where it has none."""
+        if wanted.default is None:
+            return None
+        scope = Scope(declared, constants=declared.module.constants)
+        value = self._elaborator.operand(wanted.default, item, scope)
+        self._check_argument(declared, wanted, value, None)
+        if value.op not in (graph.LITERAL, "unknown"):
+            message = f"the default of `{wanted.name}` must be known before anything runs"
+            self._report(Diagnostic("not-a-constant", message, Label(wanted.default.span)))
+        return value
+
+    def set_defaults(self, declared: Declared, item: Node, scope: Scope) -> None:
+        """Give a flow that nobody mentions its defaults, to check it by itself."""
+        values = {i.name: self.default(declared, i, item) for i in declared.flow.inputs}
+        self._set(scope, {n: v for n, v in values.items() if v is not None})
+
+    @staticmethod
+    def _set(inner: Scope, values: Mapping[str, Node]) -> None:
+        """Parameters of a flow: those that are literals are constants besides."""
+        inner.values |= values
+        constants = {}
+        for name, value in values.items():
+            if value.op == graph.LITERAL:
+                kind = _CONSTANT_KINDS[value.type]
+                constants[name] = Constant(kind, value.params["value"], value.span)
+        inner.constants = {**inner.constants, **constants}
+        inner.arguments = tuple((n, c.value) for n, c in constants.items())
+
+    def _check_argument(
+        self, declared: Declared, wanted: tree.Input, value: Node, arg: tree.Arg | None
+    ) -> None:
+        kind = declared.module.types.resolve(wanted.type)
+        if not fits(value.type, kind):
+            place = arg.value.span if arg is not None else wanted.span
+            message = f"`{wanted.name}` of `{declared.flow.name}` is {kind}, not {value.type}"
+            self._report(Diagnostic("wrong-kind", message, Label(place)))
+
+    def bound_at(self, call: tree.Call) -> Bound | None:
+        """The arguments of a call that has been met."""
+        return next((b for (span, _), b in self._bound.items() if span == call.span), None)
+
+    def bind(self, call: tree.Call, op: Op, scope: Scope) -> Bound:
+        """The arguments of a call, bound once however often its flow is mentioned alike."""
+        key = (call.span, scope.arguments)
+        if key not in self._bound:
+            module = scope.module
+            if module.prefix not in self._binders:
+                self._binders[module.prefix] = Binder(module.folder, self._report)
+            self._bound[key] = self._binders[module.prefix].bind(call, op, scope)
+        return self._bound[key]
+
+    def _operator(self, call: tree.Call, op: Op, item: Node, scope: Scope) -> Node:
+        if op.function is not None and op.function.problem is not None:
+            self._report(op.function.problem)
+            return self._elaborator.unknown(call.span, item, scope)
+        bound = self.bind(call, op, scope)
+        site = scope.site(call.span)
+        if bound.settings:
+            self._elaborator.settings.put(site, bound.settings)
+        if not bound.is_whole:
+            return self._elaborator.unknown(call.span, item, scope)
+        node = Node(op.name, dict(bound.params), (item,), UNKNOWN, call.span, site, bound.spans)
+        node = self._with_live(node, op, bound, item, scope)
+        if op.name in ("map", "filter", "top") and (bound.bodies or op.name == "top"):
+            return self._elaborator.control.over_list(node, op, bound, scope)
+        if op.kind == "model":
+            return self.fitter.fit(node, item, bound)
+        if op.kind == "image" and op.name != "decode" and isinstance(item.type, Unknown):
+            return node
+        return self.typed(node, op)
+
+    def typed(self, node: Node, op: Op) -> Node:
+        """A node with the type its operator gives, or what stands for a wrong one."""
+        item = node.inputs[0]
+        try:
+            kind = op.rule(item.type, node.params)
+        except Mismatch as misfit:
+            mismatch(
+                self._report,
+                node.span,
+                item,
+                f"`{op.name}` cannot take what {called(item)} gives",
+                f"wants {misfit.wants}",
+            )
+            return Node("unknown", {}, (item,), UNKNOWN, node.span, node.site)
+        if op.name == "decode" and isinstance(kind, Image):
+            return replace(node, type=replace(kind, frame=next(self._frames)))
+        if op.name == "crop" and isinstance(node.params["image"], Live):
+            return self._cut_out(node, kind)
+        if op.name == "boxes":
+            return self._located(node, kind)
+        if op.function is not None:
+            params = {**node.params, "function": op.function}
+            inputs = (widened(item, op.function.takes), *node.inputs[1:])
+            return replace(node, op=graph.PYTHON, params=params, inputs=inputs, type=kind)
+        return replace(node, type=kind)
+
+    def _with_live(self, node: Node, op: Op, bound: Bound, item: Node, scope: Scope) -> Node:
+        """A node that also gets the values which each request brings for its parameters."""
+        for name, expr in bound.live.items():
+            value = self._elaborator.operand(expr, item, scope)
+            self._check_live(op, op.param(name), expr, value)
+            node.params[name] = Live(len(node.inputs))  # type: ignore[index]
+            node = replace(node, inputs=(*node.inputs, value))
+        return node
+
+    def _check_live(self, op: Op, param: Param | None, expr: tree.Expr, value: Node) -> None:
+        wanted = _WANTED.get(param.kind) if param else None
+        kind = value.type
+        if param is None or isinstance(kind, Unknown) or (wanted and kind in wanted):
+            return
+        if param.kind == "value" and (op.name != "crop" or isinstance(kind, Image)):
+            return
+        words = {"value": "an image", "int": "a whole number", "number": "a number"}
+        said = words.get(param.kind, param.kind)
+        message = f"`{param.name}` of `{op.name}` is {said}, and `{expr.span.text}` gives {kind}"
+        self._report(Diagnostic("wrong-kind", message, Label(expr.span)))
+
+    def _cut_out(self, node: Node, kind: Type) -> Node:
+        """`.box -> crop(img)`: part of an image, which lies in the frame of the box."""
+        box, image = node.inputs
+        found = image.type if isinstance(image.type, Image) else Image()
+        here = without_null(box.type)
+        frame = here.frame if isinstance(here, Scalar) else None
+        if frame is not None and found.frame is not None and frame != found.frame:
+            name = node.param_spans["image"].text
+            self._report(
+                Diagnostic(
+                    "frame-mismatch",
+                    f"these boxes lie in another picture than `{name}`",
+                    Label(node.param_spans["image"]),
+                    (Label(box.span, "found in another picture"),),
+                    note="crop from the picture that the detector was given",
+                )
+            )
+        params = {n: v for n, v in node.params.items() if n in ("upright",)}
+        kind = replace(found, height=None, width=None)
+        return replace(node, op=graph.CUT_OUT, params=params, type=kind)
+
+    def _located(self, node: Node, kind: Type) -> Node:
+        """`boxes`, with the picture that the model was given, to answer in its coordinates."""
+        model = model_before(node.inputs[0])
+        source, chain = picture_before(model) if model is not None else (None, None)
+        names = node.params["names"]
+        if names is None and model is not None and model.model is not None:
+            names = model.model.class_names
+        params = {**node.params, "chain": chain, "names": names}
+        if source is None:
+            return replace(node, params=params, type=kind)
+        images = [n.type for n in chain or () if isinstance(n.type, Image)]
+        images += [source.type] if isinstance(source.type, Image) else []
+        frame = next((i.frame for i in images if i.frame is not None), None)
+        inputs = (*node.inputs, source)
+        return replace(node, params=params, inputs=inputs, type=in_frame(kind, frame))
+
+
+def _no_place(declared: Declared, call: tree.Call, arg: tree.Arg) -> Diagnostic:
+    known = [given.name for given in declared.flow.inputs]
+    if arg.name is None:
+        message = f"`{call.path}` has no place for this argument"
+        note = f"parameters are {', '.join(known)}" if known else f"`{call.path}` takes none"
+        return Diagnostic("too-many-arguments", message, Label(arg.span), note=note)
+    span = Span(arg.span.source, arg.span.start, arg.span.start + len(arg.name))
+    message = f"`{call.path}` has no parameter `{arg.name}`"
+    help_text = did_you_mean(arg.name, known)
+    return Diagnostic("unknown-parameter", message, Label(span), help=help_text)

@@ -1,0 +1,238 @@
+"""Typing rules: what each operator gives for what arrives, or why it cannot take it.
+
+Layer 2. One function a rule, named like its operator; the table in `flowlang.plan.ops` has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from flowlang.plan.graph import Live
+from flowlang.plan.types import (
+    BYTES,
+    DETECTION,
+    INT,
+    LABEL,
+    READING,
+    SIZE,
+    STR,
+    TEXTLINE,
+    UNKNOWN,
+    Image,
+    ListOf,
+    Record,
+    Scalar,
+    Tensor,
+    Type,
+    Unknown,
+    optional,
+    sized,
+    without_null,
+)
+
+Params: TypeAlias = Mapping[str, Any]
+
+
+class Mismatch(Exception):
+    """The arriving item does not fit; `wants` says in words what would."""
+
+    def __init__(self, wants: str) -> None:
+        super().__init__(wants)
+        self.wants = wants
+
+
+def image_of(given: Type) -> Image:
+    if not isinstance(given, Image):
+        raise Mismatch("an image")
+    return given
+
+
+def u8_image(given: Type, op: str) -> Image:
+    image = image_of(given)
+    if image.dtype != "u8":
+        raise Mismatch(f"an image of 8-bit levels: put `{op}` before `normalize`")
+    return image
+
+
+def tensor_of(given: Type, rank: int | None = None) -> Tensor:
+    if isinstance(given, Unknown):
+        return Tensor("f32", None)
+    if not isinstance(given, Tensor) or not given.dtype.startswith("f"):
+        raise Mismatch(
+            "tensor<f32>" if rank is None else "tensor<f32, " + "x".join("?" * rank) + ">"
+        )
+    if rank is not None and given.shape is not None and len(given.shape) != rank:
+        raise Mismatch("tensor<f32, " + "x".join("?" * rank) + ">")
+    return given
+
+
+def decode(given: Type, params: Params) -> Type:
+    if given not in (BYTES, UNKNOWN):
+        raise Mismatch("bytes")
+    return Image()
+
+
+def resize(given: Type, params: Params) -> Type:
+    image = u8_image(given, "resize")
+    size, h, w = params["size"], params["h"], params["w"]
+    if size is None and (h is None or w is None):  # one side named: the other follows
+        return sized(image, None if params["multiple"] else h, None if params["multiple"] else w)
+    h, w = (size, size) if size is not None else (h, w)
+    if params["fit"] not in ("shorter", "least"):
+        return sized(image, h, w)
+    if params["fit"] == "least" or not image.is_sized or params["multiple"] or params["most"]:
+        return sized(image, None, None)
+    return sized(image, *shorter_side(image.height or 1, image.width or 1, h))
+
+
+def shorter_side(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width of a picture whose shorter side is made `side`, the other following."""
+    scale = side / min(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def crop(given: Type, params: Params) -> Type:
+    if isinstance(params["image"], Live):
+        return cut_out(given, params)
+    size, h, w = params["size"], params["h"], params["w"]
+    h, w = (size, size) if size is not None else (h, w)
+    image = image_of(given)
+    return sized(image, h or image.height, w or image.width)
+
+
+def cut_out(given: Type, params: Params) -> Type:
+    """`.box -> crop(img)`: the image's own type is put in by the checker, which has it."""
+    if not isinstance(given, Unknown) and given not in (Scalar("box"), Scalar("quad")):
+        raise Mismatch("a box or a quad")
+    return Image()
+
+
+def pad(given: Type, params: Params) -> Type:
+    image = u8_image(given, "pad")
+    size, h, w = params["size"], params["h"], params["w"]
+    h, w = (size, size) if size is not None else (h, w)
+    sides = (h or image.height, w or image.width)
+    step = params["multiple"]
+    if step is not None:
+        sides = tuple(None if s is None else -(-s // step) * step for s in sides)  # type: ignore[assignment]
+    return sized(image, *sides)
+
+
+def flip(given: Type, params: Params) -> Type:
+    return u8_image(given, "flip")
+
+
+def rotate(given: Type, params: Params) -> Type:
+    image = u8_image(given, "rotate")
+    return image if params["degrees"] == 180 else sized(image, image.width, image.height)
+
+
+def cut(given: Type, params: Params) -> Type:
+    image = u8_image(given, "cut")
+    return ListOf(sized(image, None, None))
+
+
+def size(given: Type, params: Params) -> Type:
+    image_of(given)
+    return SIZE
+
+
+def colour(colour: str) -> Callable[[Type, Params], Type]:
+    def rule(given: Type, params: Params) -> Type:
+        image = u8_image(given, colour)
+        if image.colour == "gray" and colour != "gray":
+            raise Mismatch("an image that still has its colours")
+        return replace(image, colour=colour)
+
+    return rule
+
+
+def normalize(given: Type, params: Params) -> Type:
+    image = u8_image(given, "normalize")
+    if image.colour is None:
+        raise Mismatch("an image of decided colour: put `rgb`, `bgr` or `gray` before it")
+    if image.channels == 1 and any(len(params[n] or ()) > 1 for n in ("mean", "std")):
+        raise Mismatch("an image of three channels, as `mean` or `std` has three numbers")
+    return replace(image, dtype="f32")
+
+
+def floats(given: Type, params: Params) -> Type:
+    return replace(tensor_of(given), dtype="f32")
+
+
+def argmax(given: Type, params: Params) -> Type:
+    shape = tensor_of(given).shape
+    if shape is None or len(shape) == 1:
+        return INT
+    return Tensor("i64", shape[:-1])
+
+
+def labels(given: Type, params: Params) -> Type:
+    tensor_of(given, 1)
+    return ListOf(LABEL)
+
+
+def top(given: Type, params: Params) -> Type:
+    if isinstance(given, ListOf):
+        return given
+    tensor_of(given, 1)
+    return ListOf(LABEL)
+
+
+def best(given: Type, params: Params) -> Type:
+    tensor_of(given, 1)
+    return LABEL
+
+
+def list_of(given: Type) -> ListOf:
+    if isinstance(given, Unknown):
+        return ListOf(UNKNOWN)
+    if not isinstance(given, ListOf):
+        raise Mismatch("a list")
+    return given
+
+
+def map_list(given: Type, params: Params) -> Type:
+    list_of(given)
+    result: Type = params["stage"].output.type
+    return ListOf(optional(result) if params["on_error"] == "null" else result)
+
+
+def filter_list(given: Type, params: Params) -> Type:
+    return list_of(given)
+
+
+def join(given: Type, params: Params) -> Type:
+    if without_null(list_of(given).item) not in (STR, UNKNOWN):
+        raise Mismatch("list<str>")
+    return STR
+
+
+def ctc(given: Type, params: Params) -> Type:
+    tensor_of(given, 2)
+    return READING if params["scored"] else STR
+
+
+# What a head of a detector gives for one picture, by the rank of its tensor.
+_HEAD_RANKS = {"yolov5": 2, "yolov8": 2, "yolox": 2}
+
+
+def boxes(given: Type, params: Params) -> Type:
+    head = params["head"]
+    if head == "ssd":
+        if not isinstance(given, (Record, Unknown)):
+            raise Mismatch("a record of boxes and scores")
+    elif head == "db":
+        tensor = tensor_of(given)
+        if tensor.shape is not None and len(tensor.shape) not in (2, 3):
+            raise Mismatch("tensor<f32, 1x?x?>")
+        return ListOf(TEXTLINE)
+    else:
+        tensor_of(given, _HEAD_RANKS[head])
+    return ListOf(DETECTION)
+
+
+def trt(given: Type, params: Params) -> Type:
+    raise NotImplementedError("the checker types models: see flowlang.plan.model")

@@ -1,0 +1,261 @@
+"""The CPU implementation of operators on what models give: numbers, labels, lists, boxes.
+
+Layer 3. Tensors are numpy arrays; labels, boxes and texts are plain Python. Images are the part of
+`flowlang.runtime.host`, which has the table of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from flowlang.diagnostics import StageFailed
+from flowlang.plan.graph import Node
+from flowlang.runtime import boxes
+from flowlang.runtime.frame import Frame, through
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array: TypeAlias = NDArray[Any]
+
+# What an operator does to an item, given the further values its node takes.
+Work: TypeAlias = Callable[..., Any]
+Maker: TypeAlias = Callable[[Node, Mapping[str, Any]], Work]
+
+
+def read_lines(path: Path | Sequence[str] | None) -> list[str] | None:
+    """The lines of a text file of names, without their line ends; names already known as they are.
+
+    Only line feeds end a line: a recogniser's characters include the other separators of Unicode.
+    """
+    if not isinstance(path, Path):
+        return None if path is None else list(path)
+    text = path.read_bytes().decode("utf-8-sig")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _softmax(node: Node, settings: Mapping[str, Any]) -> Work:
+    import numpy as np
+
+    def work(values: Array) -> Array:
+        values = np.exp(values.astype(np.float32) - values.max(-1, keepdims=True))
+        shares: Array = values / values.sum(-1, keepdims=True)
+        return shares
+
+    return work
+
+
+def _sigmoid(node: Node, settings: Mapping[str, Any]) -> Work:
+    import numpy as np
+
+    def work(values: Array) -> Array:
+        values = np.asarray(values, np.float32)
+        small = np.exp(-abs(values))  # at most 1, so that nothing overflows
+        return np.asarray(np.where(values >= 0, 1, small) / (1 + small), np.float32)
+
+    return work
+
+
+def _l2(node: Node, settings: Mapping[str, Any]) -> Work:
+    import numpy as np
+
+    def work(values: Array) -> Array:
+        wide = np.asarray(values, np.float64)  # squares of what float32 holds fit
+        with np.errstate(all="ignore"):
+            length = np.sqrt((wide * wide).sum(-1, keepdims=True))
+            return np.asarray(wide / np.where(length == 0, 1, length), np.float32)
+
+    return work
+
+
+def _ranked(values: Array) -> Array:
+    """The values with NaN, which a model gone wrong may give, as the least."""
+    import numpy as np
+
+    return np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+
+
+def _argmax(node: Node, settings: Mapping[str, Any]) -> Work:
+    import numpy as np
+
+    def work(values: Array) -> Any:
+        places = _ranked(values).argmax(-1)
+        return int(places) if values.ndim == 1 else np.asarray(places, np.int64)
+
+    return work
+
+
+def _label(index: int, score: float, names: list[str] | None) -> dict[str, Any]:
+    named = names is not None and index < len(names)
+    return {
+        "index": index,
+        "label": names[index] if named and names else str(index),
+        "score": score,
+    }
+
+
+def _top(node: Node, settings: Mapping[str, Any]) -> Work:
+    import numpy as np
+
+    of_list = _top_of_list(node)
+    if node.params.get("by") is not None:
+        return of_list
+    names = read_lines(node.params["names"])
+    k = node.params["k"]
+
+    def work(values: Any) -> list[Any]:
+        if isinstance(values, list):
+            return list(of_list(values))
+        ranked = _ranked(values)  # of equals the first comes first
+        count = min(k, len(values))
+        if not count:
+            return []
+        least = np.partition(ranked, len(ranked) - count)[len(ranked) - count]
+        found = np.flatnonzero(ranked >= least)
+        order = found[np.argsort(-ranked[found], kind="stable")][:count]
+        return [_label(i, float(values[i]), names) for i in order.tolist()]
+
+    return work
+
+
+def _top_of_list(node: Node) -> Work:
+    k, by = node.params["k"], node.params.get("by") or (lambda element: element)
+
+    def key(value: Any) -> tuple[bool, Any]:
+        is_known = value is not None and value == value  # NaN is not itself
+        return (True, value) if is_known else (False, 0)
+
+    def work(elements: list[Any], *values: Any) -> list[Any]:
+        return sorted(elements, key=lambda e: key(by(e, *values)), reverse=True)[:k]
+
+    return work
+
+
+def _labels(node: Node, settings: Mapping[str, Any]) -> Work:
+    import numpy as np
+
+    names, least = read_lines(node.params["names"]), node.params["min"]
+
+    def work(values: Array) -> list[dict[str, Any]]:
+        found = np.flatnonzero(values >= least)
+        order = found[np.argsort(-values[found], kind="stable")]
+        return [_label(i, float(values[i]), names) for i in order.tolist()]
+
+    return work
+
+
+def _best(node: Node, settings: Mapping[str, Any]) -> Work:
+    names = read_lines(node.params["names"])
+
+    def work(values: Array) -> dict[str, Any]:
+        index = int(_ranked(values).argmax())
+        return _label(index, float(values[index]), names)
+
+    return work
+
+
+def _ctc(node: Node, settings: Mapping[str, Any]) -> Work:
+    keys = ["", *(read_lines(node.params["keys"]) or ())]
+    is_scored = node.params.get("scored", False)
+
+    def work(steps: Array) -> Any:
+        if steps.shape[-1] > len(keys):
+            raise StageFailed(
+                f"the model knows {steps.shape[-1]} classes and `keys` names {len(keys) - 1}"
+            )
+        best = steps.argmax(-1).tolist()
+        kept = [i for i, b in enumerate(best) if b and (i == 0 or b != best[i - 1])]
+        text = "".join(keys[best[i]] for i in kept)
+        if not is_scored:
+            return text
+        score = sum(float(steps[i, best[i]]) for i in kept) / len(kept) if kept else 0.0
+        return {"text": text, "score": score}
+
+    return work
+
+
+def _filter(node: Node, settings: Mapping[str, Any]) -> Work:
+    holds = node.params["condition"]
+    return lambda elements, *values: [e for e in elements if holds(e, *values)]
+
+
+def _select(node: Node, settings: Mapping[str, Any]) -> Work:
+    return lambda elements, flags: [e for e, f in zip(elements, flags, strict=True) if f]
+
+
+def _join(node: Node, settings: Mapping[str, Any]) -> Work:
+    separator = node.params["separator"]
+    return lambda texts: separator.join(t for t in texts if t is not None)
+
+
+def _boxes(node: Node, settings: Mapping[str, Any]) -> Work:
+    params = node.params
+    head, iou, names = params["head"], params["iou"], read_lines(params.get("names"))
+    if head == "db":
+        return _text_boxes(node)
+    conf, most = _or(params["conf"], 0.25), _or(params["max"], 256)
+    frame_for, fixed = _framing(node), _input_size(node)
+
+    def work(output: Any, *source: Any) -> list[dict[str, Any]]:
+        frame = frame_for(*source)
+        size = (frame.height, frame.width) if frame is not None else fixed
+        found = boxes.find(head, output, conf, size, names)
+        return boxes.detections(boxes.suppress_overlaps(found, iou, most), frame, names)
+
+    return work
+
+
+def _text_boxes(node: Node) -> Work:
+    from flowlang.runtime.text_boxes import text_quads
+
+    params = node.params
+    conf, most = _or(params["conf"], 0.5), _or(params["max"], 1000)
+    threshold, unclip = _or(params["threshold"], 0.3), _or(params["unclip"], 1.6)
+    frame_for = _framing(node)
+
+    def work(output: Any, *source: Any) -> list[dict[str, Any]]:
+        frame, levels = frame_for(*source), boxes.probabilities(output)
+        quads = text_quads(levels, threshold=threshold, conf=conf, unclip=unclip, most=most)
+        return boxes.text_lines(quads, levels.shape, frame)
+
+    return work
+
+
+def _or(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _framing(node: Node) -> Callable[..., Frame | None]:
+    """From a source to the frame of what the model saw of it; None where the chain is not known."""
+    chain = node.params.get("chain")
+    return (lambda *_: None) if chain is None else (lambda source: through(chain, source))
+
+
+def _input_size(node: Node) -> tuple[int, int] | None:
+    """Height and width of the images that the model before takes, where it says so."""
+    model = node.inputs[0].model if node.inputs else None
+    for port in model.inputs if model is not None else ():
+        shape = port.item.shape
+        if shape is not None and len(shape) == 3:
+            height, width = shape[:2] if shape[2] in (1, 3) else shape[1:]
+            return (height, width) if height and width else None
+    return None
+
+
+MAKERS: Mapping[str, Maker] = {
+    "softmax": _softmax,
+    "sigmoid": _sigmoid,
+    "l2": _l2,
+    "argmax": _argmax,
+    "labels": _labels,
+    "top": _top,
+    "best": _best,
+    "ctc": _ctc,
+    "filter": _filter,
+    "select": _select,
+    "join": _join,
+    "boxes": _boxes,
+}
