@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.load import Result, Sampler, asyncio_clients, table, thread_clients
 from examples.models import resnet
 from flowlang import load
-from flowlang.runtime import cuda, dali, host, trt
+from flowlang.runtime import cuda, dali, host, trt, vision
 from flowlang.runtime.engine_store import EngineStore, default_directory
 from flowlang.runtime.rework import Prologue
 from tests.pictures import photographs
@@ -175,7 +175,7 @@ def ceilings(run: Run) -> None:
             context.close()
     run.found["engine"] = found
     print("engine", found, flush=True)
-    decoding = dali.choose_decoding(0, 3, host.sample_pictures(8) * 7)
+    decoding = dali.choose_decoding(0, 3, vision.sample_pictures(8) * 7)
     print(dali.describe(decoding), flush=True)
     run.found["decoding"] = {
         "engines": decoding.uses_engines,

@@ -281,7 +281,9 @@ def _tall() -> Drawn:
     sheet = _sheet(620, 640, (200, 190, 170))
     for number, (title, colour) in enumerate(zip(titles, colours, strict=True)):
         back = _sheet(620, 96, colour)
-        _write(back, (60, 48), title, 1.2, (250, 246, 232), face=cv2.FONT_HERSHEY_DUPLEX)
+        face = cv2.FONT_HERSHEY_DUPLEX
+        (width, _), _ = cv2.getTextSize(title, face, 1.2, 1)
+        _write(back, (560 - width, 48), title, 1.2, (250, 246, 232), face=face)
         _paste(sheet, (20 + number * 118, 10), np.rot90(back))
     return sheet, titles
 

@@ -19,7 +19,8 @@ from flowlang.plan.graph import Node
 from flowlang.plan.physical import Machine, PhysicalPlan, lower
 from flowlang.runtime.dali import Region
 from flowlang.runtime.gpu import is_decoded
-from flowlang.runtime.host import as_bmp, work_of
+from flowlang.runtime.host import work_of
+from flowlang.runtime.vision import as_bmp
 from flowlang.runtime.picture import read_picture
 
 Array: TypeAlias = NDArray[Any]

@@ -84,7 +84,8 @@ def _nothing(place: Place) -> Iterator[Completion]:
 
 def _entries(place: Place) -> Iterator[Completion]:
     for part in place.document.draft.parts:
-        yield from (replace(c, insert=f"{c.label}($0)") for c in flows_of(part))
+        flows = flows_of(part) if part is not place.part else ()
+        yield from (replace(c, insert=f"{c.label}($0)") for c in flows)
 
 
 # Types
@@ -96,7 +97,7 @@ def _types(place: Place) -> Iterator[Completion]:
         yield Completion(name, "type", str(shown))
     for name, inside in (("image", "rgb"), ("tensor", "f32, 3x224x224"), ("list", "label")):
         yield Completion(name, "type", f"{name}<{inside}>")
-    for item, _ in place.document.declarations():
+    for item in place.others():
         if isinstance(item, tree.TypeDef):
             detail = format_type(item.type)
             yield Completion(item.name, "type", detail, item.doc or "", rank=FIRST)
@@ -127,7 +128,7 @@ def _type_members(place: Place) -> Iterator[Completion]:
 def _declarations(place: Place) -> Iterator[Completion]:
     for word, doc in _DECLARATIONS.items():
         yield Completion(word, "keyword", doc, insert="export flow" if word == "export" else "")
-    if len(list(place.document.declarations())) == 0:
+    if not any(True for _ in place.others()):
         yield from stages(place)
 
 

@@ -24,6 +24,7 @@ _TOKEN = re.compile(
 )
 _TYPED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
 _OWNER = re.compile(r"\.?[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*$")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _COPIES = re.compile(r"x[0-9]+")
 PROBE = "pass"  # stands for what is being typed: it gives what arrives
 
@@ -33,7 +34,7 @@ _FIRST = {
     "setting": "setting",
     "inputs": "input",
     "record": "field-name",
-    "fields": "field-name",
+    "fields": "new-field",
     "arms": "pattern",
     "list": "stage",
     "types": "type-argument",
@@ -76,7 +77,8 @@ class Cursor:
     """What is being typed, from `start` to `offset`, and what could stand there.
 
     `wants` is the kind of thing; `owner` the path before a dot; `names` the lets and inputs that can
-    be named; `typed` what is in the string around it. `stack` are the open frames, outermost first.
+    be named; `typed` what is in the string around it. `stack` are the open frames, outermost first,
+    and `statements` the starts and names of the lets of the body around it.
     """
 
     offset: int
@@ -87,6 +89,7 @@ class Cursor:
     names: tuple[str, ...] = ()
     text: str = ""
     typed: str = ""
+    statements: tuple[tuple[int, str], ...] = ()
 
     @property
     def frame(self) -> Frame:
@@ -97,11 +100,15 @@ class Cursor:
         return any(frame.kind == "body" for frame in self.stack)
 
     def probe(self) -> tuple[str, int, int]:
-        """The text before the cursor made whole, and the place in it that shows what arrives."""
+        """The text before the cursor made whole, and the place in it that shows what arrives.
+
+        Of a body, the lets are left out that what is typed does not need.
+        """
+        text = _needed(self.text, self.statements)
         if self.owner:
-            head, start = self.text, len(self.text) - len(self.owner)
+            head, start = text, len(text) - len(self.owner)
         else:
-            head, start = f"{self.text} {PROBE}", len(self.text) + 1
+            head, start = f"{text} {PROBE}", len(text) + 1
         return head + _closed(self.stack), start, len(head)
 
 
@@ -117,18 +124,34 @@ def locate(text: str, offset: int) -> Cursor:
     walk = _Walk(head)
     walk.run()
     stack, names = tuple(walk.stack), tuple(walk.names)
+    statements = tuple(walk.statements)
     if walk.is_in_comment:
         return Cursor(offset, start, "nothing", stack)
     if walk.string is not None:
         typed = before[walk.string + 1 :]
         return Cursor(offset, start, "string", stack, "", names, head, typed)
     if not is_field:
-        return Cursor(offset, start, stack[-1].wants, stack, "", names, head)
+        return Cursor(offset, start, stack[-1].wants, stack, "", names, head, "", statements)
     owner = _OWNER.search(head)
     if head[-1:].isdigit() and not owner:
         return Cursor(offset, start, "nothing", stack)
     wants = "type-field" if stack[-1].wants == "after-type" else "field"
-    return Cursor(offset, start, wants, stack, owner.group() if owner else "", names, head)
+    path = owner.group() if owner else ""
+    return Cursor(offset, start, wants, stack, path, names, head, "", statements)
+
+
+def _needed(text: str, statements: tuple[tuple[int, str], ...]) -> str:
+    """A text up to the cursor without the lets whose names its last statement does not need."""
+    if len(statements) < 2:
+        return text
+    starts = [start for start, _ in statements]
+    last = text[starts[-1] :]
+    words, kept = set(_WORD.findall(last)), [last]
+    for (start, name), end in zip(statements[-2::-1], starts[:0:-1], strict=True):
+        if name in words:
+            kept.append(text[start:end])
+            words.update(_WORD.findall(kept[-1]))
+    return text[: starts[0]] + "".join(reversed(kept))
 
 
 class _Walk:
@@ -138,6 +161,7 @@ class _Walk:
         self.text = text
         self.stack = [Frame("file", "declaration")]
         self.names: list[str] = []
+        self.statements: list[tuple[int, str]] = []
         self.is_in_comment = False
         self._pending = ""  # a let that is being given its value, and cannot be named in it
         self.string: int | None = None  # where a string starts that the text ends in
@@ -190,7 +214,7 @@ class _Walk:
     def _declaration(self, word: str) -> None:
         wants = {"use": "file", "export": "flow", "schedule": "schedule-name"}.get(word, "name")
         self.stack = [Frame("file", wants, naming=word)]
-        self.names, self._pending = [], ""
+        self.names, self._pending, self.statements = [], "", []
 
     def _keyword(self, word: str, at: int) -> bool:
         """Take a word of the language. False where it stands for itself, as a field's name."""
@@ -212,14 +236,14 @@ class _Walk:
             top.wants = "name" if top.naming == "use" else "type"
             return True
         elif word in ("let", "return"):
-            self._statement(word)
+            self._statement(word, at)
             return True
         elif word not in ("and", "or", "not"):
             return False
         self._expects("stage")
         return True
 
-    def _statement(self, word: str) -> None:
+    def _statement(self, word: str, at: int) -> None:
         """`let` and `return` close what was left open in the body before them."""
         body = next((i for i, f in enumerate(self.stack) if f.kind == "body"), None)
         if body is not None:
@@ -228,6 +252,7 @@ class _Walk:
         if self._pending:
             self.names.append(self._pending)
             self._pending = ""
+        self.statements.append((at, ""))
         top.owed.clear()
         top.naming, top.is_past = word, word == "return"
         top.wants = "name" if word == "let" else "stage"
@@ -238,6 +263,7 @@ class _Walk:
             self.names.append(word)
         elif top.naming == "let":
             self._pending = word
+            self.statements[-1] = (self.statements[-1][0], word)
         top.wants = {"inputs": "colon", "body": "equals"}.get(top.kind, "header")
         top.is_header = top.kind == "file"
 

@@ -22,9 +22,8 @@ from flowlang.plan.inspect import (
     Part,
     Reader,
     arriving,
+    changed,
     inspect,
-    read_part,
-    too_large,
 )
 from flowlang.plan.types import Type
 from flowlang.syntax import tree
@@ -55,10 +54,7 @@ class Document:
     def change(self, text: str) -> None:
         """Take a new text."""
         self.lines = Lines(text, self.encoding)
-        try:
-            self.draft = self._reader.read(text)
-        except CompileError as error:
-            self.draft = too_large(error)
+        self.draft = self._reader.read(text)
 
     def check(self) -> tuple[Draft, Findings]:
         """Check the text as it is now; for a thread that has time."""
@@ -77,17 +73,18 @@ class Document:
     def part(self, offset: int) -> tuple[Part, int]:
         """The part at an offset, and the offset in it."""
         index = self.draft.index(offset)
-        return self.draft.parts[index], offset - self.draft.starts[index]
+        part = self.draft.parts[index]
+        return part, min(offset - self.draft.starts[index], len(part.source.text))
 
     def arriving(self, offset: int, probe: tuple[str, int, int]) -> tuple[Type, ...]:
         """What arrives at an offset, told by a text for its part and the place to look at there."""
         text, start, end = probe
         index = self.draft.index(offset)
         try:
-            part = read_part(text, self.draft.parts[index])
+            part = changed(self.draft.parts[index], text)
+            return arriving(self.draft, index, part, (start, end), choices())
         except CompileError:
             return ()
-        return arriving(self.draft, index, part, (start, end), choices())
 
     def place(self, span: Span) -> tuple[int, int] | None:
         """Start and end of a span in the text as it is now; None for one elsewhere, or gone."""
@@ -95,15 +92,18 @@ class Document:
 
     # What the file declares
 
-    def declarations(self) -> Iterator[tuple[tree.Item, int]]:
-        """Every declaration that could be read, and the offset that its spans count from."""
+    def declarations(self, but: Part | None = None) -> Iterator[tuple[tree.Item, int]]:
+        """Every declaration that could be read, and the offset that its spans count from.
+
+        The part that is being typed in can be left out, which then need not be read.
+        """
         for part, start in zip(self.draft.parts, self.draft.starts, strict=True):
-            for item in part.program.items:
+            for item in part.program.items if part is not but else ():
                 yield item, start
 
-    def declared(self, name: str) -> tuple[Named, int] | None:
+    def declared(self, name: str, but: Part | None = None) -> tuple[Named, int] | None:
         """The declaration of a name, and the offset that its spans count from."""
-        for item, start in self.declarations():
+        for item, start in self.declarations(but):
             if not isinstance(item, tree.Schedule) and item.name == name:
                 return item, start
         return None

@@ -6,7 +6,6 @@ Layer 4. What arrives there comes from checking the text before the cursor, made
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -62,6 +61,14 @@ class Place:
         return known[0] if len(known) == 1 else None
 
     @property
+    def part(self) -> Part:
+        return self.document.part(self.offset)[0]
+
+    def others(self) -> Iterator[tree.Item]:
+        """The declarations of the file but for the one that is being typed in."""
+        return (item for item, _ in self.document.declarations(but=self.part))
+
+    @property
     def module(self) -> Module | None:
         return self.document.findings.module
 
@@ -80,7 +87,7 @@ class Place:
         used = self.used(alias) if alias else None
         if isinstance(used, Module):
             return used.flows.get(rest)
-        declared = self.document.declared(name)
+        declared = self.document.declared(name, but=self.part)
         item = declared[0] if declared else None
         return item if isinstance(item, tree.Flow) else None
 
@@ -129,9 +136,8 @@ def _fit(op: Op, arriving: Type | None) -> int:
 
 
 def _flows(place: Place) -> Iterator[Completion]:
-    own = _enclosing(place)
     for part in place.document.draft.parts:
-        yield from (c for c in flows_of(part) if c.label != own)
+        yield from flows_of(part) if part is not place.part else ()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -139,12 +145,6 @@ def flows_of(part: Part) -> tuple[Completion, ...]:
     """The flows of a part, which stay as long as its text does."""
     flows = (item for item in part.program.items if isinstance(item, tree.Flow))
     return tuple(flow_offer(flow, flow.name) for flow in flows)
-
-
-def _enclosing(place: Place) -> str:
-    """The name of the flow that is being written."""
-    found = re.search(r"\bflow\s+(\w+)", place.cursor.text)
-    return found.group(1) if found else ""
 
 
 def flow_offer(flow: tree.Flow, name: str) -> Completion:
@@ -160,14 +160,14 @@ def local_values(place: Place) -> Iterator[Completion]:
 
 
 def params(place: Place) -> Iterator[Completion]:
-    for item, _ in place.document.declarations():
+    for item in place.others():
         if isinstance(item, tree.Param):
             detail = f"param {item.name} = {format_expr(item.default)}"
             yield Completion(item.name, "param", detail, item.doc or "", rank=LAST)
 
 
 def aliases(place: Place) -> Iterator[Completion]:
-    for item, _ in place.document.declarations():
+    for item in place.others():
         if isinstance(item, tree.Use):
             yield Completion(item.name, "module", item.path.value, item.doc or "")
 

@@ -11,7 +11,7 @@ import asyncio
 import gc
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,9 +84,9 @@ class FlowServer(LanguageServer):
         self._checks = ThreadPoolExecutor(1, "check")
 
     def open(self, uri: str, text: str) -> None:
-        encoding = str(getattr(self.workspace.position_encoding, "value", "utf-16"))
+        encoding = lsp.PositionEncodingKind(self.server_capabilities.position_encoding or "utf-16")
         path = to_fs_path(uri) or os.path.abspath("untitled.flow")
-        self.documents[uri] = Document(path, text, encoding)
+        self.documents[uri] = Document(path, text, encoding.value)
         self.check_soon(uri, 0.0)
 
     def change(self, uri: str, text: str) -> None:
@@ -121,9 +121,20 @@ class FlowServer(LanguageServer):
         document = self.documents[uri]
         more_s = LONG_PAUSE * document.check_s - PAUSE_S
         if more_s > 0:
-            self._show(uri, document, document.known())
+            self._start(self._tell_known(uri, document))
         loop = asyncio.get_running_loop()
         self._due[uri] = loop.call_later(max(more_s, 0.0), self._start_check, uri)
+
+    async def _tell_known(self, uri: str, document: Document) -> None:
+        loop, draft = asyncio.get_running_loop(), document.draft
+        found = await loop.run_in_executor(self._checks, document.known)
+        if self.documents.get(uri) is document and draft is document.draft:
+            self._show(uri, document, found)
+
+    def _start(self, task: Coroutine[None, None, None]) -> None:
+        started = asyncio.get_running_loop().create_task(task)
+        self._tasks.add(started)
+        started.add_done_callback(self._tasks.discard)
 
     def _start_check(self, uri: str) -> None:
         if uri in self._running:
@@ -131,9 +142,7 @@ class FlowServer(LanguageServer):
             return
         self._forget(uri)
         self._running.add(uri)
-        task = asyncio.get_running_loop().create_task(self._check(uri, self.documents[uri]))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._start(self._check(uri, self.documents[uri]))
 
     async def _check(self, uri: str, document: Document) -> None:
         loop = asyncio.get_running_loop()

@@ -47,7 +47,7 @@ class Inspection:
 
 
 NO_CHOICES = Choices({}, {})
-MAX_DIAGNOSTICS = 1000
+MAX_DIAGNOSTICS = 300
 
 
 def compile_source(source: Source, choices: Choices = NO_CHOICES) -> Plan:

@@ -1,8 +1,8 @@
 """A flow file while it is written: read in parts, checked, and asked what passes where.
 
-Layer 2. Each declaration is a part, read on its own and kept for as long as its text stays: a key
-press costs the reading of one. Spans of a part are places in the part's own source; `Draft` knows
-where in the file that is. Checking may be slow, and nothing here is run.
+Layer 2. Each declaration is a part, read on its own when it is asked about, and kept for as long as
+its text stays. Spans of a part are places in the part's own source; `Draft` knows where in the file
+that is. Checking may be slow, and nothing here is run.
 """
 
 from __future__ import annotations
@@ -50,15 +50,38 @@ class PartSource(Source):
         return self._starts
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """A declaration with the comments above it; the first one with the head of the file."""
+Readable: TypeAlias = tuple[tree.Program, list[Diagnostic], frozenset[str]]
 
-    source: PartSource
-    program: tree.Program
-    diagnostics: tuple[Diagnostic, ...]
-    lost: frozenset[str]
-    words: frozenset[str]
+
+class Part:
+    """A declaration with the comments above it; the first one with the head of the file.
+
+    It is read when it is first asked about: a long one that is being typed in may change often
+    before that. Raises CompileError then where it is too large.
+    """
+
+    def __init__(self, source: PartSource) -> None:
+        self.source = source
+
+    @functools.cached_property
+    def _read(self) -> Readable:
+        return parse_leniently(self.source)
+
+    @property
+    def program(self) -> tree.Program:
+        return self._read[0]
+
+    @property
+    def diagnostics(self) -> list[Diagnostic]:
+        return self._read[1]
+
+    @property
+    def lost(self) -> frozenset[str]:
+        return self._read[2]
+
+    @functools.cached_property
+    def words(self) -> frozenset[str]:
+        return frozenset(_WORD.findall(self.source.text))
 
     @property
     def names(self) -> set[str]:
@@ -90,17 +113,17 @@ class Draft:
 
 
 class Reader:
-    """Reads the states of one file, each declaration again only where its text has changed."""
+    """Takes the states of one file apart; what was read of a declaration stays as its text does."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._kept: dict[tuple[str, int], Part] = {}
 
     def read(self, text: str) -> Draft:
-        """The draft of a text. Raises CompileError where it is too large to be a flow."""
+        """The draft of a text; what was read of it before is kept."""
         source = Source(self.name, text)
         if len(text) > MAX_SOURCE_BYTES:
-            parse_leniently(source)
+            return _too_large(source)
         starts = _starts(text)
         seen: Counter[str] = Counter()
         kept: dict[tuple[str, int], Part] = {}
@@ -109,7 +132,7 @@ class Reader:
             piece = text[start:end]
             key = (piece, seen[piece])  # declared twice, it stands at two places
             seen[piece] += 1
-            part = self._kept.get(key) or _read_part(PartSource(self.name, piece, line))
+            part = self._kept.get(key) or Part(PartSource(self.name, piece, line))
             part.source.move(line)
             kept[key] = part
             line += piece.count("\n")
@@ -119,16 +142,20 @@ class Reader:
         return Draft(source, parts, tuple(starts), at)
 
 
-def read_part(text: str, original: Part) -> Part:
-    """A part with another text. Raises CompileError where that is too large."""
-    source = original.source
-    return _read_part(PartSource(source.name, text, source.first))
+def _too_large(source: Source) -> Draft:
+    """A draft of which no more is known than why it cannot be one."""
+    part = Part(PartSource(source.name, "", 0))
+    try:
+        parse_leniently(source)
+    except CompileError as error:
+        program = tree.Program(None, (), None, Span(part.source, 0, 0))
+        part._read = program, list(error.diagnostics), frozenset({""})
+    return Draft(source, (part,), (0,), {})
 
 
-def _read_part(source: PartSource) -> Part:
-    program, diagnostics, lost = parse_leniently(source)
-    words = frozenset(_WORD.findall(source.text))
-    return Part(source, program, tuple(diagnostics), lost, words)
+def changed(part: Part, text: str) -> Part:
+    """The same part with another text."""
+    return Part(PartSource(part.source.name, text, part.source.first))
 
 
 def _starts(text: str) -> list[int]:
@@ -214,7 +241,8 @@ def arriving(
     items = [item for other in others for item in other.program.items]
     span = Span(draft.source, 0, len(draft.source.text))
     program = tree.Program(None, (*items, *own), part.program.pipeline, span)
-    lost = part.lost.union(*(other.lost for other in draft.parts)) - part.names
+    missing = (other.lost for at, other in enumerate(draft.parts) if at != index)
+    lost = part.lost.union(*missing) - part.names
     return _check(draft.source, (program, [], lost), choices).types(part.source, *place)
 
 
@@ -244,9 +272,6 @@ def _by_source(seen: Iterable[tuple[Span, Type]]) -> dict[Source, tuple[Seen, ..
     return {source: tuple(rows) for source, rows in found.items()}
 
 
-Readable: TypeAlias = tuple[tree.Program, list[Diagnostic], frozenset[str]]
-
-
 def _check(source: Source, program: Readable, choices: Choices) -> Findings:
     """What the checker says of a source whose text has been read."""
 
@@ -261,12 +286,3 @@ def _check(source: Source, program: Readable, choices: Choices) -> Findings:
 def _read_used(name: str, text: str) -> Readable:
     """A file that the draft uses, read again only where its text has changed."""
     return parse_leniently(Source(name, text))
-
-
-def too_large(error: CompileError) -> Draft:
-    """The draft of a text of which no more is known than why it cannot be one."""
-    source = error.diagnostics[0].span.source
-    program = tree.Program(None, (), None, Span(source, 0, 0))
-    empty = PartSource(source.name, "", 0)
-    part = Part(empty, program, tuple(error.diagnostics), frozenset({""}), frozenset())
-    return Draft(source, (part,), (0,), {})

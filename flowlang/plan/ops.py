@@ -202,7 +202,7 @@ TABLE: tuple[Op, ...] = (
             *SIDES,
             Param("upright", "flag", "turn what is taller than wide by half, for text", False),
         ),
-        tolerance="centre and boxes: exact; quads: 2 levels",
+        tolerance="centre and boxes: exact; quads: 3 levels",
     ),
     Op(
         "pad",

@@ -232,8 +232,24 @@ def _chains(outputs: Sequence[Node], plan: Plan, machine: Machine) -> list[list[
 
 
 def decodes_on_gpu(region: Sequence[Node]) -> bool:
-    """Whether a region can run on a GPU: it starts from encoded pictures, and nobody forbade it."""
-    return bool(region) and region[0].op == "decode" and region[0].params["decoder"] != "libjpeg"
+    """Whether a region can run on a GPU.
+
+    It starts from encoded pictures, nobody forbade it, and DALI has all that it does.
+    """
+    if not region or region[0].op != "decode" or region[0].params["decoder"] == "libjpeg":
+        return False
+    return all(_is_lowered(node) for node in region)
+
+
+# The image operators that flowlang.runtime.dali knows.
+LOWERED = frozenset({"decode", "resize", "rgb", "bgr", "gray", "crop", "normalize", graph.PACK})
+
+
+def _is_lowered(node: Node) -> bool:
+    params = node.params
+    if node.op == "resize" and (params["fit"] == "least" or params["multiple"] or params["most"]):
+        return False
+    return node.op in LOWERED
 
 
 def _can_follow(

@@ -77,14 +77,14 @@ class Chain:
         settings: Mapping[str, Any],
     ) -> None:
         self._nodes = nodes
-        self._works = [work_of(n, settings) for n in nodes]
+        self.works = [work_of(n, settings) for n in nodes]
         self._extras = [extras[n] for n in nodes]
         self._has_extras = any(self._extras)
         # An image that leaves the stage knows where it lies in the picture it is a part of.
         self._is_framed = bool(nodes) and isinstance(nodes[-1].type, Image)
 
     def __bool__(self) -> bool:
-        return bool(self._works)
+        return bool(self.works)
 
     def through(self, value: Any, item: Any) -> Any:
         """What becomes of a value, or the exception it fails with. `item` has the extras."""
@@ -93,12 +93,12 @@ class Chain:
                 [[item[i] for i in places] for places in self._extras] if self._has_extras else ()
             )
             if self._is_framed:
-                return run_framed(self._works, self._nodes, value, given)
+                return run_framed(self.works, self._nodes, value, given)
             if given:
-                for work, more in zip(self._works, given, strict=True):
+                for work, more in zip(self.works, given, strict=True):
                     value = work(value, *more)
                 return value
-            for work in self._works:
+            for work in self.works:
                 value = work(value)
         except Exception as error:
             return error

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("flowlang.dali")
 
 INPUT = "pictures"
-LOWERED = frozenset({"decode", "resize", "rgb", "bgr", "gray", "crop", "normalize", graph.PACK})
 
 
 @functools.cache

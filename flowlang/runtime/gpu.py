@@ -18,9 +18,10 @@ from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, StagePlan, decodes_on_
 from flowlang.plan.types import Image, Tensor
 from flowlang.runtime import cuda, dali, trt
 from flowlang.runtime.cpu import Chain
-from flowlang.runtime.host import Work, as_bmp, check_picture, sample_pictures, work_of
+from flowlang.runtime.host import Work, check_picture, work_of
 from flowlang.runtime.picture import Picture, is_plain_jpeg
 from flowlang.runtime.rework import Prologue
+from flowlang.runtime.vision import as_bmp, sample_pictures
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -37,8 +37,6 @@ from flowlang.runtime.frame import (
 )
 from flowlang.runtime.picture import Picture, UnreadablePicture, is_plain_jpeg, read_picture
 from flowlang.runtime.results import read_lines
-from flowlang.runtime.vision import as_bmp as as_bmp  # gpu.py takes it from here
-from flowlang.runtime.vision import sample_pictures as sample_pictures  # likewise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

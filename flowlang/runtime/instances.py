@@ -71,7 +71,7 @@ class Instances:
         from flowlang.runtime import cuda, dali, trt
         from flowlang.runtime.engine_store import EngineStore, default_directory
         from flowlang.runtime.gpu import GpuResources
-        from flowlang.runtime.host import sample_pictures
+        from flowlang.runtime.vision import sample_pictures
 
         cuda.use(gpu)
         lanes = [s for s in self._plan.stages for g in s.gpus if g == gpu]

@@ -40,9 +40,9 @@ NESTED: dict[str, str] = {
     "squares": fill("[") + fill("]"),
     "calls": fill("f(") + fill(")"),
     "arrows": fill("a -> (b -> ") + "c" + fill(")"),
-    "open parentheses": "(" * 60_000,
-    "open braces": "{" * 60_000,
-    "open squares": "[" * 60_000,
+    "open parentheses": "(" * 125_000,
+    "open braces": "{" * 125_000,
+    "open squares": "[" * 125_000,
     "if in else": fill("if a then b else ", "c"),
     "if in if": fill("if ", "a"),
     "not": fill("not ", "a"),
@@ -63,7 +63,7 @@ NESTED: dict[str, str] = {
 }
 TOO_LARGE: dict[str, str] = {
     "1 MiB of declarations": lines("flow a{i} = rgb\n", 60_000)[: 1 << 20],
-    "100k parentheses": "(" * 100_000,
+    "200k parentheses": "(" * 200_000,
     "doubling flows": "flow a0 = decode\n"
     + lines("flow a{i} = {{ x: a{j}, y: a{j} }}\n", 60)
     + "export flow main = a59",
@@ -139,7 +139,7 @@ FINE: dict[str, bytes] = {
     "long documentation": fill("## more\n").encode() + b"decode -> rgb",
 }
 FILES: dict[str, tuple[bytes, str | None]] = {
-    **{name: (text.encode()[:60_000], "too-deep") for name, text in NESTED.items()},
+    **{name: (text.encode()[:125_000], "too-deep") for name, text in NESTED.items()},
     **{name: (text.encode(), "too-large") for name, text in TOO_LARGE.items()},
     **{name: (text.encode(), slug) for name, (text, slug) in OTHER.items()},
     **{name: (data, "not-text") for name, data in NO_TEXT.items()},

@@ -12,7 +12,7 @@ import pytest
 
 from flowlang.runtime import dali
 from flowlang.runtime.dali import Decoding, Region
-from flowlang.runtime.host import as_bmp
+from flowlang.runtime.vision import as_bmp
 from tests.pictures import encode, good, photograph, photographs
 from tests.regions import CHAINS, Chain, decodable, in_dali, on_host, region_of, write_models
 

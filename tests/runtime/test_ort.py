@@ -87,7 +87,7 @@ def test_an_instance_counts_while_it_works(folder: Path) -> None:
         assert leave.wait(10)
         raise ValueError("not a picture")
 
-    instance.before.insert(0, work)
+    instance.before.works.insert(0, work)
     thread = threading.Thread(target=lambda: seen.append(instance.run([b""])))
     thread.start()
     assert entered.wait(10)

@@ -1,0 +1,362 @@
+"""Pages of text read by `examples/read_text.flow` and by rapidocr itself, with the same models.
+
+    python -m benchmarks.read_text [--rounds 5] [--laps 1] [--only agreement,throughput]
+
+First what both read, on every page of `tests.pages`: lines that are equal, and the character error
+rate between the two, the edit distance over the number of characters. Then how many pages a second,
+the variants taking turns as in `benchmarks.cpu`. Needs `pip install --no-deps rapidocr` and the
+`bench` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from difflib import SequenceMatcher
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import psutil
+
+from benchmarks.cpu import Run, rates, write
+from benchmarks.load import Result, Sampler, fastest_loop, percentile
+from flowlang import Flow, load
+from tests.pages import Page, pages
+
+CLIENTS = 8
+MOST_ERRORS = 0.02  # between the two; beyond it, speeds would be of different work
+PATIENCE_S = 120.0
+EXAMPLE = Path(__file__).parents[1] / "examples" / "read_text.flow"
+RESULTS = Path(__file__).parent / "results" / "read_text.json"
+MEASURED = ("article", "receipt", "turned back", "faded", "poster", "small", "captions", "sign")
+
+Read: TypeAlias = Callable[[bytes], Sequence[str]]
+
+
+# rapidocr
+
+
+def engine(threads: int | None = None) -> Read:
+    """rapidocr on the example's models: as it comes, or with this many threads a model.
+
+    Where threads are given its memory arena is on too, which is faster on one thread.
+    """
+    from rapidocr import RapidOCR
+
+    models = EXAMPLE.parent / "models"
+    settings: dict[str, Any] = {
+        "Global.log_level": "error",
+        "Det.model_path": str(models / "text_detection.onnx"),
+        "Cls.model_path": str(models / "text_orientation.onnx"),
+        "Rec.model_path": str(models / "text_recognition.onnx"),
+    }
+    if threads is not None:
+        settings["EngineConfig.onnxruntime.intra_op_num_threads"] = threads
+        settings["EngineConfig.onnxruntime.enable_cpu_mem_arena"] = True
+    made: Any = RapidOCR(params=settings)
+
+    def read(picture: bytes) -> Sequence[str]:
+        return list(made(picture).txts or ())
+
+    return read
+
+
+def several(count: int, threads: int) -> Read:
+    """Engines that callers take turns at."""
+    free: queue.SimpleQueue[Read] = queue.SimpleQueue()
+    for _ in range(count):
+        free.put(engine(threads))
+
+    def read(picture: bytes) -> Sequence[str]:
+        mine = free.get()
+        try:
+            return mine(picture)
+        finally:
+            free.put(mine)
+
+    return read
+
+
+_OWN: list[Read] = []  # the engine of a process of the pool
+
+
+def _start() -> None:
+    _OWN.append(engine(1))
+
+
+def _read_here(picture: bytes) -> Sequence[str]:
+    return _OWN[0](picture)
+
+
+@contextmanager
+def processes(count: int) -> Iterator[tuple[Read, Callable[[], Sampler]]]:
+    """An engine of one thread in each of several processes, and what measures their use."""
+    with ProcessPoolExecutor(count, get_context("spawn"), _start) as pool:
+
+        def read(picture: bytes) -> Sequence[str]:
+            return pool.submit(_read_here, picture).result()
+
+        yield read, lambda: PoolSampler(list(pool._processes))
+
+
+class PoolSampler(Sampler):
+    """What this process and the workers of a pool use."""
+
+    def __init__(self, workers: Sequence[int]) -> None:
+        self._workers = [psutil.Process(worker) for worker in workers]
+
+    def __enter__(self) -> PoolSampler:
+        super().__enter__()
+        self._workers_s = self._cpu_s_of_workers()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        super().__exit__(*failure)
+        used_s = self._cpu_s_of_workers() - self._workers_s
+        self._used_s += used_s
+        self._others_s -= used_s
+
+    def _cpu_s_of_workers(self) -> float:
+        return sum(sum(worker.cpu_times()[:2]) for worker in self._workers)
+
+
+# What is read
+
+
+def lines_of(answer: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The texts of the flow's answer; rapidocr leaves out blank ones."""
+    return [line["text"] for line in answer if line["text"].strip()]
+
+
+def edit_distance(text: str, other: str) -> int:
+    """Characters to insert, delete or replace (Levenshtein) to make one text the other."""
+    wanted = np.asarray([ord(character) for character in other])
+    steps = np.arange(len(other) + 1)
+    before = steps
+    for row, character in enumerate(text, 1):
+        now = np.empty_like(steps)
+        now[0] = row
+        now[1:] = np.minimum(before[1:] + 1, before[:-1] + (wanted != ord(character)))
+        # An insertion costs one on top of the place before: the least of all places before.
+        before = np.minimum.accumulate(now - steps) + steps
+    return int(before[-1])
+
+
+def compare(page: Page, ours: Sequence[str], theirs: Sequence[str]) -> dict[str, int]:
+    """How two readings of a page differ, and, where it is known, each from what is written."""
+    blocks = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    our_text, their_text, written = ("\n".join(t) for t in (ours, theirs, page.lines))
+    found = {
+        "lines": len(theirs),
+        "equal_lines": sum(block.size for block in blocks),
+        "characters": len(their_text),
+        "errors": edit_distance(our_text, their_text),
+    }
+    if page.lines:
+        found["written"] = len(written)
+        found["our_misreadings"] = edit_distance(our_text, written)
+        found["their_misreadings"] = edit_distance(their_text, written)
+    return found
+
+
+def agreement(run: Run) -> None:
+    """Every page read by both. Raises RuntimeError where they agree too little."""
+    theirs = engine()
+    with the_app() as flow:
+        found = {
+            name: compare(page, lines_of(flow(page.data)), theirs(page.data))
+            for name, page in pages().items()
+        }
+    total = {key: sum(f.get(key, 0) for f in found.values()) for key in found["article"]}
+    shares = {
+        "character error rate between the two": total["errors"] / total["characters"],
+        "equal lines": total["equal_lines"] / total["lines"],
+        "flowlang's own error rate": total["our_misreadings"] / total["written"],
+        "rapidocr's own error rate": total["their_misreadings"] / total["written"],
+    }
+    print(
+        "\n### agreement\n\n| page | lines | equal | characters | errors |\n|---|---|---|---|---|"
+    )
+    for name, f in found.items():
+        print(f"| {name} | {f['lines']} | {f['equal_lines']} | {f['characters']} | {f['errors']} |")
+    print()
+    for what, share in shares.items():
+        print(f"- {what}: **{share:.2%}**", flush=True)
+    run.found["jobs"]["agreement"] = {
+        "shares": {what: round(share, 5) for what, share in shares.items()},
+        "pages": found,
+    }
+    if total["errors"] > MOST_ERRORS * total["characters"]:
+        raise RuntimeError("flowlang and rapidocr read different texts")
+
+
+@contextmanager
+def the_app() -> Iterator[Flow]:
+    with load(EXAMPLE, device="cpu") as loaded:
+        yield loaded.flows["read_text"]
+
+
+# How fast
+
+
+class Laps:
+    """Requests in whole laps through the pages, so that every window holds the same work.
+
+    It opens when each client has had one answer, for at the start they all decode at once, and
+    closes while all of them still ask.
+    """
+
+    def __init__(self, items: Sequence[bytes], laps: int, clients: int) -> None:
+        self._source = itertools.cycle(items)
+        self._clients = clients
+        self._count = laps * len(items)
+        self._answers: list[tuple[float, float]] = []
+        self.failures = 0
+
+    def next(self) -> bytes:
+        return next(self._source)
+
+    def add(self, began_s: float) -> bool:
+        """Note an answer. False when it is time to stop."""
+        self._answers.append((began_s, time.perf_counter()))
+        return len(self._answers) < self._clients + self._count
+
+    def result(self, what: str, usage: dict[str, float]) -> Result:
+        opened_s = self._answers[self._clients - 1][1]
+        window = self._answers[self._clients : self._clients + self._count]
+        ordered = sorted(ended_s - began_s for began_s, ended_s in window)
+        qps = self._count / (window[-1][1] - opened_s)
+        p50, p90, p99 = (round(percentile(ordered, s) * 1e3, 1) for s in (0.5, 0.9, 0.99))
+        outstanding = round(qps * sum(ordered) / len(ordered), 2)
+        return Result(
+            what, self._clients, round(qps, 3), p50, p90, p99, self._count, self.failures,
+            outstanding, usage,
+        )  # fmt: skip
+
+
+def asyncio_laps(what: str, flow: Flow, items: Sequence[bytes], laps: int) -> Result:
+    """Coroutines on one event loop."""
+    tally = Laps(items, laps, CLIENTS)
+
+    async def client() -> None:
+        more = True
+        while more:
+            began_s = time.perf_counter()
+            try:
+                await flow.acall(tally.next())
+            except Exception:
+                tally.failures += 1
+            more = tally.add(began_s)
+
+    async def everyone() -> None:
+        await asyncio.gather(*(client() for _ in range(CLIENTS)))
+
+    with Sampler() as usage:
+        fastest_loop()(everyone())
+    return tally.result(what, usage.report())
+
+
+def thread_laps(
+    what: str,
+    read: Read,
+    items: Sequence[bytes],
+    laps: int,
+    clients: int = CLIENTS,
+    sampler: Callable[[], Sampler] = Sampler,
+) -> Result:
+    """Threads, each blocked on its own request."""
+    tally = Laps(items, laps, clients)
+
+    def client() -> None:
+        more = True
+        while more:
+            began_s = time.perf_counter()
+            try:
+                read(tally.next())
+            except Exception:
+                tally.failures += 1
+            more = tally.add(began_s)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    with sampler() as usage:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return tally.result(what, usage.report())
+
+
+def throughput(run: Run, laps: int) -> None:
+    """Eight pages, eight of them outstanding, against rapidocr however it is fastest."""
+    items = [pages()[name].data for name in MEASURED]
+    default, narrow = engine(), engine(1)
+    each = several(run.cores, 1)
+    with ExitStack() as stack:
+        pool, sampler = stack.enter_context(processes(run.cores))
+        flow = stack.enter_context(the_app())
+        for read in (default, narrow, each, pool, flow):
+            for item in items:
+                read(item)
+
+        def threads(what: str, read: Read, **options: Any) -> Callable[[], Result]:
+            return partial(thread_laps, f"rapidocr, {what}", read, items, laps, **options)
+
+        theirs = {
+            "one caller": threads("as it comes, one caller", default, clients=1),
+            "eight callers": threads("as it comes, a pool of threads", default),
+            "narrow": threads("one engine of one thread, a pool of threads", narrow),
+            "engines": threads("an engine of one thread on every core", each),
+            "processes": threads(
+                "a process with such an engine on every core", pool, sampler=sampler
+            ),
+        }
+        ours = partial(asyncio_laps, "flowlang, asyncio", flow, items, laps)
+        found = run.measure({**theirs, "flowlang": ours})
+    best = [max(found[name][number].qps for name in theirs) for number in range(run.rounds)]
+    ratios = {
+        "flowlang over the best of rapidocr": [
+            r.qps / most for r, most in zip(found["flowlang"], best, strict=True)
+        ]
+    }
+    ratios |= {f"flowlang over rapidocr, {n}": rates(found, "flowlang", n) for n in theirs}
+    run.note("throughput", found, ratios)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--laps", type=int, default=1, help="through the pages, a variant's turn")
+    parser.add_argument("--only", default="agreement,throughput", help="jobs, with commas between")
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE_S, help="seconds to wait for a quiet machine"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    jobs: dict[str, Callable[[Run], None]] = {
+        "agreement": agreement,
+        "throughput": partial(throughput, laps=options.laps),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), options.rounds, 0.0, options.patience)
+        run.found["machine"]["rapidocr"] = version("rapidocr")
+        for name in options.only.split(","):
+            jobs[name](run)
+    write(options.out, run.found)
+
+
+if __name__ == "__main__":
+    main()
