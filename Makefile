@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 MODELS := examples/models
-EXAMPLE := examples/classify.flow
+EXAMPLE := examples/read_text.flow
 
 .PHONY: setup serve test lint bench clean
 
@@ -27,15 +27,20 @@ $(MODELS)/.done: $(VENV)/.models examples/models.py
 	$(BIN)/python examples/models.py pictures examples/pictures
 	touch $@
 
+# DALI is large, and only the tests need it on a machine without a GPU: there it runs on the CPU.
+$(VENV)/.dali: $(VENV)/.done
+	$(PIP) 'nvidia-dali-cuda120>=1.50'
+	touch $@
+
 serve: $(MODELS)/.done
 	@echo
 	@echo "  once it serves, try in another terminal:"
-	@echo "    curl --data-binary @examples/pictures/rocket.jpg http://127.0.0.1:8000/"
+	@echo "    curl --data-binary @examples/pictures/page.png http://127.0.0.1:8000/"
 	@echo "  or open http://127.0.0.1:8000/ in a browser"
 	@echo
 	$(BIN)/flowlang serve $(EXAMPLE) $(ARGS)
 
-test: $(MODELS)/.done
+test: $(MODELS)/.done $(VENV)/.dali
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
 
 lint: $(VENV)/.done

@@ -296,7 +296,7 @@ def flowlang_flow(
                 )
             )
         stage = app.scheduler.stages[-1]
-        print("batches", dict(sorted(stage.batch_sizes.items())), flush=True)
+        print("batches", dict(sorted(stage.counts.sizes.items())), flush=True)
 
 
 ALL = (1, 10, 20, 64, 256)

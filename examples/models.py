@@ -440,7 +440,7 @@ def recogniser_keys(path: str | Path) -> list[str]:
 
 
 def pictures(folder: str | Path) -> list[Path]:
-    """Write three photographs, and a line of print upright and upside down.
+    """Write three photographs, a page of print, and one of its lines upright and upside down.
 
     They come out of the installed scikit-image package. Raises RuntimeError if it is missing.
     """
@@ -453,6 +453,7 @@ def pictures(folder: str | Path) -> list[Path]:
             made.append(_save(Path(folder) / name, photograph.convert("RGB"), "JPEG"))
     with Image.open(source / "page.png") as page:
         line = page.crop(LINE)
+        made.append(_save(Path(folder) / "page.png", page, "PNG"))
     made.append(_save(Path(folder) / "line.png", line, "PNG"))
     made.append(_save(Path(folder) / "line_upside_down.png", line.rotate(180), "PNG"))
     return made

@@ -95,8 +95,8 @@ def print_text(paths: list[Path], answers: Iterator[Any]) -> int:
 
 def _summary(answer: Any) -> str:
     """An answer as a person reads it, in a few lines."""
-    if isinstance(answer, dict) and set(answer) == {"index", "label", "score"}:
-        return f"{answer['label']} ({answer['score']:.3f})"
+    if isinstance(answer, dict) and "score" in answer and {"label", "text"} & set(answer):
+        return _finding(answer)
     if isinstance(answer, dict):
         return "\n".join(f"{name}: {_summary(part)}" for name, part in answer.items())
     if isinstance(answer, list):
@@ -106,6 +106,17 @@ def _summary(answer: Any) -> str:
         first[4:] = ["..."] if len(first) > 4 else []
         return f"{answer.dtype} {'x'.join(map(str, answer.shape))} [{', '.join(first)}]"
     return str(answer)
+
+
+def _finding(answer: dict[str, Any]) -> str:
+    """A label, detection or reading: what it is, how sure that is, and all that comes with it."""
+    shown = answer.get("text", answer.get("label"))
+    text = f"{shown} ({answer['score']:.3f})"
+    if "box" in answer:
+        text += f" at {', '.join(f'{side:.0f}' for side in answer['box'])}"
+    known = ("index", "label", "text", "score", "box", "quad")
+    more = [f"{name}: {_summary(part)}" for name, part in answer.items() if name not in known]
+    return "; ".join([text, *more])
 
 
 def with_progress(answers: Iterator[Any], total: int) -> Iterator[Any]:

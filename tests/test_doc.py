@@ -23,7 +23,8 @@ from flowlang.doc import (
     signature,
     takes,
 )
-from flowlang.plan.check import Choices, check_source
+from flowlang.plan.check import check_source
+from flowlang.plan.declare import Choices
 from flowlang.plan.ops import OPS, TABLE
 from flowlang.plan.schedule import COPIES
 from flowlang.plan.schedule import TABLE as SETTINGS

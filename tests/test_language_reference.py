@@ -20,7 +20,14 @@ from tests.standins import furnish
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "language.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-PROGRAMS = [text for kind, text in BLOCKS if kind == "flow"]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PROGRAMS = [
+    pytest.param(text, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, text in enumerate(
+        re.findall(r"^```flow\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    )
+]
 CODE = set(re.findall(r"[a-zA-Z_][\w]*", " ".join(re.findall(r"`([^`\n]+)`", TEXT))))
 
 

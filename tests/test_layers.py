@@ -31,6 +31,7 @@ HOMES = {
     "tensorrt": {"runtime.trt"},
     "cuda": {"runtime.cuda"},
     "cryptography": {"runtime.seal"},
+    "prometheus_client": {"serve.metrics"},
     "python_multipart": {"serve.form"},
     "uvicorn": {"serve.http"},
     "click": {"cli", "rows"},

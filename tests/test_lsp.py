@@ -40,7 +40,7 @@ class Editor:
         self.version = 0
         self.published: asyncio.Queue[lsp.PublishDiagnosticsParams] = asyncio.Queue()
 
-        @self.client.feature(lsp.TEXT_DOCUMENT_PUBLISH_DIAGNOSTICS)
+        @self.client.feature(lsp.TEXT_DOCUMENT_PUBLISH_DIAGNOSTICS)  # type: ignore[untyped-decorator]
         def publish(params: lsp.PublishDiagnosticsParams) -> None:
             self.published.put_nowait(params)
 
@@ -58,7 +58,7 @@ class Editor:
     async def stop(self) -> None:
         await self.client.shutdown_async(None)
         self.client.exit(None)
-        await self.client.stop()
+        await self.client.stop()  # type: ignore[no-untyped-call]
 
     def open(self, text: str) -> None:
         self.text = text
@@ -78,6 +78,11 @@ class Editor:
     async def told(self) -> list[lsp.Diagnostic]:
         """The next diagnostics of the file."""
         return list((await self.published.get()).diagnostics)
+
+    async def mended(self) -> None:
+        """Wait until nothing is wrong: what is told first may still be of the text before."""
+        while await self.told():
+            pass
 
     def at(self, marked: str, inside: int = 0) -> lsp.Position:
         """The position of a text, counted in units of UTF-16."""
@@ -167,7 +172,7 @@ def test_diagnostics_follow_what_is_typed(edit: Edit) -> None:
         assert unknown.severity == lsp.DiagnosticSeverity.Error
         assert unknown.source == "flowlang"
         editor.write(editor.text.replace(" -> nothing", "").replace("decode -> net", "decode"))
-        assert await editor.told() == []
+        await editor.mended()
         editor.write('decode -> resize(224) -> rgb -> trt("model.onnx")')
         (hint,) = await editor.told()
         assert hint.severity == lsp.DiagnosticSeverity.Information
@@ -237,7 +242,7 @@ def test_wide_characters_do_not_shift_places(edit: Edit) -> None:
 
 def test_an_editor_may_count_in_bytes(edit: Edit) -> None:
     """Positions are in UTF-8 where the editor asks for that first."""
-    general = lsp.GeneralClientCapabilities(position_encodings=["utf-8", "utf-16"])  # type: ignore[list-item]
+    general = lsp.GeneralClientCapabilities(position_encodings=["utf-8", "utf-16"])
 
     async def scene(editor: Editor) -> None:
         before = 'flow f = ctc("\U0001f642\U0001f642.txt") -> '
@@ -386,7 +391,7 @@ def test_a_saved_file_is_looked_at_again_by_those_that_use_it(edit: Edit, tmp_pa
         (tmp_path / "common.flow").write_text("flow ready = rgb\n")
         other = lsp.TextDocumentIdentifier((tmp_path / "common.flow").as_uri())
         editor.client.text_document_did_save(lsp.DidSaveTextDocumentParams(other))
-        assert await editor.told() == []
+        await editor.mended()
 
     edit(scene)
 
@@ -403,8 +408,7 @@ def test_a_file_of_any_size_and_content_is_survived(edit: Edit) -> None:
         editor.write("\0\r\r\n\u2028decode")
         assert await editor.told()
         editor.write("decode -> rgb")
-        while await editor.told():
-            pass
+        await editor.mended()
 
     edit(scene)
 

@@ -26,6 +26,8 @@ _TYPED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
 _OWNER = re.compile(r"\.?[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*$")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _COPIES = re.compile(r"x[0-9]+")
+_LET = re.compile(r"^[ \t]*(let[ \t]+([A-Za-z_][A-Za-z0-9_]*)|return\b)", re.MULTILINE)
+LONG = 8000  # characters of a body, from which its lets are not all walked over
 PROBE = "pass"  # stands for what is being typed: it gives what arrives
 
 # What an open bracket's contents start with, and what follows a comma in them.
@@ -76,9 +78,9 @@ class Frame:
 class Cursor:
     """What is being typed, from `start` to `offset`, and what could stand there.
 
-    `wants` is the kind of thing; `owner` the path before a dot; `names` the lets and inputs that can
-    be named; `typed` what is in the string around it. `stack` are the open frames, outermost first,
-    and `statements` the starts and names of the lets of the body around it.
+    `wants` is the kind of thing; `owner` the path before a dot; `names` are the lets and inputs of
+    the flow; `typed` is what is in the string around it. `stack` are the open frames, outermost
+    first, and `statements` the starts and names of the lets of the body around it.
     """
 
     offset: int
@@ -121,14 +123,16 @@ def locate(text: str, offset: int) -> Cursor:
         return Cursor(offset, start, "nothing", (Frame("file", "nothing"),))
     is_field = before[:start].endswith(".") and not before[:start].endswith("..")
     head = before[: start - 1] if is_field else before[:start]
-    walk = _Walk(head)
+    lets = _lets(head)
+    walk = _Walk(head[: lets[0][0]] + head[lets[-1][0] :] if lets else head)
     walk.run()
-    stack, names = tuple(walk.stack), tuple(walk.names)
-    statements = tuple(walk.statements)
+    stack = tuple(walk.stack)
+    names = (*walk.names, *(name for _, name in lets[:-1]))
+    statements = tuple(lets or walk.statements)
     if walk.is_in_comment:
         return Cursor(offset, start, "nothing", stack)
     if walk.string is not None:
-        typed = before[walk.string + 1 :]
+        typed = before[len(head) - len(walk.text) + walk.string + 1 :]
         return Cursor(offset, start, "string", stack, "", names, head, typed)
     if not is_field:
         return Cursor(offset, start, stack[-1].wants, stack, "", names, head, "", statements)
@@ -152,6 +156,13 @@ def _needed(text: str, statements: tuple[tuple[int, str], ...]) -> str:
             kept.append(text[start:end])
             words.update(_WORD.findall(kept[-1]))
     return text[: starts[0]] + "".join(reversed(kept))
+
+
+def _lets(text: str) -> list[tuple[int, str]]:
+    """Of a long body, where the lines start that start with a let (or return), and its name."""
+    if len(text) < LONG:
+        return []
+    return [(found.start(1), found.group(2) or "") for found in _LET.finditer(text)]
 
 
 class _Walk:

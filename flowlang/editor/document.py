@@ -29,6 +29,7 @@ from flowlang.plan.types import Type
 from flowlang.syntax import tree
 
 Named: TypeAlias = tree.Use | tree.Param | tree.TypeDef | tree.Flow
+LONG = 4000  # characters of a part that are read while a key press waits; more takes too long
 NOTHING = Findings((), {}, None)
 
 
@@ -42,6 +43,7 @@ class Document:
         self.check_s = 0.0  # how long the last check took
         self._reader = Reader(path)
         self.change(text)
+        self._checked = self.draft
 
     @property
     def folder(self) -> Path:
@@ -60,8 +62,13 @@ class Document:
         """Check the text as it is now; for a thread that has time."""
         draft, start_s = self.draft, time.monotonic()
         findings = inspect(draft, choices())
-        self.check_s = time.monotonic() - start_s
+        if self.findings is not NOTHING:  # the first one also loads what checking needs
+            self.check_s = time.monotonic() - start_s
         return draft, findings
+
+    def accept(self, draft: Draft, findings: Findings) -> None:
+        """Keep what a check found."""
+        self._checked, self.findings = draft, findings
 
     def known(self) -> list[Diagnostic]:
         """What is known to be wrong before the text is checked: what cannot be read, and what was
@@ -80,11 +87,21 @@ class Document:
         """What arrives at an offset, told by a text for its part and the place to look at there."""
         text, start, end = probe
         index = self.draft.index(offset)
+        if len(text) > LONG:
+            return self._remembered(index, text[:start])
         try:
             part = changed(self.draft.parts[index], text)
             return arriving(self.draft, index, part, (start, end), choices())
         except CompileError:
             return ()
+
+    def _remembered(self, index: int, head: str) -> tuple[Type, ...]:
+        """What the last check saw pass where a part that starts with `head` is typed in."""
+        if index >= len(self._checked.parts):
+            return ()
+        source = self._checked.parts[index].source
+        end = len(head.rstrip().removesuffix("->").rstrip())
+        return self.findings.ending(source, end) if source.text[:end] == head[:end] else ()
 
     def place(self, span: Span) -> tuple[int, int] | None:
         """Start and end of a span in the text as it is now; None for one elsewhere, or gone."""

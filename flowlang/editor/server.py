@@ -150,7 +150,7 @@ class FlowServer(LanguageServer):
             draft, findings = await loop.run_in_executor(self._checks, document.check)
         finally:
             self._running.discard(uri)
-        document.findings = findings
+        document.accept(draft, findings)
         if self.documents.get(uri) is document and draft is document.draft:
             self._show(uri, document, findings.diagnostics)
 

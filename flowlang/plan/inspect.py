@@ -138,7 +138,9 @@ class Reader:
             line += piece.count("\n")
         self._kept = kept
         parts = tuple(kept.values())
-        at = {part.source: start for part, start in zip(parts, starts, strict=True)}
+        at: dict[Source, int] = {
+            part.source: start for part, start in zip(parts, starts, strict=True)
+        }
         return Draft(source, parts, tuple(starts), at)
 
 

@@ -26,6 +26,7 @@ from flowlang.diagnostics import (
 )
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, StagePlan
 from flowlang.runtime.batcher import Batcher, Item
+from flowlang.runtime.metrics import OK, FlowCounts, StageCounts
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
 from flowlang.runtime.walk import Ended, Track, Work, arrive, begin
 
@@ -44,7 +45,7 @@ class Stage:
         self.idle: list[Wake] = []
         self.rung = 0
         self.lost = 0
-        self.batch_sizes: dict[int, int] = {}
+        self.counts = StageCounts()
 
     def put(self, item: Item) -> Wake | None:
         """Queue an item. Returns the bell to ring, if an instance should be woken for it."""
@@ -70,6 +71,7 @@ class Entrance:
         self.outstanding = 0
         self.under_way = 0
         self.backlog: deque[Request] = deque()
+        self.counts = FlowCounts()
         units = program.steps.units
         room = sum(
             stages[s].plan.instances * stages[s].plan.batch[2] for s in set(program.steps.stages())
@@ -165,7 +167,8 @@ class Scheduler:
         with self._lock:
             if request.is_answered:
                 return False
-            self._answer(request, Cancelled("the caller gave the request up"), after)
+            error = Cancelled("the caller gave the request up")
+            self._answer(request, error, self.clock(), after)
         after.run()
         return True
 
@@ -216,19 +219,26 @@ class Scheduler:
                 return True
             return False
 
-    def finish(self, items: Sequence[Item], outcomes: Sequence[Any]) -> None:
-        """Bring back the outcome of each item of a batch: a value, or an exception."""
+    def finish(self, items: Sequence[Item], outcomes: Sequence[Any], busy_s: float = 0.0) -> None:
+        """Bring back the outcome of each item of a batch: a value, or an exception.
+
+        `busy_s` is how long an instance worked on it.
+        """
         if len(items) != len(outcomes):
             raise InternalError(f"{len(items)} items went into a batch, {len(outcomes)} came out")
         after = _Afterwards()
         with self._lock:
             now = self.clock()
+            if items and busy_s:
+                self._stage_of(items[0]).counts.busy_s += busy_s
             for item, outcome in zip(items, outcomes, strict=True):
                 if item.request.outcome is not UNANSWERED or item.is_over:
                     continue
                 item.is_over = True
                 if isinstance(outcome, Exception):
-                    outcome = _as_request_error(outcome, self._stage_of(item).plan.name)
+                    stage = self._stage_of(item)
+                    outcome = _as_request_error(outcome, stage.plan.name)
+                    stage.counts.count_failure(outcome.code)
                 self._settle(item, outcome, now, after)
         after.run()
 
@@ -270,12 +280,13 @@ class Scheduler:
                     continue
                 if item is None:
                     message = f"not answered within {(when - request.arrived_s) * 1e3:.0f} ms"
-                    self._answer(request, DeadlineExceeded(message), after)
+                    self._answer(request, DeadlineExceeded(message), now, after)
                     continue
                 item.is_over = True
                 stage = self._stage_of(item)
                 message = f"stage `{stage.plan.name}` did not finish within its timeout"
                 error = DeadlineExceeded(message, stage=stage.plan.name)
+                stage.counts.count_failure(error.code)
                 self._settle(item, error, now, after)
         after.run()
 
@@ -300,9 +311,11 @@ class Scheduler:
             left += [r for e in self.entrances.values() for r in e.backlog]
             for entrance in self.entrances.values():
                 entrance.backlog.clear()
+            now = self.clock()
             for request in left:
                 if not request.is_answered:
-                    self._answer(request, Draining("the app stopped before it came to this"), after)
+                    error = Draining("the app stopped before it came to this")
+                    self._answer(request, error, now, after)
             after.bells = [b for s in self.stages for b in s.idle]
             for stage in self.stages:
                 stage.batcher.waiting.clear()
@@ -323,8 +336,10 @@ class Scheduler:
     def _admit(self, entrance: Entrance) -> None:
         """Count a request in. Raises where there is no place for it."""
         if self._is_draining:
+            entrance.counts.count(Draining.code)
             raise Draining("the app is stopping and takes no more requests")
         if entrance.outstanding >= entrance.limit:
+            entrance.counts.count(Overloaded.code)
             raise Overloaded(
                 f"the queue of flow `{entrance.program.name}` is full "
                 f"({entrance.outstanding} requests)"
@@ -347,10 +362,12 @@ class Scheduler:
             heapq.heappop(heap)
 
     def _take(self, stage: Stage, free: int) -> list[Item]:
-        batch = stage.batcher.take(self.clock(), free)
+        now = self.clock()
+        batch = stage.batcher.take(now, free)
         if batch:
-            size = len(batch)
-            stage.batch_sizes[size] = stage.batch_sizes.get(size, 0) + 1
+            size, counts = len(batch), stage.counts
+            counts.sizes[size] = counts.sizes.get(size, 0) + 1
+            counts.waited_s.add(now - batch[0].arrived_s)
         return batch
 
     def _stage_of(self, item: Item) -> Stage:
@@ -375,7 +392,7 @@ class Scheduler:
     def _settle(self, item: Item, outcome: Any, now: float, after: _Afterwards) -> None:
         """A stage's outcome, which may be an error, reaches the request it is for."""
         if item.walk is None:
-            self._answer(item.request, outcome, after)
+            self._answer(item.request, outcome, now, after)
         else:
             self._go_on(arrive(item.walk, item.unit, outcome), now, after)
 
@@ -384,10 +401,10 @@ class Scheduler:
         for step in steps:
             if isinstance(step, Ended):
                 if not step.request.is_answered:
-                    self._answer(step.request, step.outcome, after)
+                    self._answer(step.request, step.outcome, now, after)
             elif self._is_closed:  # nobody would take it any more
                 error = Draining("the app stopped before this was done")
-                self._answer(step.walk.request, error, after)
+                self._answer(step.walk.request, error, now, after)
                 return
             else:
                 self._queue(step, now, after)
@@ -401,17 +418,19 @@ class Scheduler:
         if bell is not None:
             after.bells.append(bell)
 
-    def _answer(self, request: Request, outcome: Any, after: _Afterwards) -> None:
+    def _answer(self, request: Request, outcome: Any, now: float, after: _Afterwards) -> None:
         request.outcome = outcome
         after.settled.append(request)
         request.value = None
         entrance = request.entrance
+        entrance.counts.count(outcome.code if isinstance(outcome, RequestError) else OK)
+        entrance.counts.latency_s.add(now - request.arrived_s)
         entrance.outstanding -= 1
         entrance.under_way -= request.is_under_way
         while entrance.backlog and entrance.under_way < entrance.width:
             following = entrance.backlog.popleft()
             if not following.is_answered:
-                self._start(entrance, following, self.clock(), after)
+                self._start(entrance, following, now, after)
         if self._is_draining and self.outstanding == 0:
             self._quiet.notify_all()
 

@@ -120,19 +120,22 @@ class Lane(threading.Thread):
         """Batch after batch, each done before the next is taken, until the scheduler is closed."""
         while not self.is_abandoned and (items := self._next_batch()) is not None:
             self.items = items
+            began_s = self.scheduler.clock()
             try:
                 outcomes = instance.run([item.value for item in items])
             except InstanceLost:
                 raise
             except Exception as error:
                 outcomes = self._all_failed(items, error)
-            self._finish(items, outcomes)
+            self._finish(items, outcomes, self.scheduler.clock() - began_s)
             items = outcomes = []  # hold no picture while waiting
 
     def _feed_overlapping(self, instance: Overlapping) -> None:
         """Batch after batch, the next begun before the one under way is collected."""
+        clock = self.scheduler.clock
         before: list[Item] = []
         launched: Any = None
+        since_s = 0.0  # busy since then, or since the batch before was done
         while True:
             items = (
                 self._next_batch()
@@ -141,15 +144,20 @@ class Lane(threading.Thread):
             )
             if items is None:
                 return
+            if not before:
+                since_s = clock()
             self.items = before + items
             begun = self._try(instance.begin, [i.value for i in items], items) if items else None
             if before:
-                self._finish(before, self._try(instance.collect, launched, before))
+                outcomes = self._try(instance.collect, launched, before)
+                now_s = clock()
+                self._finish(before, outcomes, now_s - since_s)
+                since_s = now_s
             if items and not isinstance(begun, _Failed):
                 launched = self._try(instance.launch, begun, items)
             failed = launched if items and not isinstance(begun, _Failed) else begun
             if isinstance(failed, _Failed):
-                self._finish(items, failed.outcomes)
+                self._finish(items, failed.outcomes, 0.0)
                 items = []
             before, begun = items, None
 
@@ -166,14 +174,14 @@ class Lane(threading.Thread):
         log.exception("stage `%s` failed a batch", self.stage.plan.name)
         return [_another(error) for _ in items]
 
-    def _finish(self, items: list[Item], outcomes: Any) -> None:
+    def _finish(self, items: list[Item], outcomes: Any, busy_s: float) -> None:
         if isinstance(outcomes, _Failed):
             outcomes = outcomes.outcomes
         if len(outcomes) != len(items):
             error = InternalError(f"{len(items)} items gave {len(outcomes)} outcomes")
             outcomes = self._all_failed(items, error)
         self.items = self.items[len(items) :]
-        self.scheduler.finish(items, outcomes)
+        self.scheduler.finish(items, outcomes, busy_s)
 
     def _lost(self, error: Exception) -> StageFailed:
         return StageFailed(f"an instance was lost: {error}", stage=self.stage.plan.name)

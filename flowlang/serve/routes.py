@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -30,6 +30,8 @@ from flowlang.serve.answer import (
     told,
 )
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
+from flowlang.serve.metrics import KIND as METRICS
+from flowlang.serve.metrics import metrics_text
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
@@ -86,14 +88,16 @@ class Service:
         self._doors: dict[str, _Door] = {}  # by path
         self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
+        self._apps: Sequence[App] = ()
         self._listing = b""
         self._reading: dict[asyncio.Task[Any], bool] = {}  # True once it is cut off
         self._page = resources.files(__package__).joinpath("page.html").read_bytes()
 
     def let_in(self, apps: Iterable[App]) -> None:
         """Take requests for these flows. Raises FlowError if two have one name."""
+        self._apps = tuple(apps)
         doors: dict[str, _Door] = {}
-        for flow in (flow for app in apps for flow in app.flows.values()):
+        for flow in (flow for app in self._apps for flow in app.flows.values()):
             path = f"/flows/{flow.name}"
             if path in doors:
                 raise FlowError(f"two flows are named `{flow.name}`: give one another name")
@@ -254,6 +258,7 @@ class Service:
             "/flows": self._list_flows,
             "/health/live": lambda: Answer(200, b'{"status":"live"}'),
             "/health/ready": self._tell_ready,
+            "/metrics": self._show_metrics,
         }
         try:
             if path in looks and method in ("GET", "HEAD"):
@@ -286,6 +291,9 @@ class Service:
         if self.state == "loading":
             raise Refusal("loading", 503, "the flows are not loaded yet")
         return Answer(200, self._listing)
+
+    def _show_metrics(self) -> Answer:
+        return Answer(200, metrics_text(self._apps, self.state), METRICS)
 
     def _tell_ready(self) -> Answer:
         body = to_json({"status": self.state, "requests": self.under_way})

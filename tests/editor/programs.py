@@ -62,7 +62,7 @@ def write_used(folder: Path) -> None:
 def opened(folder: Path, text: str = TEXT) -> Document:
     """A document that has been checked."""
     document = Document(str(folder / "app.flow"), text)
-    _, document.findings = document.check()
+    document.accept(*document.check())
     return document
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flowlang.editor.completion import MAX_ITEMS, Completion, complete
+from flowlang.editor.completion import MAX_ITEMS, complete
+from flowlang.editor.offers import Completion
 from flowlang.plan.ops import OPS
 from flowlang.plan.schedule import SETTINGS
 from flowlang.plan.types import DTYPES, NAMED
@@ -204,3 +205,19 @@ def test_a_crowd_is_thinned_by_what_is_typed(folder: Path) -> None:
     assert "part_17" in {c.label for c in found.items}
     assert len(found.items) < MAX_ITEMS
     assert CURSOR not in document.text
+
+
+def test_a_long_flow_is_not_read_at_each_key_press(folder: Path) -> None:
+    """Behind hundreds of stages, what the last check saw pass there is what is offered."""
+    stages = " -> ".join(["decode", *(f"resize({8 + i % 100})" for i in range(600)), "size"])
+    document, offset = typed(folder, " -> .█", f"export flow long = {stages}")
+    assert {c.label for c in complete(document, offset).items} == {"height", "width"}
+    changed, offset = typed(folder, " -> rgb -> .█", f"export flow long = {stages}")
+    assert not complete(changed, offset).items
+
+
+def test_only_the_lets_that_are_needed_are_looked_at(folder: Path) -> None:
+    """A let that is broken, or one of hundreds, does not matter to a statement without it."""
+    lets = "".join(f"  let x{i} = a -> resize({8 + i}) -> (\n" for i in range(300))
+    body = f"flow z {{\n  let a = in -> decode\n{lets}  let b = a -> size\n  return b -> .█"
+    assert set(offered(folder, body)) == {"height", "width"}

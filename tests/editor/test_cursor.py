@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowlang.diagnostics import Source
-from flowlang.editor.cursor import locate
+from flowlang.editor.cursor import LONG, locate
 from flowlang.syntax.parse import parse_leniently
 from tests.editor.programs import CURSOR
 
@@ -113,6 +113,20 @@ def test_the_names_that_are_known() -> None:
     assert locate(text, len(text)).names == ()
 
 
+def test_a_long_body_is_looked_at_like_a_short_one() -> None:
+    """Where lets start their lines, those before the last need not be walked over."""
+    lets = "".join(f"  let a{i} = in -> resize(h={i}, w=3) -> {{ x: rgb }}\n" for i in range(400))
+    body = f"flow f(k: int): bytes -> image {{\n{lets}  return a7 -> crop(h=3, "
+    assert len(body) > LONG
+    cursor = locate(body, len(body))
+    assert (cursor.wants, cursor.frame.callee, cursor.frame.given) == ("argument", "crop", ["h"])
+    assert cursor.names == ("k", *(f"a{i}" for i in range(400)))
+    whole, start, end = cursor.probe()
+    assert whole[start:end] == "pass"
+    assert whole.count("let ") == 1
+    assert not parse_leniently(Source("app.flow", whole))[1]
+
+
 def test_the_word_being_typed() -> None:
     """It starts at its first letter, and a dot before it has an owner."""
     cursor = locate("decode -> resi", 14)
@@ -158,4 +172,5 @@ def test_any_place_in_any_text_is_somewhere(text: str, offset: int) -> None:
     assert 0 <= cursor.start <= cursor.offset == offset
     whole, start, end = cursor.probe()
     assert 0 <= start <= end <= len(whole)
-    assert cursor.wants in ("nothing", "string") or whole.startswith(cursor.text)
+    last = cursor.text[cursor.statements[-1][0] :] if cursor.statements else cursor.text
+    assert cursor.wants in ("nothing", "string") or last in whole

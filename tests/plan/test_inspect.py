@@ -9,16 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowlang.diagnostics import CompileError, Diagnostic, Source, Span, render
+from flowlang.diagnostics import Diagnostic, Source, Span, render
 from flowlang.plan.check import check_source
 from flowlang.plan.inspect import (
     MAX_MENTIONED,
     Draft,
     Reader,
     arriving,
+    changed,
     inspect,
-    read_part,
-    too_large,
 )
 from flowlang.syntax.parse import MAX_SOURCE_BYTES
 from tests.cases import Case, all_cases
@@ -178,7 +177,7 @@ def arrives(text: str) -> list[str]:
     index = len(draft.parts) - 1
     part = draft.parts[index]
     at = part.source.text.rindex("pass")
-    found = arriving(draft, index, read_part(part.source.text, part), (at, at + 4))
+    found = arriving(draft, index, changed(part, part.source.text), (at, at + 4))
     return [str(kind) for kind in found]
 
 
@@ -206,11 +205,10 @@ def test_a_place_that_needs_too_much_is_not_waited_for() -> None:
 def test_a_text_too_large_says_so() -> None:
     """A text that is no flow by its size alone is still a draft, with that said of it."""
     text = "# " + "a" * MAX_SOURCE_BYTES
-    with pytest.raises(CompileError) as caught:
-        Reader("app.flow").read(text)
-    draft = too_large(caught.value)
+    draft = Reader("app.flow").read(text)
     assert draft.source.text == text
-    assert [d.slug for d in inspect(draft).diagnostics] == ["too-large"]
+    (found,) = inspect(draft).diagnostics
+    assert (found.slug, draft.place(found.span)) == ("too-large", (0, 1))
 
 
 def test_nothing_is_run(tmp_path: Path) -> None:
@@ -237,7 +235,7 @@ def test_places_are_told_as_lines_of_the_file() -> None:
     reader = Reader("app.flow")
     for above in ("", "\n\n", "# one\n# two\n# three\n"):
         text = f"{above}flow a = rgb\n\nflow b = decode -> nothing\n"
-        found = next(d for d in inspect(reader.read(text)).diagnostics if "nothing" in d.message)
+        found = next(d for d in inspect(reader.read(text)).diagnostics if "`nothing`" in d.message)
         line = text[: text.index("nothing")].count("\n") + 1
         assert str(found.span) == f"app.flow:{line}:20"
         assert f"{line} | flow b = decode -> nothing" in render(found)

@@ -306,7 +306,7 @@ def test_batches_keep_their_bounds_and_hold_no_item_twice(scenario: Scenario) ->
             len(b.items) for b in course.simulation.batches if b.stage == stage.plan.index
         )
         if not course.lost:
-            assert stage.batch_sizes == sizes
+            assert stage.counts.sizes == sizes
 
 
 @FEW

@@ -1,0 +1,68 @@
+"""Counts of what happened: requests and their outcomes, batches and how they were filled.
+
+Layer 3. Plain numbers, changed under the scheduler's lock and read without it; what they look like
+to a monitoring system is for the faces to say.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+# Seconds: from a queue's shortest wait to a deadline's longest.
+LATENCY_S = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+OK = "ok"
+
+
+class Histogram:
+    """How many values fell up to each bound (and above the last), and their sum."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+
+class FlowCounts:
+    """The requests of one flow: `outcomes` by error code or `ok`, refused ones too."""
+
+    __slots__ = ("latency_s", "outcomes")
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, int] = {}
+        self.latency_s = Histogram(LATENCY_S)
+
+    def count(self, code: str) -> None:
+        self.outcomes[code] = self.outcomes.get(code, 0) + 1
+
+
+class StageCounts:
+    """The batches of one stage.
+
+    `sizes` is by size; `waited_s` has for each batch how long its oldest item waited; `busy_s` is
+    the time of all instances together, in seconds; `failures` are items, by error code.
+    """
+
+    __slots__ = ("busy_s", "failures", "sizes", "waited_s")
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+        self.waited_s = Histogram(LATENCY_S)
+        self.busy_s = 0.0
+        self.failures: dict[str, int] = {}
+
+    def count_failure(self, code: str) -> None:
+        self.failures[code] = self.failures.get(code, 0) + 1
