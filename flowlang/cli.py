@@ -115,9 +115,14 @@ def _read_key(ctx: click.Context, param: click.Parameter, file: str | None) -> K
 
 
 def _opener(key: Key | None) -> Callable[[Path], bytes]:
-    from flowlang.runtime import seal
+    """What opens encrypted models; most programs have none, and spare themselves the import."""
 
-    return seal.model_opener(key.secret if key else None)
+    def open_model(path: Path) -> bytes:
+        from flowlang.runtime import seal
+
+        return seal.model_opener(key.secret if key else None)(path)
+
+    return open_model
 
 
 _FILE = click.Path(exists=True, dir_okay=False)

@@ -428,3 +428,11 @@ def test_an_interrupt_ends_a_run(folder: Path) -> None:
         finally:
             process.kill()
     assert (process.returncode, printed, said) == (130, "", "flowlang: interrupted\n")
+
+
+def test_build_says_why_it_cannot(folder: Path) -> None:
+    """Without a GPU there is no engine to build, and that is told in one line."""
+    done = flowlang(folder, "build", "app.flow")
+    assert done.returncode == 1
+    assert done.stderr.startswith("flowlang: there is no GPU to run on: ")
+    assert done.stderr.count("\n") == 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import pytest
 from lsprotocol import types as lsp
@@ -17,7 +17,6 @@ from flowlang.syntax.parse import MAX_SOURCE_BYTES
 from tests.editor.programs import write_used
 from tests.standins import furnish
 
-T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 SERVE = "from flowlang.editor.server import serve; serve()"
 LIMIT_S = 60.0
@@ -30,23 +29,17 @@ SNIPPETS = lsp.ClientCapabilities(
 )
 
 
-class Editor:
-    """An editor with one open file."""
+class Server:
+    """A server process, and whoever waits for what it tells of a file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         self.client = LanguageClient("test", "1")
-        self.uri = (folder / "app.flow").as_uri()
-        self.text = ""
-        self.version = 0
-        self.published: asyncio.Queue[lsp.PublishDiagnosticsParams] = asyncio.Queue()
+        self.published: dict[str, asyncio.Queue[lsp.PublishDiagnosticsParams]] = {}
 
         @self.client.feature(lsp.TEXT_DOCUMENT_PUBLISH_DIAGNOSTICS)  # type: ignore[untyped-decorator]
         def publish(params: lsp.PublishDiagnosticsParams) -> None:
-            self.published.put_nowait(params)
-
-    @property
-    def document(self) -> lsp.TextDocumentIdentifier:
-        return lsp.TextDocumentIdentifier(self.uri)
+            if params.uri in self.published:
+                self.published[params.uri].put_nowait(params)
 
     async def start(self, capabilities: lsp.ClientCapabilities) -> lsp.InitializeResult:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -59,6 +52,21 @@ class Editor:
         await self.client.shutdown_async(None)
         self.client.exit(None)
         await self.client.stop()  # type: ignore[no-untyped-call]
+
+
+class Editor:
+    """An editor with one open file."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.client = server.client
+        self.uri = (folder / "app.flow").as_uri()
+        self.text = ""
+        self.version = 0
+        self.published = server.published.setdefault(self.uri, asyncio.Queue())
+
+    @property
+    def document(self) -> lsp.TextDocumentIdentifier:
+        return lsp.TextDocumentIdentifier(self.uri)
 
     def open(self, text: str) -> None:
         self.text = text
@@ -113,40 +121,52 @@ class Editor:
         return [action for action in found or [] if isinstance(action, lsp.CodeAction)]
 
 
+Scene: TypeAlias = Callable[[Editor], Awaitable[None]]
+Edit: TypeAlias = Callable[[Scene], None]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[asyncio.AbstractEventLoop, Server]]:
+    """One server for all scenes that ask nothing special of it."""
+    server = Server()
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(server.start(lsp.ClientCapabilities()))
+    yield loop, server
+    loop.run_until_complete(server.stop())
+    loop.close()
+
+
 @pytest.fixture
-def edit(tmp_path: Path) -> Callable[..., Any]:
-    """Runs a scene with an editor whose server is started before and stopped behind it."""
+def edit(shared: tuple[asyncio.AbstractEventLoop, Server], tmp_path: Path) -> Edit:
+    """Plays a scene with an editor in a folder of its own."""
+    loop, server = shared
     write_used(furnish(tmp_path))
 
-    def run(
-        scene: Callable[[Editor], Awaitable[T]], capabilities: lsp.ClientCapabilities | None = None
-    ) -> T:
-        async def whole() -> T:
-            editor = Editor(tmp_path)
-            await editor.start(capabilities or lsp.ClientCapabilities())
-            try:
-                return await scene(editor)
-            finally:
-                await editor.stop()
+    def play(scene: Scene) -> None:
+        loop.run_until_complete(asyncio.wait_for(scene(Editor(server, tmp_path)), LIMIT_S))
 
-        async def limited() -> T:
-            return await asyncio.wait_for(whole(), LIMIT_S)
-
-        return asyncio.run(limited())
-
-    return run
+    return play
 
 
-Edit = Callable[..., Any]
+def edit_alone(folder: Path, scene: Scene, capabilities: lsp.ClientCapabilities) -> None:
+    """Play a scene with an editor that can more, or counts otherwise."""
+
+    async def whole() -> None:
+        server = Server()
+        await server.start(capabilities)
+        await asyncio.wait_for(scene(Editor(server, furnish(folder))), LIMIT_S)
+        await server.stop()
+
+    asyncio.run(whole())
 
 
-def test_the_server_says_what_it_can(tmp_path: Path) -> None:
+def test_the_server_says_what_it_can() -> None:
     """Everything an editor can ask of it is announced, and positions count as in UTF-16."""
 
     async def scene() -> lsp.ServerCapabilities:
-        editor = Editor(tmp_path)
-        found = await editor.start(lsp.ClientCapabilities())
-        await editor.stop()
+        server = Server()
+        found = await server.start(lsp.ClientCapabilities())
+        await server.stop()
         assert found.server_info is not None
         assert found.server_info.name == "flowlang"
         return found.capabilities
@@ -240,7 +260,7 @@ def test_wide_characters_do_not_shift_places(edit: Edit) -> None:
     edit(scene)
 
 
-def test_an_editor_may_count_in_bytes(edit: Edit) -> None:
+def test_an_editor_may_count_in_bytes(tmp_path: Path) -> None:
     """Positions are in UTF-8 where the editor asks for that first."""
     general = lsp.GeneralClientCapabilities(position_encodings=["utf-8", "utf-16"])
 
@@ -250,10 +270,10 @@ def test_an_editor_may_count_in_bytes(edit: Edit) -> None:
         found = next(d for d in await editor.told() if d.code == "unknown-operator")
         assert found.range.start.character == len(before.encode())
 
-    edit(scene, lsp.ClientCapabilities(general=general))
+    edit_alone(tmp_path, scene, lsp.ClientCapabilities(general=general))
 
 
-def test_completion_answers_in_a_broken_line(edit: Edit) -> None:
+def test_completion_answers_in_a_broken_line(tmp_path: Path) -> None:
     """Items come with what they replace; calls are snippets where the editor knows them."""
 
     async def scene(editor: Editor) -> None:
@@ -269,7 +289,7 @@ def test_completion_answers_in_a_broken_line(edit: Edit) -> None:
         editor.write("export flow f = decode ")
         assert not (await editor.complete(editor.at("decode ", 7), " ")).items
 
-    edit(scene, SNIPPETS)
+    edit_alone(tmp_path, scene, SNIPPETS)
 
 
 def test_an_editor_without_snippets_gets_plain_text(edit: Edit) -> None:

@@ -15,7 +15,6 @@ from flowlang.plan.arguments import Report, find_file
 from flowlang.plan.module import Declared, Module, ParamValue, PythonFile
 from flowlang.plan.onnx import Opener
 from flowlang.plan.ops import OPS
-from flowlang.plan.signature import read_python
 from flowlang.plan.values import Constant, Refused, evaluate, from_text, refuse
 from flowlang.plan.written import WrittenTypes
 from flowlang.syntax import tree
@@ -91,6 +90,8 @@ class Declarations:
         path = find_file(given, user.folder)
         key = os.path.realpath(path)
         if path.suffix == ".py":
+            from flowlang.plan.signature import read_python  # most programs use no Python
+
             if key not in self._python:
                 self._python[key] = read_python(path, item.name, self._report)
             return self._python[key]

@@ -60,13 +60,13 @@ def _steps(
     """The units of a graph, those of its bodies below each control node."""
     for unit in steps.units:
         names[unit.output] = f"%{next(numbers)}"
-        what = _node_text(unit.node)
+        what = node_text(unit.node)
         if unit.stage is not None:
             stage = physical.stages[unit.stage]
             what = f"stage {stage.index + 1} {stage.name}"
         inputs = " ".join(names[i] for i in unit.inputs)
         yield f"{indent}{names[unit.output]} = {what}{f'  of {inputs}' if inputs else ''}"
-        for label, body in zip(_body_labels(unit.node), unit.bodies, strict=True):
+        for label, body in zip(body_labels(unit.node), unit.bodies, strict=True):
             item = f"%{next(numbers)}"
             inner = {0: item} | {slot: names[unit.inputs[i]] for slot, i in body.captures}
             yield f"{indent}  {label} {item}"
@@ -74,7 +74,7 @@ def _steps(
             yield f"{indent}    gives {inner[body.result]}"
 
 
-def _body_labels(node: Node) -> list[str]:
+def body_labels(node: Node) -> list[str]:
     """How the bodies of a control node are called, in order."""
     if node.op == graph.MAP:
         return ["each"]
@@ -118,9 +118,9 @@ def _graph(
         is_next = node.inputs[:1] == (previous,)
         others = node.inputs[1:] if is_next else node.inputs
         sources = f"  of {' '.join(names[id(i)] for i in node.inputs)}" if others else ""
-        left = f"{indent}{names[id(node)]:<3}{mark} {_node_text(node)}{sources}"
+        left = f"{indent}{names[id(node)]:<3}{mark} {node_text(node)}{sources}"
         yield f"{left:<56} {node.type}"
-        for label, body in zip(_body_labels(node), node.bodies, strict=True):
+        for label, body in zip(body_labels(node), node.bodies, strict=True):
             arriving = f"%{next(numbers)}"
             inner = names | {id(body.item): arriving}
             inner |= {id(n): names[id(node.inputs[i])] for n, i in body.captures}
@@ -145,12 +145,12 @@ def _stage(stage: StagePlan) -> Iterable[str]:
     model = next((n for n in stage.nodes if n.model is not None), None)
     if model is not None:
         runs = "ONNX Runtime, fp32" if stage.device == "cpu" else "TensorRT, from device memory"
-        yield f"  model   {_node_text(model)}  ({runs})"
+        yield f"  model   {node_text(model)}  ({runs})"
     if stage.tail:
         yield f"  host    {_chain(stage.tail)}"
     if stage.nodes[0].op == graph.PYTHON:
         node = stage.nodes[0]
-        yield f"  python  {_node_text(node)}  ({node.params['function'].path.name})"
+        yield f"  python  {node_text(node)}  ({node.params['function'].path.name})"
 
 
 def _device(stage: StagePlan) -> str:
@@ -164,11 +164,12 @@ def _chain(nodes: Iterable[Node]) -> str:
     text = ""
     for node in nodes:
         joint = " +" if node.op == graph.PACK else " -> "
-        text = f"{text}{joint}{_node_text(node)}" if text else _node_text(node)
+        text = f"{text}{joint}{node_text(node)}" if text else node_text(node)
     return text
 
 
-def _node_text(node: Node) -> str:
+def node_text(node: Node) -> str:
+    """A node as it is written, its arguments filled in."""
     if node.op == graph.RECORD:
         return "{ " + ", ".join(node.params["names"]) + " }"
     if node.op == graph.FIELD:

@@ -21,7 +21,8 @@ from flowlang.items import plain
 from flowlang.plan.types import Image, Record, Scalar, Tensor, Type, Unknown
 from flowlang.runtime.ort import numpy_dtype
 
-JSON, OCTETS, HTML = b"application/json", b"application/octet-stream", b"text/html; charset=utf-8"
+JSON, OCTETS = b"application/json", b"application/octet-stream"
+HTML, SVG = b"text/html; charset=utf-8", b"image/svg+xml"
 WANTED = frozenset(
     (
         *(b"content-length", b"content-encoding", b"content-type"),

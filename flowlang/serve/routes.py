@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from flowlang.diagnostics import Draining, FlowError, RequestError, StageFailed
 from flowlang.items import plain
+from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES
 from flowlang.serve.answer import (
     HTML,
+    SVG,
     WANTED,
     Answer,
     Refusal,
@@ -89,6 +91,7 @@ class Service:
         self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
         self._apps: Sequence[App] = ()
+        self._drawings: dict[str, bytes] = {}
         self._listing = b""
         self._reading: dict[asyncio.Task[Any], bool] = {}  # True once it is cut off
         self._page = resources.files(__package__).joinpath("page.html").read_bytes()
@@ -103,6 +106,11 @@ class Service:
                 raise FlowError(f"two flows are named `{flow.name}`: give one another name")
             doors[path] = _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
         self.names = [door.flow.name for door in doors.values()]
+        self._drawings = {
+            f"/flows/{program.name}/plan.svg": plan_svg(app.physical, program).encode()
+            for app in self._apps
+            for program in app.physical.programs
+        }
         self._listing = to_json({"flows": [_listed(path, d) for path, d in doors.items()]})
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
@@ -263,6 +271,8 @@ class Service:
         try:
             if path in looks and method in ("GET", "HEAD"):
                 return looks[path]()
+            if path in self._drawings and method in ("GET", "HEAD"):
+                return Answer(200, self._drawings[path], SVG)
             if path == "/" and method != "POST":
                 raise _wrong_method(method, "GET, HEAD, POST")
             if path in looks and path != "/":

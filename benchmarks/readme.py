@@ -1,0 +1,109 @@
+"""The tables of the README, made from what the benchmarks wrote: `python -m benchmarks.readme`.
+
+Every number stands in `benchmarks/results`; a test holds the README against them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+README = ROOT / "README.md"
+
+
+def _found(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+    return found
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _middle(rounds: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The round of the median rate."""
+    return sorted(rounds, key=lambda r: float(r["qps"]))[len(rounds) // 2]
+
+
+def cpu_table() -> str:
+    """What a CPU reaches, each number with the limit that was measured in the same rounds."""
+    found = _found("cpu")
+    machine, jobs = found["machine"], found["jobs"]
+    ratios = jobs["classify"]["ratios"] | jobs["overhead"]["ratios"] | jobs["batching"]["ratios"]
+    rows = []
+    for job in ("classify", "overhead", "batching"):
+        for rounds in jobs[job]["rounds"].values():
+            best = _middle(rounds)
+            p50 = statistics.median(float(r["p50_ms"]) for r in rounds)
+            row = (best["what"], str(best["clients"]), _number(best["qps"]), _number(p50))
+            rows.append(row)
+    said = [
+        f"- {name}: {ratio['median']:.3g} ({ratio['least']:.3g} to {ratio['most']:.3g})"
+        for name, ratio in ratios.items()
+        if "over the bare queue" not in name
+    ]
+    noise = " Other programs were at work on it." if jobs["classify"]["is_noisy"] else ""
+    head = (
+        f"On {machine['cores']} cores of an {machine['processor']} (Python {machine['python']}, ONNX "
+        f"Runtime {machine['onnxruntime']}, OpenCV {machine['opencv-python-headless']}), closed loops "
+        f"of C requests; `make bench` repeats it. The ratios are of one round each, median, least and "
+        f"most.{noise}"
+    )
+    table = _table(("job", "C", "a second", "p50 ms"), rows)
+    return f"{head}\n\n{table}\n\n" + "\n".join(said)
+
+
+def text_table() -> str:
+    """The text reader against rapidocr's own pipeline on the same models."""
+    found = _found("read_text")
+    rows = [
+        (what, _number(_middle(rounds)["qps"]))
+        for rounds in found["jobs"]["throughput"]["rounds"].values()
+        for what in [rounds[0]["what"]]
+    ]
+    return _table(("reading pages, 8 outstanding", "pages a second"), rows)
+
+
+def gpu_table() -> str:
+    """What one GPU reached, with the ceilings of the same run."""
+    found = _found("h200")
+    machine = found["machine"]
+    rows = [
+        (r["what"], str(r["clients"]), _number(r["qps"]), _number(r["p50_ms"]), _number(r["p99_ms"]))
+        for r in found["results"]
+    ]
+    gpu, driver = (part.strip() for part in machine["gpu"].split(",")[:2])
+    head = (
+        f"On one {gpu} (driver {driver}, {machine['cores']} cores, DALI {machine['dali']}, TensorRT "
+        f"{machine['tensorrt']}), ResNet-50 fp16 on JPEG of 500x375. Alone, decoding reached "
+        f"{max(found['decode'].values()):,} pictures a second in that run and the engine "
+        f"{max(found['engine'].values()):,}; the best below is {found['share_of_ceiling']:.2f} of the "
+        f"lesser. [docs/gpu.md](docs/gpu.md) says how and why."
+    )
+    return head + "\n\n" + _table(("job", "C", "pictures a second", "p50 ms", "p99 ms"), rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"cpu": cpu_table, "text": text_table, "gpu": gpu_table}
+
+
+def replace_tables(text: str) -> str:
+    """A text with the tables between its markers made anew."""
+    for name, make in TABLES.items():
+        pattern = rf"(<!-- {name}-table -->\n).*?(<!-- /{name}-table -->)"
+        text = re.sub(pattern, lambda m, t=make: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(replace_tables(README.read_text("utf-8")), "utf-8")

@@ -1,0 +1,79 @@
+"""What a server counts, read as Prometheus reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from flowlang.runtime.metrics import Histogram
+from tests.pictures import photographs
+from tests.serve.server import Server, serving, write_flows
+
+PICTURE = photographs(1)[0]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("metrics")
+    with serving(folder, str(write_flows(folder)), "--device", "cpu") as server:
+        yield server.wait_ready()
+
+
+def counted(server: Server, name: str, **labels: str) -> float:
+    """The sum of a metric's samples with these labels."""
+    text = server.client.get("/metrics").text
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+def test_requests_are_counted_by_outcome(server: Server) -> None:
+    """Each request is one more of its flow and outcome, and one more latency."""
+    server.client.post("/flows/classify", content=PICTURE)
+    before = counted(server, "flowlang_request_seconds_count", flow="classify")
+    for content in (PICTURE, PICTURE, b"no picture"):
+        server.client.post("/flows/classify", content=content)
+    assert counted(server, "flowlang_requests_total", flow="classify", code="bad-request") == 1
+    assert counted(server, "flowlang_requests_total", flow="classify", code="ok") == before + 2
+    after = counted(server, "flowlang_request_seconds_count", flow="classify")
+    assert after == before + 3
+    assert counted(server, "flowlang_requests_inside", flow="classify") == 0
+
+
+def test_a_late_request_is_counted_as_late(server: Server) -> None:
+    """A deadline that passes is an outcome of its own, and the latency is at least the deadline."""
+    held = {"flow": "held"}
+    server.client.post("/flows/held", json=[1, 2, 3], headers={"X-Deadline-Ms": "60"})
+    assert counted(server, "flowlang_requests_total", code="deadline-exceeded", **held) == 1
+    assert counted(server, "flowlang_request_seconds_sum", **held) >= 0.06
+
+
+def test_stages_tell_their_batches_and_their_work(server: Server) -> None:
+    """Batches, their sizes, how long they waited and how long instances worked add up."""
+    for _ in range(3):
+        server.client.post("/flows/classify", content=PICTURE)
+    stage = "1 classify"
+    batches = counted(server, "flowlang_stage_batch_size_count", stage=stage)
+    assert batches >= 3
+    assert counted(server, "flowlang_stage_batch_size_sum", stage=stage) >= batches
+    assert counted(server, "flowlang_stage_wait_seconds_count", stage=stage) == batches
+    assert counted(server, "flowlang_stage_busy_seconds_total", stage=stage) > 0
+    assert counted(server, "flowlang_stage_instances", stage=stage) >= 1
+    assert counted(server, "flowlang_ready") == 1
+
+
+def test_a_histogram_counts_a_value_up_to_its_bound() -> None:
+    """A value on a bound belongs to it, and what is above all bounds is counted too."""
+    histogram = Histogram([1.0, 2.0])
+    for value in (0.5, 1.0, 1.5, 2.0, 9.0):
+        histogram.add(value)
+    histogram.add(2.5, times=2)
+    assert histogram.counts == [2, 2, 3]
+    assert histogram.sum == 19.0
+    assert histogram.total == 7
