@@ -301,12 +301,11 @@ def thread_laps(
 def throughput(run: Run, laps: int) -> None:
     """Eight pages, eight of them outstanding, against rapidocr however it is fastest."""
     items = [pages()[name].data for name in MEASURED]
-    default, narrow = engine(), engine(1)
-    each = several(run.cores, 1)
+    default, each = engine(), several(run.cores, 1)
     with ExitStack() as stack:
         pool, sampler = stack.enter_context(processes(run.cores))
         flow = stack.enter_context(the_app())
-        for read in (default, narrow, each, pool, flow):
+        for read in (default, each, pool, flow):
             for item in items:
                 read(item)
 
@@ -316,7 +315,6 @@ def throughput(run: Run, laps: int) -> None:
         theirs = {
             "one caller": threads("as it comes, one caller", default, clients=1),
             "eight callers": threads("as it comes, a pool of threads", default),
-            "narrow": threads("one engine of one thread, a pool of threads", narrow),
             "engines": threads("an engine of one thread on every core", each),
             "processes": threads(
                 "a process with such an engine on every core", pool, sampler=sampler

@@ -55,10 +55,10 @@ def cpu_table() -> str:
     ]
     noise = " Other programs were at work on it." if jobs["classify"]["is_noisy"] else ""
     head = (
-        f"On {machine['cores']} cores of an {machine['processor']} (Python {machine['python']}, ONNX "
-        f"Runtime {machine['onnxruntime']}, OpenCV {machine['opencv-python-headless']}), closed loops "
-        f"of C requests; `make bench` repeats it. The ratios are of one round each, median, least and "
-        f"most.{noise}"
+        f"On {machine['cores']} cores of an {machine['processor']} (Python {machine['python']}, "
+        f"ONNX Runtime {machine['onnxruntime']}, OpenCV {machine['opencv-python-headless']}), closed "
+        "loops of C requests; `make bench` repeats it. The ratios are of one round each: median, "
+        f"least and most.{noise}"
     )
     table = _table(("job", "C", "a second", "p50 ms"), rows)
     return f"{head}\n\n{table}\n\n" + "\n".join(said)
@@ -80,16 +80,16 @@ def gpu_table() -> str:
     found = _found("h200")
     machine = found["machine"]
     rows = [
-        (r["what"], str(r["clients"]), _number(r["qps"]), _number(r["p50_ms"]), _number(r["p99_ms"]))
+        (r["what"], str(r["clients"]), *(_number(r[n]) for n in ("qps", "p50_ms", "p99_ms")))
         for r in found["results"]
     ]
     gpu, driver = (part.strip() for part in machine["gpu"].split(",")[:2])
     head = (
-        f"On one {gpu} (driver {driver}, {machine['cores']} cores, DALI {machine['dali']}, TensorRT "
-        f"{machine['tensorrt']}), ResNet-50 fp16 on JPEG of 500x375. Alone, decoding reached "
-        f"{max(found['decode'].values()):,} pictures a second in that run and the engine "
-        f"{max(found['engine'].values()):,}; the best below is {found['share_of_ceiling']:.2f} of the "
-        f"lesser. [docs/gpu.md](docs/gpu.md) says how and why."
+        f"On one {gpu} (driver {driver}, {machine['cores']} cores, DALI {machine['dali']}, "
+        f"TensorRT {machine['tensorrt']}), ResNet-50 fp16 on JPEG of 500x375. Alone, decoding "
+        f"reached {max(found['decode'].values()):,} pictures a second in that run and the engine "
+        f"{max(found['engine'].values()):,}; the best below is {found['share_of_ceiling']:.2f} of "
+        "the lesser. [docs/gpu.md](docs/gpu.md) says how and why."
     )
     return head + "\n\n" + _table(("job", "C", "pictures a second", "p50 ms", "p99 ms"), rows)
 

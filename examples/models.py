@@ -382,7 +382,8 @@ def recogniser(
     def build() -> onnx.ModelProto:
         network = Network(seed)
         source = network.input("x", ("N", 1, height, width))
-        columns = network.node("AveragePool", [source], kernel_shape=[height, 8], strides=[height, 8])
+        cell = [height, 8]
+        columns = network.node("AveragePool", [source], kernel_shape=cell, strides=cell)
         values = network.flat(network.conv(columns, 1, classes, 1, gain=0.02), classes, width // 8)
         rows = network.node("Transpose", [values], perm=[0, 2, 1])
         network.node("Softmax", [rows], "steps", axis=2)

@@ -275,6 +275,44 @@ def explain(
         click.echo(explain_plan(plan), nl=False)
 
 
+@main.command()
+@click.argument("file", required=False, type=_FILE)
+@click.option("--format", "form", type=click.Choice(["text", "markdown"]), default="text")
+@_plan_options
+def doc(
+    file: str | None, form: str, values: dict[str, str], schedule: str | None, key: Key | None
+) -> None:
+    """Print what FILE declares, or the operators and settings of the language."""
+    from flowlang import doc as pages
+    from flowlang.plan.files import inspect_file
+
+    is_text = form == "text"
+    if file is None:
+        tables = [pages.operators_text, pages.settings_text]
+        if not is_text:
+            tables = [pages.operators_markdown, pages.settings_markdown]
+        click.echo("\n".join(table() for table in tables), nl=False)
+        return
+    program, plan = inspect_file(file, values=values, schedule=schedule, opener=_opener(key))
+    page = pages.file_text if is_text else pages.file_markdown
+    click.echo(page(program, plan), nl=False)
+
+
+@main.command()
+@click.option(
+    "--stdio", is_flag=True, hidden=True, help="What editors ask for; it is all there is."
+)
+def lsp(stdio: bool) -> None:
+    """Answer an editor over stdin and stdout (Language Server Protocol)."""
+    try:
+        from flowlang.editor.server import serve as serve_editor
+    except ModuleNotFoundError as error:
+        if error.name not in ("pygls", "lsprotocol"):
+            raise
+        raise FlowError("an editor's server needs pygls: pip install 'flowlang[lsp]'") from None
+    serve_editor()
+
+
 @main.command("explain-error")
 @click.argument("slug", required=False)
 def explain_error(slug: str | None) -> None:

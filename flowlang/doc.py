@@ -333,8 +333,8 @@ def file_text(program: tree.Program, plan: Plan | None = None) -> str:
     pages = []
     for entry in _entries(program, plan):
         lines = [entry.head]
-        for paragraph in entry.doc.splitlines():
-            lines += _wrapped(paragraph, "  ", "  ") or [""]
+        for at, paragraph in enumerate(re.split(r"\n\n+", entry.doc) if entry.doc else ()):
+            lines += [*([""] if at else []), *_wrapped(paragraph, "  ", "  ")]
         width = max((len(name) for name, _ in entry.rows), default=0)
         for name, said in entry.rows:
             head = f"    {name:<{width}}  "

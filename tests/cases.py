@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowlang.diagnostics import CompileError, Diagnostic, Source
-from flowlang.plan.check import Choices, check_source
+from flowlang.plan.check import check_source
+from flowlang.plan.declare import Choices
 from flowlang.plan.physical import Machine, lower
 
 ERRORS = Path(__file__).parent / "errors"

@@ -20,8 +20,8 @@ from flowlang.plan.physical import Machine, PhysicalPlan, lower
 from flowlang.runtime.dali import Region
 from flowlang.runtime.gpu import is_decoded
 from flowlang.runtime.host import work_of
-from flowlang.runtime.vision import as_bmp
 from flowlang.runtime.picture import read_picture
+from flowlang.runtime.vision import as_bmp
 
 Array: TypeAlias = NDArray[Any]
 

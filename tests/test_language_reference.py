@@ -1,4 +1,4 @@
-"""docs/language.md: its programs check, its tables are those of the code, its words are all there."""
+"""docs/language.md: its programs check, its tables are the code's, its words are all there."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "language.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+FLOWS = re.compile(r"^```flow\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAMS = [
     pytest.param(text, id=f"{page.stem}-{number}")
     for page in PAGES
-    for number, text in enumerate(
-        re.findall(r"^```flow\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    )
+    for number, text in enumerate(FLOWS.findall(page.read_text("utf-8")))
 ]
 CODE = set(re.findall(r"[a-zA-Z_][\w]*", " ".join(re.findall(r"`([^`\n]+)`", TEXT))))
 

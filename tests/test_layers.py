@@ -35,12 +35,22 @@ HOMES = {
     "python_multipart": {"serve.form"},
     "uvicorn": {"serve.http"},
     "click": {"cli", "rows"},
+    "pygls": {"editor.server"},
+    "lsprotocol": {"editor.server"},
+    "pygments": {"highlight"},
     "rich": {"cli", "rows"},
 }
-MAY_BE_AT_THE_TOP = {"click", "uvicorn"}  # only where serving or on the command line
+MAY_BE_AT_THE_TOP = {
+    "click",
+    "uvicorn",
+    "pygls",
+    "lsprotocol",
+    "pygments",
+}  # only where serving or on the command line
 NOT_FOR_CHECKING = (
     "numpy", "cv2", "onnx", "onnxruntime", "uvicorn", "tensorrt", "nvidia",
-    "cryptography", "rich", "flowlang.app", "flowlang.runtime.host", "flowlang.serve",
+    "cryptography", "rich", "pygls", "pygments",
+    "flowlang.app", "flowlang.runtime.host", "flowlang.serve",
 )  # fmt: skip
 
 

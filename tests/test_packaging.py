@@ -95,7 +95,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(names: set[str]) -> None:
     package = {str(path) for path in files if "__pycache__" not in path.parts}
     metadata = f"flowlang-{__version__}.dist-info/"
     inside = {name for name in names if not name.startswith(metadata)}
-    assert inside == package | {"flowlang/grammar/flow.lark"}
+    grammars = {"flowlang/grammar/flow.lark", "flowlang/grammar/flow.tmLanguage.json"}
+    assert inside == package | grammars
     assert {"flowlang/py.typed", "flowlang/serve/page.html"} <= inside
     assert f"{metadata}licenses/LICENSE" in names
 

@@ -107,7 +107,8 @@ def test_long_lines_are_cut_and_short_ones_are_not(load: Callable[..., flowlang.
     import cv2
 
     app = load("p06_routing")
-    line = cv2.resize(cv2.imdecode(np.frombuffer(PICTURES[0], np.uint8), 1), (2000, 40))
+    picture: Any = cv2.imdecode(np.frombuffer(PICTURES[0], np.uint8), 1)
+    line = cv2.resize(picture, (2000, 40))
     long = cv2.imencode(".png", line)[1].tobytes()
     short = cv2.imencode(".png", line[:, :512])[1].tobytes()
     assert isinstance(app(short), str)

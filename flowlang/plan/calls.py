@@ -36,14 +36,13 @@ from flowlang.plan.types import (
     in_frame,
     without_null,
 )
-from flowlang.plan.values import Constant
+from flowlang.plan.values import LITERALS, Refused, evaluate
 from flowlang.syntax import tree
 from flowlang.syntax.scan import RESERVED
 
 if TYPE_CHECKING:
     from flowlang.plan.elaborate import Elaborator
 
-_CONSTANT_KINDS: Mapping[Type, str] = {INT: "int", FLOAT: "float", STR: "str", BOOL: "bool"}
 _WANTED = {"int": (INT,), "number": (INT, FLOAT), "str": (STR,), "flag": (BOOL,)}
 
 
@@ -119,6 +118,22 @@ class Calls:
         self._pass_arguments(declared, call, item, scope, inner)
         return self._elaborator.flow(declared, item, inner)
 
+    def known_arguments(self, declared: Declared, call: tree.Call, scope: Scope) -> Scope:
+        """A mentioned flow's scope with those of its arguments that are known by themselves."""
+        inner = Scope(declared, constants=declared.module.constants)
+        names = [given.name for given in declared.flow.inputs]
+        given = {arg.name: arg.value for arg in call.args or () if arg.name is not None}
+        places = (arg.value for arg in call.args or () if arg.name is None)
+        given |= zip((n for n in names if n not in given), places, strict=False)
+        for wanted in declared.flow.inputs:
+            expr = given.get(wanted.name)
+            value = self._known(expr, scope) if expr is not None else None
+            if expr is None and wanted.default is not None:
+                value = self._known(wanted.default, inner)
+            if value is not None:
+                inner.put(wanted.name, value)
+        return inner
+
     def _pass_arguments(
         self, declared: Declared, call: tree.Call, item: Node, scope: Scope, inner: Scope
     ) -> None:
@@ -142,8 +157,7 @@ class Calls:
         for name, wanted in inputs.items():
             default = self.default(declared, wanted, item)
             if name in given:
-                value = self._elaborator.operand(given[name].value, item, scope)
-                self._check_argument(declared, wanted, value, given[name])
+                value = self._argument(declared, wanted, given[name].value, item, scope)
             elif default is not None:
                 value = default
             else:
@@ -158,12 +172,12 @@ class Calls:
         if wanted.default is None:
             return None
         scope = Scope(declared, constants=declared.module.constants)
-        value = self._elaborator.operand(wanted.default, item, scope)
-        self._check_argument(declared, wanted, value, None)
-        if value.op not in (graph.LITERAL, "unknown"):
-            message = f"the default of `{wanted.name}` must be known before anything runs"
-            self._report(Diagnostic("not-a-constant", message, Label(wanted.default.span)))
-        return value
+        value = self._argument(declared, wanted, wanted.default, item, scope)
+        if value.op in (graph.LITERAL, "unknown"):
+            return value
+        message = f"the default of `{wanted.name}` must be known before anything runs"
+        self._report(Diagnostic("not-a-constant", message, Label(wanted.default.span)))
+        return self._elaborator.unknown(wanted.default.span, item, scope)
 
     def set_defaults(self, declared: Declared, item: Node, scope: Scope) -> None:
         """Give a flow that nobody mentions its defaults, to check it by itself."""
@@ -172,24 +186,33 @@ class Calls:
 
     @staticmethod
     def _set(inner: Scope, values: Mapping[str, Node]) -> None:
-        """Parameters of a flow: those that are literals are constants besides."""
-        inner.values |= values
-        constants = {}
+        """Parameters of a flow: those that are literals tell its mentions apart."""
         for name, value in values.items():
-            if value.op == graph.LITERAL:
-                kind = _CONSTANT_KINDS[value.type]
-                constants[name] = Constant(kind, value.params["value"], value.span)
-        inner.constants = {**inner.constants, **constants}
-        inner.arguments = tuple((n, c.value) for n, c in constants.items())
+            inner.put(name, value)
+        known = ((n, v) for n, v in values.items() if v.op == graph.LITERAL)
+        inner.arguments = tuple((n, v.params["value"]) for n, v in known)
 
-    def _check_argument(
-        self, declared: Declared, wanted: tree.Input, value: Node, arg: tree.Arg | None
-    ) -> None:
+    def _argument(
+        self, declared: Declared, wanted: tree.Input, expr: tree.Expr, item: Node, scope: Scope
+    ) -> Node:
+        """What a flow's parameter is given, wholly of its type."""
+        value = self._known(expr, scope) or self._elaborator.operand(expr, item, scope)
         kind = declared.module.types.resolve(wanted.type)
-        if not fits(value.type, kind):
-            place = arg.value.span if arg is not None else wanted.span
-            message = f"`{wanted.name}` of `{declared.flow.name}` is {kind}, not {value.type}"
-            self._report(Diagnostic("wrong-kind", message, Label(place)))
+        if fits(value.type, kind):
+            return widened(value, kind)
+        message = f"`{wanted.name}` of `{declared.flow.name}` is {kind}, not {value.type}"
+        self._report(Diagnostic("wrong-kind", message, Label(expr.span)))
+        return self._elaborator.unknown(expr.span, item, scope)
+
+    def _known(self, expr: tree.Expr, scope: Scope) -> Node | None:
+        """The value of an expression that is known before anything runs, or None."""
+        if scope.is_live(expr):
+            return None
+        try:
+            given = evaluate(expr, scope.constants)
+        except Refused:
+            return None
+        return self._elaborator.constant(given, scope) if given.kind in LITERALS else None
 
     def bound_at(self, call: tree.Call) -> Bound | None:
         """The arguments of a call that has been met."""
@@ -204,6 +227,10 @@ class Calls:
                 self._binders[module.prefix] = Binder(module.folder, self._report)
             self._bound[key] = self._binders[module.prefix].bind(call, op, scope)
         return self._bound[key]
+
+    def bind_quietly(self, call: tree.Call, op: Op, scope: Scope) -> Bound:
+        """The arguments of a call as far as they are known now; what is wrong is told later."""
+        return Binder(scope.module.folder, lambda told: None).bind(call, op, scope)
 
     def _operator(self, call: tree.Call, op: Op, item: Node, scope: Scope) -> Node:
         if op.function is not None and op.function.problem is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flowlang.diagnostics import CompileError, Diagnostic, Source, Span, in_order
 from flowlang.plan import graph
 from flowlang.plan.arguments import did_you_mean
-from flowlang.plan.declare import Choices, Declarations
+from flowlang.plan.declare import Choices, Declarations, Read
 from flowlang.plan.elaborate import Elaborator
 from flowlang.plan.extent import Extents
 from flowlang.plan.graph import FlowPlan, Node, Parameter
@@ -20,6 +20,7 @@ from flowlang.plan.scope import Scope
 from flowlang.plan.settle import Settler
 from flowlang.plan.types import UNKNOWN, Image, Type, Unknown
 from flowlang.plan.values import refuse
+from flowlang.syntax.parse import parse_leniently
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,11 @@ def check_source(
     return found.plan, found.diagnostics
 
 
-def inspect_source(source: Source, choices: Choices = NO_CHOICES) -> Inspection:
-    """All that checking a source finds out."""
-    checker = _Checker(source, choices)
+def inspect_source(
+    source: Source, choices: Choices = NO_CHOICES, read: Read = parse_leniently
+) -> Inspection:
+    """All that checking a source finds out; `read` gives the tree of one that was read before."""
+    checker = _Checker(source, choices, read)
     flows = checker.run()
     found = in_order(checker.diagnostics)
     seen = checker.elaborator.seen if checker.elaborator is not None else []
@@ -86,11 +89,11 @@ class _Enough(Exception):
 
 
 class _Checker:
-    def __init__(self, source: Source, choices: Choices) -> None:
+    def __init__(self, source: Source, choices: Choices, read: Read) -> None:
         self.source = source
         self.choices = choices
         self.diagnostics: list[Diagnostic] = []
-        self.declarations = Declarations(choices, self.report)
+        self.declarations = Declarations(choices, self.report, read)
         self.module: Module | None = None
         self.elaborator: Elaborator | None = None
 
@@ -226,7 +229,7 @@ class _Checker:
             kind = declared.module.types.resolve(given.type)
             node = Node(graph.INPUT, {}, (), kind, given.span, scope.site(given.span))
             default = elaborator.calls.default(declared, given, item)
-            scope.values[given.name] = node
+            scope.put(given.name, node)
             found.append(Parameter(node, given.name, kind, default))
         return found
 

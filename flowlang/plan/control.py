@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from flowlang.plan.elaborate import Elaborator
 
 
+MAX_SIFTED = 100_000  # elements of a list that a condition with operators is asked about
+
+
 class Control:
     """The constructs that have bodies, for an Elaborator."""
 
@@ -88,7 +91,7 @@ class Control:
             message = "`by` is an expression on the element, without operators"
             self._report(Diagnostic("not-a-constant", message, Label(node.param_spans[name])))
             return Node("unknown", {}, node.inputs, UNKNOWN, node.span, node.site)
-        params = {"max": 256, "on_error": "fail"}
+        params = {"max": MAX_SIFTED, "on_error": "fail"}
         conditions = Node(
             graph.MAP, params, tuple(bodies.inputs), ListOf(BOOL), node.span, node.site,
             bodies=(body,),

@@ -6,11 +6,12 @@ Layer 2. Params get their values here; flows are only noted, to be elaborated wh
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from flowlang.diagnostics import CompileError, Label, Source, Span
+from flowlang.diagnostics import CompileError, Diagnostic, Label, Source, Span
 from flowlang.plan.arguments import Report, find_file
 from flowlang.plan.module import Declared, Module, ParamValue, PythonFile
 from flowlang.plan.onnx import Opener
@@ -39,10 +40,18 @@ PARAM_TYPES = ("int", "float", "str", "bool", "path", "duration", "size")
 _EXAMPLES = {"int": "1", "float": "0.5", "bool": "false", "duration": "5ms", "size": "64MiB"}
 
 
-class Declarations:
-    """The modules of a program, each file read once however often it is used."""
+Readable: TypeAlias = tuple[tree.Program, list[Diagnostic], frozenset[str]]
+Read: TypeAlias = Callable[[Source], Readable]
 
-    def __init__(self, choices: Choices, report: Report) -> None:
+
+class Declarations:
+    """The modules of a program, each file read once however often it is used.
+
+    `read` gives the tree of a source, for those who have it already.
+    """
+
+    def __init__(self, choices: Choices, report: Report, read: Read = parse_leniently) -> None:
+        self._read = read
         self._choices = choices
         self._report = report
         self._modules: dict[str, Module] = {}
@@ -65,7 +74,7 @@ class Declarations:
 
     def read(self, source: Source, prefix: str = "") -> Module:
         """The module of a source, with all that it uses."""
-        program, diagnostics, lost = parse_leniently(source)
+        program, diagnostics, lost = self._read(source)
         for diagnostic in diagnostics:
             self._report(diagnostic)
         module = Module(source, prefix, Path(os.path.dirname(source.name)), lost=lost)

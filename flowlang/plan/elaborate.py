@@ -6,8 +6,7 @@ are written, so that all mentions share one physical thing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
@@ -43,14 +42,31 @@ from flowlang.plan.types import (
     Type,
     Unknown,
     fits,
+    is_vague,
     unify,
     why_vast,
     without_null,
 )
-from flowlang.plan.values import Constant, Refused, evaluate
+from flowlang.plan.values import LITERALS, Constant, Refused, evaluate
 from flowlang.syntax import tree
 
-_LITERALS = {"int": INT, "float": FLOAT, "percent": FLOAT, "str": STR, "bool": BOOL}
+
+def _heads(expr: tree.Expr) -> Sequence[tree.Expr]:
+    """The stages that what arrives at an expression may reach first."""
+    match expr:
+        case tree.Pipeline(parts):
+            return parts[:1]
+        case tree.Fallback(parts):
+            return parts
+        case tree.Group(inner) | tree.Repeat(inner):
+            return [inner]
+        case tree.If(_, then, otherwise):
+            return [then, otherwise]
+        case tree.Match(_, arms):
+            return [arm.value for arm in arms]
+        case tree.Record(fields):
+            return [field_value(field) for field in fields if field.name]
+    return []
 
 
 class Elaborator:
@@ -77,7 +93,7 @@ class Elaborator:
         if not isinstance(flow.body, tree.Body):
             result = self.apply(flow.body, item, scope)
         else:
-            scope.values["in"] = item
+            scope.put("in", item)
             scope.lets = frozenset(let.name for let in flow.body.lets)
             for let in flow.body.lets:
                 if let.name in scope.values:
@@ -88,7 +104,7 @@ class Elaborator:
                             Label(let.name_span),
                         )
                     )
-                scope.values[let.name] = self.apply(let.value, item, scope)
+                scope.put(let.name, self.apply(let.value, item, scope))
                 self.seen.append((let.name_span, scope.values[let.name].type))
             result = self.apply(flow.body.result, item, scope)
         if flow.signature:
@@ -104,44 +120,44 @@ class Elaborator:
             result = widened(result, wanted)
         return result
 
-    def head_type(self, expr: tree.Expr, declared: Declared) -> Type:
+    def head_type(self, expr: tree.Expr, scope: Scope) -> Type:
         """What a stage takes where nothing arrives yet: the type of its first operator."""
-        module = declared.module
-        if isinstance(expr, tree.Pipeline):
-            return self.head_type(expr.steps[0], declared)
-        if isinstance(expr, (tree.Group, tree.Repeat)):
-            inner = expr.value if isinstance(expr, tree.Group) else expr.stage
-            return self.head_type(inner, declared)
-        if isinstance(expr, tree.Fallback):
-            return self.head_type(expr.choices[0], declared)
-        if isinstance(expr, tree.Record):
-            branches = [f.value for f in expr.fields if f.value is not None]
-            return self.head_type(branches[0], declared) if branches else UNKNOWN
+        if isinstance(expr, tree.Call):
+            return self._call_takes(expr, scope)
         if isinstance(expr, tree.Ascribe):
-            return module.types.resolve(expr.type)
-        if not isinstance(expr, tree.Call):
-            return UNKNOWN
-        mentioned = module.declared(expr.path.names)
+            return scope.module.types.resolve(expr.type)
+        for first in _heads(expr):
+            kind = self.head_type(first, scope)
+            if not isinstance(kind, Unknown):
+                return kind
+        return UNKNOWN
+
+    def _call_takes(self, call: tree.Call, scope: Scope) -> Type:
+        module = scope.module
+        mentioned = module.declared(call.path.names)
         if mentioned is not None:
-            return self.flow_input(mentioned)
-        op = OPS.get(str(expr.path)) or module.operator(expr.path.names)
+            return self.flow_input(mentioned, self.calls.known_arguments(mentioned, call, scope))
+        op = OPS.get(str(call.path)) or module.operator(call.path.names)
         if op is not None and op.kind == "model":
-            scope = Scope(declared, constants=module.constants)
-            model = self.calls.fitter.model_of(self.calls.bind(expr, op, scope))
+            model = self.calls.fitter.model_of(self.calls.bind_quietly(call, op, scope))
             return input_type(model) if model else UNKNOWN
         return op.takes if op else UNKNOWN
 
-    def flow_input(self, declared: Declared) -> Type:
-        """The type of item a flow takes: declared, or what its first operator takes."""
+    def flow_input(self, declared: Declared, scope: Scope | None = None) -> Type:
+        """The type of item a flow takes: declared, or what its first operator takes.
+
+        `scope` has those of its parameters that are known.
+        """
         flow = declared.flow
         if flow.signature:
             return declared.module.types.resolve(flow.signature[0])
+        scope = scope or Scope(declared, constants=declared.module.constants)
         if not isinstance(flow.body, tree.Body):
-            return self.head_type(flow.body, declared)
+            return self.head_type(flow.body, scope)
         for value in (*(let.value for let in flow.body.lets), flow.body.result):
             steps = value.steps if isinstance(value, tree.Pipeline) else ()
             if len(steps) > 1 and steps[0].span.text == "in":
-                return self.head_type(steps[1], declared)
+                return self.head_type(steps[1], scope)
         return UNKNOWN
 
     # Expressions
@@ -215,14 +231,14 @@ class Elaborator:
             return Node(graph.PACK, params, (item,), wanted, expr.span, scope.site(expr.span))
         if not fits(item.type, wanted):
             mismatch(self.report, expr.span, item, f"this is not `{wanted}`", f"wants {wanted}")
-        elif isinstance(item.type, Unknown):
-            return replace(item, type=wanted)
+        elif is_vague(item.type):
+            return widened(item, wanted)
         return item
 
     def _literal(self, expr: tree.Expr, item: Node, scope: Scope) -> Node:
         try:
             given = evaluate(expr, scope.constants)
-            if given.kind in _LITERALS:
+            if given.kind in LITERALS:
                 return self.constant(given, scope)
         except Refused as refused:
             if refused.diagnostic is None:
@@ -233,8 +249,8 @@ class Elaborator:
 
     def constant(self, given: Constant, scope: Scope) -> Node:
         """A node for a value that is known before anything runs."""
-        kind: Type = _LITERALS[given.kind]
         params = {"value": given.value}
+        kind = LITERALS[given.kind]
         return Node(graph.LITERAL, params, (), kind, given.span, scope.site(given.span))
 
     def _binary(self, expr: tree.Binary, item: Node, scope: Scope) -> Node:

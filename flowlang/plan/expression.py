@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flowlang.plan import graph
@@ -24,6 +25,7 @@ from flowlang.plan.types import (
     Tensor,
     Type,
     Unknown,
+    is_vague,
     optional,
     without_null,
 )
@@ -46,6 +48,7 @@ LOGIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "or": lambda a, b: bool(a) or bool(b),
 }
 _BINARY = {**ARITHMETIC, **ORDERING, **EQUALITY, **LOGIC}
+_PLAIN = frozenset({graph.INPUT, "pass"})
 
 
 class Unsuited(Exception):
@@ -121,13 +124,19 @@ def compute(node: Node, values: Sequence[Any]) -> Any:
         return not values[0] if node.params["operator"] == "not" else -values[0]
     if node.op == graph.WIDEN:
         return _widen(values[0], node.params["given"], node.params["wanted"])
-    return list(values)
+    return values[0] if node.op == "pass" else list(values)
 
 
 def widened(node: Node, wanted: Type) -> Node:
-    """A node whose values are wholly of a wider type: fields they may lack are there, as null."""
-    if not _is_wider(node.type, wanted):
+    """A node whose values are wholly of a wider type: fields they may lack are there, as null.
+
+    What a type leaves open is taken to be as wanted.
+    """
+    is_told = is_vague(node.type) and node.type != wanted and not is_vague(wanted)
+    if not is_told and not _is_wider(node.type, wanted):
         return node
+    if node.op == graph.LITERAL:
+        return replace(node, params={"value": float(node.params["value"])}, type=FLOAT)
     params = {"given": node.type, "wanted": wanted}
     return Node(graph.WIDEN, params, (node,), wanted, node.span, node.site)
 
@@ -166,8 +175,8 @@ def field_of(value: Any, node: Node) -> Any:
 
 
 def is_plain(body: Body) -> bool:
-    """Whether a body is an expression alone, with no operator in it."""
-    return all(n.op == graph.INPUT or n.op in graph.GLUE for n in topological(body.output))
+    """Whether a body is an expression alone, with no operator in it but `pass`."""
+    return all(n.op in _PLAIN or n.op in graph.GLUE for n in topological(body.output))
 
 
 def function_of(body: Body) -> Callable[..., Any]:

@@ -13,7 +13,8 @@ from flowlang.diagnostics import CompileError, Diagnostic
 from flowlang.plan.check import Plan, check_source, compile_source
 from flowlang.plan.declare import Choices
 from flowlang.plan.onnx import Opener
-from flowlang.syntax.parse import read_source
+from flowlang.syntax import tree
+from flowlang.syntax.parse import parse, read_source
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -54,3 +55,18 @@ def compile_file(
 ) -> Plan:
     """The typed plan of a flow file. Raises CompileError, or OSError if it cannot be read."""
     return compile_source(read_source(path), _choices(values, schedule, opener))
+
+
+def inspect_file(
+    path: PathLike,
+    *,
+    values: Mapping[str, object] | None = None,
+    schedule: str | None = None,
+    opener: Opener | None = None,
+) -> tuple[tree.Program, Plan | None]:
+    """The tree of a flow file, and its plan where it has no errors.
+
+    Raises CompileError where it cannot be read, or OSError.
+    """
+    source = read_source(path)
+    return parse(source), check_source(source, _choices(values, schedule, opener))[0]

@@ -24,12 +24,10 @@ def rewrite(plan: FlowPlan) -> FlowPlan:
 
 def drop_passes(plan: FlowPlan) -> FlowPlan:
     """`pass` does nothing, so it goes; a flow that is nothing else keeps its one stage."""
-
-    def change(node: Node) -> Node:
-        keep = node.op != "pass" or (node.inputs[0].op == graph.INPUT)
-        return node if keep else node.inputs[0]
-
-    return rebuild(plan, change)
+    dropped = rebuild(plan, lambda node: node.inputs[0] if node.op == "pass" else node)
+    if plan.output.op == "pass" and dropped.output is dropped.input:
+        return replace(dropped, output=plan.output.with_inputs((dropped.input,)))
+    return dropped
 
 
 def pick_fields(plan: FlowPlan) -> FlowPlan:

@@ -5,7 +5,6 @@ Layer 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,7 @@ class Scope:
 
     declared: Declared
     values: dict[str, Node] = field(default_factory=dict)
-    constants: Mapping[str, Constant] = field(default_factory=dict)
+    constants: dict[str, Constant] = field(default_factory=dict)
     arguments: tuple[tuple[str, Any], ...] = ()
     lets: frozenset[str] = frozenset()
     outer: Scope | None = None
@@ -45,6 +44,16 @@ class Scope:
     def inside(self) -> Scope:
         """The scope of a body."""
         return Scope(self.declared, {}, self.constants, self.arguments, self.lets, self, {})
+
+    def put(self, name: str, value: Node) -> None:
+        """Give a name its value, in place of a param of that name.
+
+        One that is known before anything runs can be told to operators like a param.
+        """
+        self.values[name] = value
+        self.constants = {n: c for n, c in self.constants.items() if n != name}
+        if (known := constant_of(value)) is not None:
+            self.constants[name] = known
 
     def value(self, name: str) -> Node | None:
         """The node that a name stands for here."""
@@ -80,6 +89,15 @@ class Scope:
                     return True
             stack += children(part)
         return False
+
+
+def constant_of(value: Node) -> Constant | None:
+    """What a value is before anything runs, or None where requests bring it."""
+    if value.op == "unknown":
+        return Constant("unknown", None, value.span)
+    if value.op != graph.LITERAL:
+        return None
+    return Constant(str(value.type), value.params["value"], value.span)
 
 
 @dataclass(slots=True)

@@ -171,7 +171,16 @@ def fits(given: Type, wanted: Type) -> bool:
         return all(wanted.get(n) is not None for n in have) and all(
             fits(have[n], w) if n in have else isinstance(w, Optional) for n, w in wanted.fields
         )
-    return given == INT and wanted == FLOAT
+    return (given, wanted) in ((INT, FLOAT), (STR, Scalar("path")))
+
+
+def is_vague(kind: Type) -> bool:
+    """Whether a type leaves something open: it is unknown, or holds what is."""
+    if isinstance(kind, Record):
+        return any(is_vague(part) for _, part in kind.fields)
+    if isinstance(kind, (ListOf, Optional)):
+        return is_vague(kind.item)
+    return isinstance(kind, Unknown)
 
 
 def without_null(kind: Type) -> Type:
@@ -208,7 +217,9 @@ def unify(one: Type, other: Type) -> Type | None:
     if isinstance(one, Record) and isinstance(other, Record):
         return _unify_records(one, other)
     if isinstance(one, ListOf) and isinstance(other, ListOf):
-        inner = unify(one.item, other.item)
+        if isinstance(one.item, Unknown):  # the empty list is of any type
+            return other
+        inner = one.item if isinstance(other.item, Unknown) else unify(one.item, other.item)
         return None if inner is None else ListOf(inner)
     if isinstance(one, Image) and isinstance(other, Image):
         if (one.colour, one.dtype) != (other.colour, other.dtype):

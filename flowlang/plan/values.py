@@ -15,12 +15,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowlang.diagnostics import Diagnostic, Label, Span
+from flowlang.plan.types import BOOL, FLOAT, INT, STR, Scalar, Type
 from flowlang.syntax import tree
 
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 BYTES = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
+# The kinds of constants that can be values of a flow.
+LITERALS: Mapping[str, Type] = {
+    "int": INT,
+    "float": FLOAT,
+    "percent": FLOAT,
+    "str": STR,
+    "bool": BOOL,
+    "duration": Scalar("duration"),
+}
 MAX_TYPOS = 6  # letters more or less
 MOST = 10**15  # numbers beyond this are typing mistakes, and floats no longer count by ones
 

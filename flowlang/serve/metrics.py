@@ -28,7 +28,7 @@ def metrics_text(apps: Sequence[App], state: str) -> bytes:
         def collect(self) -> Iterable[Metric]:
             return _metrics(apps, state)
 
-    return bytes(generate_latest(Source()))  # type: ignore[arg-type]
+    return bytes(generate_latest(Source()))
 
 
 def _metrics(apps: Sequence[App], state: str) -> Iterator[Metric]:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from flowlang.diagnostics import Draining, FlowError, RequestError, StageFailed
 from flowlang.items import plain
@@ -32,8 +32,10 @@ from flowlang.serve.answer import (
     told,
 )
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
+from flowlang.serve.inference import Inference
 from flowlang.serve.metrics import KIND as METRICS
 from flowlang.serve.metrics import metrics_text
+from flowlang.serve.v2 import InferenceRoutes, is_below, refused
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
@@ -42,6 +44,8 @@ Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
+
+Result = TypeVar("Result")
 
 MAX_BODY_BYTES = MAX_BYTES + (64 << 10)  # the largest picture, and room for what wraps it
 BODY_S = 120.0  # a body that takes longer is cut off
@@ -85,6 +89,8 @@ class Service:
     def __init__(self, *, max_body_bytes: int = MAX_BODY_BYTES, body_s: float = BODY_S) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.under_way = 0
+        self.inference = Inference()
+        self._inference_routes = InferenceRoutes(self.inference, max_body_bytes)
         self._max_body_bytes = max_body_bytes
         self._body_s = body_s
         self._doors: dict[str, _Door] = {}  # by path
@@ -115,12 +121,14 @@ class Service:
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
         self._doors = self._open = doors
+        self.inference.let_in(self._apps)
         self.state = "ready"
 
     def refuse(self) -> None:
         """Let no request in any more. Those inside go on."""
         self.state = "draining"
         self._open = {}
+        self.inference.refuse()
 
     async def emptied(self, within_s: float) -> bool:
         """Wait until no request is inside, at most so long. Returns whether that is so."""
@@ -139,16 +147,20 @@ class Service:
             return
         found = {name: value for name, value in scope["headers"] if name in WANTED}
         request_id = request_id_of(found.get(b"x-request-id"))
-        door = self._open.get(scope["path"])
-        if door is None or scope["method"] != "POST":
-            answer = self._answer_elsewhere(scope["method"], scope["path"], request_id)
+        method, path = scope["method"], scope["path"]
+        door = self._open.get(path) if method == "POST" else None
+        if door is None and not self._inference_routes.is_inference(method, path):
+            answer = self._answer_elsewhere(method, path, request_id)
             await self._send(send, answer, request_id)
             return
         self.under_way += 1
         try:
-            answer = await self._answer_call(
-                door, scope["query_string"], found, request_id, receive
-            )
+            if door is None:
+                answer = await self._answer_inference(scope, found, receive)
+            else:
+                answer = await self._answer_call(
+                    door, scope["query_string"], found, request_id, receive
+                )
             await self._send(send, answer, request_id)
         except _HungUp:
             pass
@@ -202,6 +214,17 @@ class Service:
         except Exception:
             log.exception("request %s of flow `%s` failed", request_id.decode(), flow.name)
             return error_answer(Refusal("internal", 500, "internal error"), flow.name, request_id)
+
+    async def _answer_inference(
+        self, scope: Scope, found: dict[bytes, bytes], receive: Receive
+    ) -> Answer:
+        found.pop(b"content-encoding", None)  # undone by the protocol, once the body is there
+        try:
+            body = await self._read_body(found, receive)
+        except RequestError as error:
+            return refused(error)
+        answer = self._inference_routes.infer(scope["path"], dict(scope["headers"]), body)
+        return await _unless_hung_up(answer, receive)
 
     async def _read_body(self, found: dict[bytes, bytes], receive: Receive) -> bytes:
         """The whole body. Raises Refusal for one that is too long, or too slow."""
@@ -261,6 +284,8 @@ class Service:
 
     def _answer_elsewhere(self, method: str, path: str, request_id: bytes) -> Answer:
         """The answer to all but a call of a flow that is let in."""
+        if is_below(path):
+            return self._inference_routes.look(method, path)
         looks = {
             "/": self._show_page,
             "/flows": self._list_flows,
@@ -310,7 +335,7 @@ class Service:
         return Answer(200 if self.state == "ready" else 503, body)
 
 
-async def _unless_hung_up(call: Awaitable[Any], receive: Receive) -> Any:
+async def _unless_hung_up(call: Awaitable[Result], receive: Receive) -> Result:
     """The result of a call. Raises _HungUp once nobody is there to be told."""
     watch = _Watch(receive)
     try:

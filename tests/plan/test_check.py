@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from flowlang.diagnostics import CompileError, Source, render
-from flowlang.plan.check import NO_CHOICES, Choices, Plan, check_source, compile_source
+from flowlang.plan.check import NO_CHOICES, Plan, check_source, compile_source
+from flowlang.plan.declare import Choices
 from flowlang.plan.graph import Node
 from flowlang.plan.physical import Machine, PhysicalPlan, lower
 from flowlang.plan.schedule import SETTINGS

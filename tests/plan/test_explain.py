@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from flowlang.diagnostics import Source
-from flowlang.plan.check import NO_CHOICES, Choices, Plan, compile_source
+from flowlang.plan.check import NO_CHOICES, Plan, compile_source
+from flowlang.plan.declare import Choices
 from flowlang.plan.explain import explain_physical, explain_plan
 from flowlang.plan.physical import Machine, lower
 from tests.cases import REGENERATE

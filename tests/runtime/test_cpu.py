@@ -66,8 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(
         root / "gather.onnx", gather, indices, [("out", FLOATS, ("N", "k", 3))], table=table
     )
-    indices = [("data", TensorProto.INT64, ("N",))]
-    write_model(root / "pick.onnx", gather, indices, [("out", FLOATS, ("N", 3))], table=table)
+    index = [("data", TensorProto.INT64, ("N",))]
+    write_model(root / "pick.onnx", gather, index, [("out", FLOATS, ("N", 3))], table=table)
     shifted = [node("Add", ["data", "nine"], ["at"]), node("Gather", ["table", "at"], ["out"])]
     write_model(
         root / "cold.onnx", shifted, indices, [("out", FLOATS, ("N", 3))],

@@ -517,7 +517,8 @@ def test_an_idle_lane_holds_no_item(start: Start) -> None:
     app = start(text, lambda: lambda values: [ValueError("bad") for _ in values])
     gc.disable()
     try:
-        for road in (app, lambda item: app.submit(item).result(LONG_S)):
+        roads: list[Callable[[Any], Any]] = [app, lambda item: app.submit(item).result(LONG_S)]
+        for road in roads:
             picture = row(1)
             seen = weakref.ref(picture)
             with pytest.raises(StageFailed, match="ValueError: bad"):

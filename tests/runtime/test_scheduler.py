@@ -447,7 +447,7 @@ def test_a_request_is_refused_exactly_when_its_queue_is_full(scenario: Scenario)
         assert inside < entrance.program.queue + room(entrance)
         return request
 
-    scheduler.submit = watched  # type: ignore[method-assign]
+    scheduler.submit = watched  # type: ignore[method-assign, assignment]
     course.simulation.run()
     assert all(type(error) is Overloaded for error in course.refused)
     assert len(course.refused) + len(course.accepted) == len(scenario.calls)

@@ -16,6 +16,7 @@ from typing import Any
 PATIENCE_S = 30.0
 FLAGS = (
     "--headless",
+    "--hide-scrollbars",  # a picture of a page that scrolls would be cut where its bar was
     "--no-sandbox",
     "--no-first-run",
     "--no-proxy-server",
@@ -107,14 +108,24 @@ class Browser:
         return parsed
 
     def open(self, url: str) -> None:
-        """Load a page, up to its load event."""
+        """Load a page, up to its load event, in a window of the size at the start."""
         self.events.clear()
+        self.call("Emulation.clearDeviceMetricsOverride")
         self.call("Page.navigate", url=url)
         self.wait_for("document.readyState == 'complete'")
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page. Raises RuntimeError if it throws."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The value of a JavaScript expression in the page, or of the promise it is.
+
+        Raises RuntimeError if it throws.
+        """
+        answer = self.call(
+            "Runtime.evaluate",
+            expression=expression,
+            returnByValue=True,
+            awaitPromise=True,
+            userGesture=True,
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
         return answer["result"].get("value")
@@ -129,11 +140,77 @@ class Browser:
             time.sleep(0.02)
         raise TimeoutError(expression)
 
-    def choose_file(self, selector: str, path: Path) -> None:
+    def choose_files(self, selector: str, *paths: Path) -> None:
         """Set a file input, as the file dialog would."""
         found = self.call("Runtime.evaluate", expression=f"document.querySelector({selector!r})")
         object_id = found["result"]["objectId"]
-        self.call("DOM.setFileInputFiles", files=[str(path)], objectId=object_id)
+        self.call("DOM.setFileInputFiles", files=[str(p) for p in paths], objectId=object_id)
+
+    def point_at(self, selector: str) -> None:
+        """Move the mouse to the middle of an element, which is scrolled into view."""
+        x, y = self._middle(selector)
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def click(self, selector: str) -> None:
+        """Press and release the mouse on an element."""
+        self.point_at(selector)
+        x, y = self._middle(selector)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call(
+                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
+            )
+
+    def drop(self, selector: str, *paths: Path) -> None:
+        """Drag files over an element and let go of them there."""
+        x, y = self._middle(selector)
+        held = {"items": [], "files": [str(p) for p in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=held)
+
+    def press(self, key: str, code: int, modifiers: int = 0) -> None:
+        """Press a key that types nothing, by its name and its Windows virtual key code."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                modifiers=modifiers,
+            )
+
+    def type(self, selector: str, text: str) -> None:
+        """Focus a field and type into it what it shall hold."""
+        self.evaluate(f"(e => {{ e.focus(); e.select?.(); }})(document.querySelector({selector!r}))")
+        self.call("Input.insertText", text=text)
+
+    def nameless(self) -> list[str]:
+        """The roles of what can be focused and has no name for a screen reader."""
+        nodes = self.call("Accessibility.getFullAXTree")["nodes"]
+        return [
+            node["role"]["value"]
+            for node in nodes
+            if any(p["name"] == "focusable" and p["value"]["value"] for p in node["properties"])
+            and not node["name"]["value"].strip()
+        ]
+
+    def _middle(self, selector: str) -> tuple[float, float]:
+        x, y = self.evaluate(
+            f"(e => {{ e.scrollIntoView({{block: 'nearest'}}); const b = e.getBoundingClientRect();"
+            f" return [b.x + b.width / 2, b.y + b.height / 2]; }})"
+            f"(document.querySelector({selector!r}))"
+        )
+        return x, y
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the page a window of so many pixels."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
 
     def screenshot(self) -> bytes:
         """The whole page as a PNG file."""

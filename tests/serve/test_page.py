@@ -2,47 +2,178 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
+from examples import models
 from flowlang.serve import asgi
 from tests.pictures import bad, good, photographs
 from tests.serve.browser import Browser, find_chromium
-from tests.serve.server import Server, running, serving, write, write_flows
+from tests.serve.server import Server, running, serving, write
 
+FLOWS = """
+use "see.py" as see
+## Three best classes of one picture.
+export flow classify: bytes -> list<label> =
+  decode -> resize(64) -> rgb -> normalize(imagenet) -> trt("classifier.onnx") -> softmax
+  -> top(3, names="classes.txt")
+export flow two = decode -> resize(64) -> rgb -> normalize(imagenet) -> trt("two_heads.onnx")
+export flow odd = decode -> resize(64) -> rgb -> normalize(imagenet) -> trt("classifier.onnx")
+  -> top(10, names="odd.txt")
+export flow detect(conf: float = 0.5) = decode -> resize(96, fit=letterbox) -> rgb
+  -> normalize(unit) -> trt("detector.onnx") -> boxes(yolov8, conf=conf, iou=0.2)
+export flow street(count: int = 2) = decode -> see.street(count=count)
+export flow read = decode -> see.read
+export flow told(mask: bytes, times: int, least: float = 0.5, mark: str = "-", loud: bool = false) =
+  see.tell(mask=mask, times=times, least=least, mark=mark, loud=loud)
+export flow spell(mark: str = "-", loud: bool = true): bytes -> see.Spelling =
+  see.spell(mark=mark, loud=loud)
+export flow late = decode -> see.wait
+export flow echo = pass
+export flow same = trt("identity.onnx")
+schedule { late(slo=50ms) }
+"""
+OPERATORS = '''
+import time
+from typing import Annotated, TypedDict
+import numpy as np
+
+class Spelling(TypedDict):
+    mark: str
+    loud: bool
+
+def spell(item: bytes, *, mark: str = "", loud: bool = False) -> Spelling:
+    return {"mark": mark, "loud": loud}
+
+def tell(item: bytes, *, mask: bytes = b"", times: int = 0, least: float = 0, mark: str = "",
+         loud: bool = False) -> Annotated[dict, "{ item: int, mask: str, told: str }"]:
+    return {"item": len(item), "mask": mask.decode(), "told": f"{times} {least} {mark} {loud}"}
+
+def street(image: np.ndarray, *, count: int = 2) -> Annotated[dict, """{
+    size: { height: int, width: int }, day: bool, kind: list<label>, shades: tensor<f32, 100>,
+    prices: list<{ what: str, price: float }>,
+    cars: list<{ box: box, label: str, score: float, maker: str?,
+                 plates: list<{ quad: quad, text: { text: str, score: float } }> }> }"""]:
+    height, width = image.shape[:2]
+    cars = []
+    for number in range(count):
+        left, right = width * (number + 0.1) / count, width * (number + 0.9) / count
+        plate = [[left + 9, 60.0], [left + 29, 58.0], [left + 29, 68.0], [left + 9, 70.0]]
+        cars.append({
+            "box": [left, 20.0, right, 80.0], "label": "car" if number % 2 else "bus",
+            "score": 0.9 - number / 10, "maker": None if number else "Saurer",
+            "plates": [{"quad": plate, "text": {"text": f"ZH {number}", "score": 0.8}}],
+        })
+    kind = [{"index": 1, "label": "street", "score": 0.75}]
+    prices = [{"what": "tea", "price": 3.5}, {"what": "cake", "price": 6.0}]
+    shades = np.linspace(-1, 2, 100, dtype=np.float32)
+    return {"size": {"height": height, "width": width}, "day": True, "kind": kind,
+            "shades": shades, "prices": prices, "cars": cars}
+
+def read(image: np.ndarray) -> Annotated[list, "list<{ quad: quad, text: str, score: float }>"]:
+    def at(left, top, text):
+        quad = [[left, top], [left + 90, top + 4], [left + 90, top + 24], [left, top + 20]]
+        return {"quad": quad, "text": text, "score": 0.5}
+    return [at(9, 80, "last"), at(200, 13, "first line"), at(9, 10, "The"), at(9, 40, "<b>2</b>")]
+
+def wait(image: np.ndarray) -> int:
+    time.sleep(0.2)
+    return 1
+'''
 ANSWER = "!document.querySelector('#raw').hidden && document.querySelector('#answer').textContent"
 ERROR = "!document.querySelector('#error').hidden && document.querySelector('#error').innerText"
 STATUS = "document.querySelector('#status').textContent"
 BARS = "[...document.querySelectorAll('.bars li')].map(li => li.innerText.split('\\n'))"
+ROWS = "[...document.querySelectorAll('.rows li')].map(li => li.innerText.split('\\n'))"
+DRAWN = (
+    "[...document.querySelectorAll('#marks .edge')].map(e => e.getAttribute('points').split(' ')"
+    ".map(p => p.split(',').map(Number)))"
+)
+CAPTIONS = (  # those to be seen: what they say, and where they are
+    "[...document.querySelectorAll('#captions span')].filter("
+    "e => getComputedStyle(e).visibility == 'visible').map(e => [e.textContent,"
+    " ...(b => [b.left, b.top, b.right, b.bottom])(e.getBoundingClientRect())])"
+)
+LIT = "document.querySelector('.rows [aria-selected=true]')?.innerText.split('\\n')[0]"
+LIT_OUTLINE = "document.querySelector('#marks .on .edge')?.getAttribute('points')"
+CARDS = "[...document.querySelectorAll('#gallery button')].map(b => b.innerText.split('\\n'))"
+COMMAND = "document.querySelector('#command code').textContent"
+SHIFT = 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server serves, and pictures to send it."""
     folder = tmp_path_factory.mktemp("page")
-    write_flows(folder)
+    models.resnet(folder / "classifier.onnx", width=8, size=64, classes=10)
+    models.labels(folder / "classes.txt", 10)
+    models.two_heads(folder / "two_heads.onnx")
+    models.identity(folder / "identity.onnx", ("N", 3))
+    models.detector(folder / "detector.onnx", side=96)
+    write(folder / "odd.txt", "<img src=x onerror=alert(1)>\n" + "plain\n" * 9)
+    write(folder / "see.py", OPERATORS)
+    write(folder / "page.flow", FLOWS)
+    for number, content in enumerate(photographs(3)):
+        (folder / f"{number}.jpg").write_bytes(content)
+    (folder / "half.jpg").write_bytes(bad()["jpeg-half"].data)
     return folder
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    with serving(folder, str(folder / "all.flow")) as server:
+    with serving(folder, str(folder / "page.flow")) as server:
         yield server.wait_ready()
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One Chromium for all tests; each opens the page anew."""
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One Chromium for all tests."""
     program = find_chromium()
     if program is None:
         pytest.skip("no Chromium on the path")
     browser = Browser(program, tmp_path_factory.mktemp("chromium"))
     yield browser
     browser.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, server: Server) -> Browser:
+    """The page, opened anew, with the flows to choose from."""
+    chromium.open(server.url)
+    chromium.wait_for("!document.querySelector('#choice').hidden")
+    return chromium
+
+
+def choose(page: Browser, flow: str) -> None:
+    page.evaluate(
+        f"(e => {{ e.value = {flow!r}; e.dispatchEvent(new Event('change')); }})"
+        "(document.querySelector('#flow'))"
+    )
+
+
+def ask(page: Browser, flow: str, *pictures: Path) -> Any:
+    """Choose a flow and pictures, wait for the answer and the outlines, and give the answer."""
+    choose(page, flow)
+    page.choose_files("#file", *pictures)
+    answer = json.loads(page.wait_for(ANSWER))
+    page.wait_for("!sending && !document.querySelector('#shown').hidden")
+    return answer
+
+
+def corners(box: list[float]) -> list[list[float]]:
+    left, top, right, bottom = box
+    return [[left, top], [right, top], [right, bottom], [left, bottom]]
 
 
 def test_the_page_needs_nothing_else(server: Server) -> None:
@@ -58,111 +189,340 @@ def test_the_page_needs_nothing_else(server: Server) -> None:
     assert int(head.headers["content-length"]) == len(response.content)
 
 
-def test_every_control_has_a_label(browser: Browser, server: Server) -> None:
-    """Whoever cannot see the page is told what each of its controls is for."""
-    browser.open(server.url)
-    browser.wait_for("document.querySelector('#flow')?.options.length > 1")
-    nameless = browser.evaluate(
-        "[...document.querySelectorAll('input, select, textarea, button')].filter("
-        "e => !e.labels?.[0]?.textContent.trim() && !e.textContent.trim()).map(e => e.id)"
+def test_colours_can_be_read() -> None:
+    """Text stands out from its ground by 4.5 to 1 (WCAG 2 AA), in light and dark and on captions."""
+    page = asgi()._page.decode()
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in page.split("prefers-color", 1)
     )
-    assert nameless == []
+    for of in (light, dark):
+        for ink in ("ink", "soft"):
+            for ground in ("ground", "sheet", "lit"):
+                assert contrast(of[ink], of[ground]) >= 4.5, (ink, ground)
+        assert contrast(of["ink"], of["bar"]) >= 4.5
+        assert contrast(of["bad"], of["bad-ground"]) >= 4.5
+        assert contrast(of["bad"], of["sheet"]) >= 4.5
+        assert contrast(of["accent"], of["sheet"]) >= 4.5
+    for colour in json.loads(re.findall(r"COLOURS = (\[.*\])", page)[0]):
+        assert contrast("#ffffff", colour) >= 4.5, colour
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of WCAG 2.2."""
+
+    def luminance(colour: str) -> float:
+        levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in levels]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    dark, bright = sorted((luminance(one), luminance(other)))
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_every_control_has_a_name(page: Browser, folder: Path) -> None:
+    """Whoever cannot see the page is told what each of its controls is for, answers included."""
+    assert page.nameless() == []
+    choose(page, "told")
+    assert page.nameless() == []
+    ask(page, "street", folder / "0.jpg", folder / "1.jpg")
+    assert page.nameless() == []
 
 
 def test_a_picture_is_sent_and_its_answer_shown(
-    browser: Browser, server: Server, tmp_path: Path
+    page: Browser, server: Server, folder: Path
 ) -> None:
     """A chosen picture is shown with its answer as bars and as JSON, and the time it took."""
-    path = tmp_path / "cat.jpg"
-    path.write_bytes(photographs(1)[0])
-    browser.open(server.url)
-    browser.wait_for("!document.querySelector('#choice').hidden")
-    browser.choose_file("#file", path)
-    answer = json.loads(browser.wait_for(ANSWER))
-    assert answer == server.client.post("/flows/classify", content=path.read_bytes()).json()
-    assert browser.evaluate(BARS) == [
+    answer = ask(page, "classify", folder / "1.jpg")
+    content = (folder / "1.jpg").read_bytes()
+    assert answer == server.client.post("/flows/classify", content=content).json()
+    assert page.evaluate(BARS) == [
         [label["label"], f"{100 * label['score']:.1f} %"] for label in answer
     ]
-    assert re.fullmatch(r"[\d.]+ m?s", browser.evaluate(STATUS))
-    browser.wait_for("!document.querySelector('#shown').hidden")
-    assert browser.evaluate("document.querySelector('#picture').naturalWidth") == 500
-    assert browser.evaluate("document.querySelector('#marks').getAttribute('viewBox')") == (
+    assert re.fullmatch(r"[\d.]+ m?s", page.evaluate(STATUS))
+    assert page.evaluate("document.querySelector('#picture').naturalWidth") == 500
+    assert page.evaluate("document.querySelector('#marks').getAttribute('viewBox')") == (
         "0 0 500 375"
     )
-    assert browser.complaints() == []
-    assert {url.removeprefix(server.url) for url in browser.requested()} - {"data:,"} == {
+    assert not page.evaluate("document.querySelector('#raw').open")
+    assert page.complaints() == []
+    assert {url.removeprefix(server.url) for url in page.requested()} - {"data:,"} == {
         "/",
         "/flows",
         "/flows/classify",
-        browser.evaluate("document.querySelector('#picture').src"),
+        page.evaluate("document.querySelector('#picture').src"),
     }
 
 
-def test_another_flow_gets_the_same_picture(
-    browser: Browser, server: Server, tmp_path: Path
-) -> None:
+def test_another_flow_gets_the_same_picture(page: Browser, folder: Path) -> None:
     """Choosing another flow sends the picture to it, and shows its types."""
-    path = tmp_path / "cat.png"
-    path.write_bytes(good()["png-rgb"].data)
-    browser.open(server.url)
-    browser.wait_for("!document.querySelector('#choice').hidden")
-    browser.choose_file("#file", path)
-    browser.wait_for(ANSWER)
-    browser.evaluate(
-        "{ const flow = document.querySelector('#flow'); flow.value = 'two';"
-        " flow.dispatchEvent(new Event('change')); }"
-    )
-    answer = json.loads(browser.wait_for(ANSWER))
+    (folder / "cat.png").write_bytes(good()["png-rgb"].data)
+    ask(page, "classify", folder / "cat.png")
+    choose(page, "two")
+    answer = json.loads(page.wait_for(ANSWER))
     assert {name: len(values) for name, values in answer.items()} == {"scores": 10, "embedding": 16}
-    assert browser.evaluate("document.querySelector('#types').textContent").startswith("two: bytes")
+    assert page.evaluate("document.querySelector('#types').textContent").startswith("two: bytes")
 
 
-def test_what_is_wrong_with_a_picture_is_said(
-    browser: Browser, server: Server, tmp_path: Path
+def test_what_a_detector_finds_is_drawn_over_the_picture(page: Browser, folder: Path) -> None:
+    """Each detection is an outline where it was found, a row of a list, and a caption."""
+    found = ask(page, "detect", folder / "1.jpg")
+    assert len(found) > 3
+    drawn, rows = page.evaluate(DRAWN), page.evaluate(ROWS)
+    by_size = sorted(found, key=lambda d: -np.prod(np.subtract(d["box"][2:], d["box"][:2])))
+    assert sorted(drawn) == sorted(corners(d["box"]) for d in found)
+    assert drawn[0] == corners(by_size[0]["box"])
+    assert rows == [[d["label"], f"{100 * d['score']:.1f} %"] for d in found]
+    said = {f"{d['label']} {100 * d['score']:.0f} %" for d in found}
+    captions = page.evaluate(CAPTIONS)
+    assert captions
+    assert {text for text, *_ in captions} <= said
+
+
+def test_outlines_lie_on_the_upright_picture(page: Browser, folder: Path) -> None:
+    """A picture that its EXIF turns, and a window of another size, leave outlines in their places."""
+    (folder / "turned.jpg").write_bytes(good()["jpeg-exif-6"].data)
+    answer = ask(page, "street", folder / "turned.jpg")
+    size = answer["size"]
+    for width in (1100, 400):
+        page.resize(width, 800)
+        left, top, right, bottom, *image = page.evaluate(
+            "['#marks .edge', '#picture'].flatMap(s => (b => [b.left, b.top, b.right, b.bottom])"
+            "(document.querySelector(s).getBoundingClientRect()))"
+        )
+        scale = (image[2] - image[0]) / size["width"]
+        assert scale == pytest.approx((image[3] - image[1]) / size["height"], rel=0.02)
+        where = np.subtract([left, top, right, bottom], [*image[:2], *image[:2]]) / scale
+        np.testing.assert_allclose(where, answer["cars"][0]["box"], atol=3)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_row_and_its_outline_light_up_together(page: Browser, folder: Path) -> None:
+    """Pointing at a row or an outline, or walking the rows by keys, shows which belong together."""
+    answer = ask(page, "street", folder / "0.jpg")
+    bus, plate = answer["cars"][0], answer["cars"][0]["plates"][0]
+    page.point_at(".rows li:nth-child(1)")
+    assert page.evaluate(LIT_OUTLINE) == " ".join("{:g},{:g}".format(*p) for p in corners(bus["box"]))
+    assert [text for text, *_ in page.evaluate(CAPTIONS)] == ["bus 90 %"]
+    smallest = f"#marks g:nth-child({len(page.evaluate(DRAWN))}) .edge"
+    page.point_at(smallest)
+    assert page.evaluate(LIT) == plate["text"]["text"] == "ZH 0"
+    page.click(smallest)
+    page.point_at("h1")
+    assert page.evaluate(LIT) == "ZH 0"
+    page.press("ArrowDown", 40)
+    assert page.evaluate(LIT) == "car"
+    page.press("End", 35)
+    assert page.evaluate(LIT) == "ZH 1"
+    page.press("Tab", 9, SHIFT)
+    assert page.evaluate(LIT) is None
+    assert len(page.evaluate(CAPTIONS)) == 4
+
+
+def test_many_boxes_stay_readable(page: Browser, folder: Path) -> None:
+    """Captions never cover each other: where there is no room, they wait until they are asked for."""
+    found = ask(page, "street", folder / "0.jpg")["cars"]
+    page.evaluate(
+        "{ const input = document.querySelector('#parameter-count'); input.value = 60; "
+        "document.querySelector('#run').click(); }"
+    )
+    page.wait_for("document.querySelectorAll('#marks g').length == 120")
+    assert len(found) == 2
+    captions = page.evaluate(CAPTIONS)
+    assert 5 < len(captions) < 60
+    for one, other in combinations(captions, 2):
+        _, left, top, right, bottom = one
+        _, from_left, from_top, to_right, to_bottom = other
+        assert right <= from_left or to_right <= left or bottom <= from_top or to_bottom <= top
+    page.point_at(".rows li:nth-child(118)")
+    assert [text for text, *_ in page.evaluate(CAPTIONS)] == ["ZH 58 80 %"]
+
+
+def test_an_answer_is_shown_by_its_parts(page: Browser, folder: Path) -> None:
+    """Of a record, labels are bars, finds are rows however deep, and the rest stands in words."""
+    ask(page, "street", folder / "0.jpg")
+    assert page.evaluate(ROWS) == [
+        ["bus", "90.0 %", "maker Saurer"],
+        ["ZH 0", "80.0 %"],
+        ["car", "80.0 %"],
+        ["ZH 1", "80.0 %"],
+    ]
+    indents = page.evaluate("[...document.querySelectorAll('.rows li')].map(li => li.style.paddingLeft)")
+    assert indents == ["0.625rem", "1.875rem"] * 2
+    assert page.evaluate(BARS) == [["street", "75.0 %"]]
+    assert page.evaluate("document.querySelector('dl').innerText").split("\n") == [
+        *("size", "height 375, width 500", "day", "true", "shades", "100 numbers")
+    ]
+    assert page.evaluate("document.querySelector('table').innerText").split() == [
+        *("what", "price", "tea", "3.5", "cake", "6")
+    ]
+    titles = page.evaluate("[...document.querySelectorAll('#answered h3')].map(e => e.innerText)")
+    assert titles == ["kind", "prices", "cars, 2 in the picture"]
+
+
+def test_read_text_is_one_block_in_reading_order(
+    page: Browser, server: Server, folder: Path
 ) -> None:
+    """Pieces beside each other are one line, lines follow from top to bottom, and all is copied."""
+    ask(page, "read", folder / "0.jpg")
+    block = "The first line\n<b>2</b>\nlast"
+    assert page.evaluate("document.querySelector('#words').innerText") == block
+    page.call(
+        "Browser.grantPermissions",
+        origin=server.url,
+        permissions=["clipboardReadWrite", "clipboardSanitizedWrite"],
+    )
+    page.click("#copy")
+    page.wait_for("document.querySelector('#copy').textContent == 'Copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == block
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.evaluate("document.addEventListener('copy', () => { window.copied = String(getSelection()); })")
+    page.click("#copy")
+    assert page.wait_for("window.copied") == block
+
+
+def test_what_is_wrong_with_a_picture_is_said(page: Browser, folder: Path) -> None:
     """A file that is no picture gives the server's reason and the request's id, and no answer."""
-    path = tmp_path / "half.jpg"
-    path.write_bytes(bad()["jpeg-half"].data)
-    browser.open(server.url)
-    browser.wait_for("!document.querySelector('#choice').hidden")
-    browser.choose_file("#file", path)
-    said = browser.wait_for(ERROR)
+    choose(page, "classify")
+    page.choose_files("#file", folder / "half.jpg")
+    said = page.wait_for(ERROR)
     assert bad()["jpeg-half"].word in said
-    assert re.search(r"bad-request, request [0-9a-f]{16}$", said)
-    assert not browser.evaluate(ANSWER)
+    assert re.search(r"400 bad-request, request [0-9a-f]{16}$", said)
+    assert not page.evaluate(ANSWER)
 
 
-def test_numbers_are_sent_as_json(browser: Browser, server: Server) -> None:
+@pytest.mark.parametrize(("flow", "status"), [("late", 504), ("classify", 413)])
+def test_errors_are_worded_by_the_server(
+    page: Browser, server: Server, folder: Path, flow: str, status: int
+) -> None:
+    """What took too long or is too large is told beside the picture in the server's own words."""
+    path = folder / "0.jpg"
+    if status == 413:
+        path = folder / "large.jpg"
+        path.write_bytes((folder / "0.jpg").read_bytes() + bytes(33 << 20))
+    with path.open("rb") as file:
+        refused = server.client.post(f"/flows/{flow}", content=file.read())
+    assert refused.status_code == status
+    choose(page, flow)
+    page.choose_files("#file", path)
+    said = page.wait_for(ERROR).split("\n")
+    assert said[0] == refused.json()["error"]["message"]
+    assert said[-1].startswith(f"{status} {refused.json()['error']['code']}, ")
+    page.wait_for("!document.querySelector('#shown').hidden")
+
+
+def test_several_pictures_are_a_gallery(page: Browser, server: Server, folder: Path) -> None:
+    """All go in one form; each has its answer or its error, and those of the one chosen are shown."""
+    files = [folder / "0.jpg", folder / "half.jpg", folder / "1.jpg"]
+    first = ask(page, "detect", *files)
+    third = server.client.post("/flows/detect", content=files[2].read_bytes()).json()
+    cards = page.evaluate(CARDS)
+    assert [name for name, _ in cards] == [path.name for path in files]
+    assert [cards[0][1], cards[2][1]] == [f"{len(first)} found", f"{len(third)} found"]
+    assert bad()["jpeg-half"].word in cards[1][1]
+    assert page.evaluate("document.querySelectorAll('#gallery li:nth-child(3) polygon').length") == (
+        len(third)
+    )
+    assert re.fullmatch(r"3 pictures, [\d.]+ m?s", page.evaluate(STATUS))
+    assert [url for url in page.requested() if url.endswith("detect")] == [
+        server.url + "/flows/detect"
+    ]
+    page.click("#gallery li:nth-child(2) button")
+    assert bad()["jpeg-half"].word in page.evaluate(ERROR)
+    assert page.evaluate(DRAWN) == []
+    page.click("#gallery li:nth-child(3) button")
+    assert json.loads(page.evaluate(ANSWER)) == third
+    assert sorted(page.evaluate(DRAWN)) == sorted(corners(d["box"]) for d in third)
+    assert page.evaluate("document.querySelector('#answer-title').innerText") == "Answer to 1.jpg"
+    assert page.complaints() == []
+
+
+def test_pictures_can_be_dropped_and_pasted(page: Browser, folder: Path) -> None:
+    """A picture that is let go over the page or pasted into it is sent; bytes answered are shown."""
+    choose(page, "echo")
+    page.drop("#drop", folder / "0.jpg")
+    page.wait_for("document.querySelector('#answered img')?.naturalWidth == 500")
+    assert page.evaluate("document.querySelector('#name').textContent").startswith("0.jpg, ")
+    page.evaluate("document.querySelector('#answered').replaceChildren()")
+    page.evaluate(
+        "document.querySelector('canvas') || new Promise(done => { const canvas = document"
+        ".createElement('canvas'); canvas.width = 77; canvas.toBlob(blob => {"
+        " const clipboardData = new DataTransfer();"
+        " clipboardData.items.add(new File([blob], 'image.png', {type: 'image/png'}));"
+        " document.dispatchEvent(new ClipboardEvent('paste', {clipboardData})); done(); }); })"
+    )
+    page.wait_for("document.querySelector('#answered img')?.naturalWidth == 77")
+    assert page.complaints() == []
+
+
+def test_parameters_go_with_the_picture(page: Browser, server: Server, folder: Path) -> None:
+    """Fields follow the types of a flow's parameters, and those left alone keep their defaults."""
+    answer = ask(page, "spell", folder / "0.jpg")
+    assert answer == {"mark": "-", "loud": True}
+    assert page.evaluate("document.querySelector('#parameter-loud').indeterminate")
+    page.type("#parameter-mark", "a&b='ü'")
+    page.click("#parameter-loud")
+    page.click("#parameter-loud")
+    page.press("Enter", 13)
+    page.click("#run")
+    page.wait_for("document.querySelector('dl')?.innerText.endsWith('false')")
+    assert json.loads(page.evaluate(ANSWER)) == {"mark": "a&b='ü'", "loud": False}
+    assert page.requested()[-1] == server.url + "/flows/spell?mark=a%26b%3D%27%C3%BC%27&loud=false"
+    assert page.evaluate(COMMAND) == f"curl --data-binary @picture.jpg '{page.requested()[-1]}'"
+    page.click("#parameter-loud")
+    assert page.evaluate("document.querySelector('#parameter-loud').indeterminate")
+    page.click("#run")
+    page.wait_for("document.querySelector('dl')?.innerText.endsWith('true')")
+
+
+def test_files_are_parameters_too(page: Browser, folder: Path) -> None:
+    """Nothing is sent before what is required is there; a file goes in a form with all the rest."""
+    write(folder / "it's.txt", "of a file")
+    choose(page, "told")
+    kinds = page.evaluate("[...document.querySelectorAll('#fields input')].map(e => e.type)")
+    assert kinds == ["file", "number", "number", "text", "checkbox"]
+    page.choose_files("#file", folder / "0.jpg")
+    assert page.wait_for(STATUS) == "this flow needs mask, times"
+    page.click("#run")
+    page.choose_files("#parameter-mask", folder / "it's.txt")
+    page.type("#parameter-times", "3")
+    page.type("#parameter-least", ".25")
+    page.click("#run")
+    size = (folder / "0.jpg").stat().st_size
+    assert json.loads(page.wait_for(ANSWER)) == {
+        "item": size,
+        "mask": "of a file",
+        "told": "3 0.25 - False",
+    }
+    assert page.evaluate(COMMAND).startswith(
+        "curl -F 'mask=@it'\\''s.txt' --form-string times=3 --form-string least=0.25 "
+        "-F item=@picture.jpg "
+    )
+    page.type("#parameter-least", "")
+    page.choose_files("#file", folder / "0.jpg", folder / "1.jpg")
+    page.wait_for("document.querySelectorAll('#gallery .outcome').length == 2 && !sending")
+    assert [line.split(", ")[1:] for _, line in page.evaluate(CARDS)] == [
+        ["mask of a file", "told 3 0.5 - False"]
+    ] * 2
+    assert page.complaints() == []
+
+
+def test_numbers_are_sent_as_json(page: Browser) -> None:
     """A flow that takes no picture offers a field for JSON instead."""
-    browser.open(server.url)
-    browser.wait_for("!document.querySelector('#choice').hidden")
-    browser.evaluate(
-        "{ const flow = document.querySelector('#flow'); flow.value = 'same';"
-        " flow.dispatchEvent(new Event('change'));"
-        " const json = document.querySelector('#json'); json.value = '[1, 2, NaN]';"
-        " json.dispatchEvent(new Event('input')); document.querySelector('#run').click(); }"
+    choose(page, "same")
+    assert page.evaluate("document.querySelector('label[for=json]').innerText") == (
+        "JSON tensor<f32, 3>"
     )
-    assert browser.wait_for(ANSWER) == "[1, 2, null]"
+    page.type("#json", "[1, 2, NaN]")
+    page.press("Enter", 13, modifiers=2)
+    assert page.wait_for(ANSWER) == "[1, 2, null]"
+    assert page.evaluate("document.querySelector('#answered').innerText") == "1, 2, –"
 
 
-def test_names_are_shown_as_text(browser: Browser, folder: Path) -> None:
+def test_names_are_shown_as_text(page: Browser, folder: Path) -> None:
     """A class name that is HTML is shown as it stands, and scores that are no shares as numbers."""
-    write(folder / "odd.txt", "<img src=x onerror=alert(1)>\n" + "plain\n" * 9)
-    flow = write(
-        folder / "odd.flow",
-        'decode -> resize(64) -> rgb -> normalize(imagenet) -> trt("classifier.onnx")\n'
-        '-> top(10, names="odd.txt")\n',
-    )
-    picture = folder / "cat.jpg"
-    picture.write_bytes(photographs(1)[0])
-    with serving(folder, str(flow)) as server:
-        server.wait_ready()
-        browser.open(server.url)
-        browser.wait_for("document.querySelector('#types').textContent")
-        browser.choose_file("#file", picture)
-        answer = json.loads(browser.wait_for(ANSWER))
-        bars = dict(browser.evaluate(BARS))
-    assert browser.evaluate("document.querySelectorAll('.bars img').length") == 0
+    answer = ask(page, "odd", folder / "0.jpg")
+    bars = dict(page.evaluate(BARS))
+    assert page.evaluate("document.querySelectorAll('.bars img').length") == 0
     odd = next(label for label in answer if label["index"] == 0)
     assert bars["<img src=x onerror=alert(1)>"] == _four_digits(odd["score"])
 
@@ -171,7 +531,49 @@ def _four_digits(value: float) -> str:
     return np.format_float_positional(value, 4, fractional=False, unique=False)
 
 
-def test_the_page_waits_for_the_models(browser: Browser, folder: Path) -> None:
+TOKENS = st.sampled_from(["box", "quad", "label", "text", "score", "index", "a", "__proto__"])
+BOXES = st.lists(st.floats(-9, 9) | st.none(), min_size=3, max_size=5)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(TOKENS, inner | BOXES, max_size=5) | BOXES
+    ),
+    max_leaves=20,
+)
+
+
+def test_whatever_a_flow_answers_is_shown(page: Browser, folder: Path) -> None:
+    """Any JSON at all is shown without an exception, as its outlines and rows agree."""
+    ask(page, "classify", folder / "0.jpg")
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(JSON)
+    def shows(value: Any) -> None:
+        page.evaluate(f"settle(pictures[0], {{result: JSON.parse({json.dumps(json.dumps(value))})}})")
+        assert page.evaluate(ANSWER)
+        assert page.evaluate("marks.every(mark => mark.row || !mark.row)")
+
+    shows()
+    nested = json.dumps(json.loads("[" * 300 + "1" + "]" * 300))
+    page.evaluate(f"settle(pictures[0], {{result: {nested}}})")
+    encoded = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(encoded, "PNG")
+    assert page.complaints() == []
+
+
+def test_the_flow_as_a_picture_is_shown_where_there_is_one(page: Browser) -> None:
+    """It comes out of the listing; without it there is no place for it, and nothing is asked for."""
+    assert page.evaluate("document.querySelector('#plan').hidden")
+    svg = "<svg xmlns='http://www.w3.org/2000/svg' width='31' height='9'><rect width='9'/></svg>"
+    page.evaluate(f"{{ flows[0].picture_svg = {json.dumps(svg)}; chooseFlow(); }}")
+    page.wait_for("document.querySelector('#plan img').naturalWidth == 31")
+    assert not page.evaluate("document.querySelector('#plan').hidden")
+    choose(page, "two")
+    assert page.evaluate("document.querySelector('#plan').hidden")
+    assert page.complaints() == []
+
+
+def test_the_page_waits_for_the_models(chromium: Browser, folder: Path) -> None:
     """Opened while the flows load, the page says so, and works once they are there."""
     gate = folder / "gate"
     flow = write(folder / "echo.flow", "pass\n")
@@ -185,13 +587,13 @@ def load():
 sys.exit(serve(load, "127.0.0.1", 0))
 """
     with running(folder, "-c", code) as server:
-        browser.open(server.url)
-        browser.wait_for(f"{STATUS}.startsWith('loading')")
+        chromium.open(server.url)
+        chromium.wait_for(f"{STATUS}.startsWith('loading')")
         gate.touch()
         server.wait_ready()
-        types = browser.wait_for("document.querySelector('#types').textContent")
+        types = chromium.wait_for("document.querySelector('#types').textContent")
         assert types == "main: unknown → unknown"
-        assert browser.evaluate("document.querySelector('#choice').hidden")
+        assert chromium.evaluate("document.querySelector('#choice').hidden")
 
 
 def test_the_page_is_in_the_package() -> None:

@@ -1,0 +1,426 @@
+"""Flows as models of the Open Inference Protocol, version 2, whatever carries it.
+
+Layer 4. A flow is a model of one version, `1`; a request brings one item or several, each of which
+is batched with those of other requests, and is answered when all of them are. HTTP and gRPC say the
+same in different words: both are built on this module, which knows neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from flowlang import __version__
+from flowlang.diagnostics import BadRequest, Draining, RequestError, StageFailed
+from flowlang.plan.types import Scalar, without_null
+from flowlang.serve.answer import Refusal, told
+from flowlang.serve.form import ParameterReader
+from flowlang.serve.port import Port, Ports, port_of
+from flowlang.serve.tensor import BYTES, Tensor
+
+if TYPE_CHECKING:
+    from flowlang.app import App, Flow
+
+PLATFORM = "flowlang"
+VERSION = "1"  # of every model
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "statistics")
+# Request parameters that the protocol or its clients give a meaning of their own.
+RESERVED = frozenset(
+    (
+        *("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers"),
+        *("binary_data_output", "binary_data"),
+    )
+)
+RESERVED_START = "triton_"
+_PLAIN = frozenset(Scalar(name) for name in ("int", "float", "str", "bool", "path", "duration"))
+
+log = logging.getLogger("flowlang.serve")
+Carried = TypeVar("Carried")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a request asks: the tensors it brings, and the names of those it wants (None for all).
+
+    `timeout_s` is what its transport grants; its parameter `timeout` may say less.
+    """
+
+    inputs: Sequence[Tensor]
+    outputs: Sequence[str] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request as its flow takes it: items, the parameters of each, and the outputs wanted."""
+
+    items: list[Any]
+    parameters: list[dict[str, Any]]
+    wanted: list[str]
+    deadline_s: float | None
+
+
+class Unanswered(RequestError):
+    """An error of a flow, as a client is told of it."""
+
+    def __init__(self, error: RequestError, index: int | None = None) -> None:
+        message = str(told(error, None, b"")["message"])
+        if error.stage and not isinstance(error, StageFailed):
+            message = f"`{error.stage}`: {message}"
+        super().__init__(message if index is None else f"item {index}: {message}")
+        self.code, self.http_status = error.code, error.http_status
+
+
+@dataclass(slots=True)
+class Span:
+    """How often something happened, and how long it took together, in nanoseconds."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int) -> None:
+        self.count += 1
+        self.ns += ns
+
+    def as_json(self) -> dict[str, int]:
+        return {"count": self.count, "ns": self.ns}
+
+
+class Statistics:
+    """What the protocol tells of a model: requests, and the time they took.
+
+    The three parts of the time are told apart as a flow sees them: reading tensors, the flow with
+    its queues, and writing tensors.
+    """
+
+    PARTS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+
+    def __init__(self) -> None:
+        self.items = 0
+        self.last_ms = 0  # when the last request came, in milliseconds since 1970
+        self.spans = {name: Span() for name in (*self.PARTS, "cache_hit", "cache_miss")}
+
+    def succeed(
+        self, items: int, input_ns: int, infer_ns: int, output_ns: int, queue_ns: int = 0
+    ) -> None:
+        """Count an answered request. `queue_ns` is a part of `infer_ns`."""
+        self.items += items
+        parts = (queue_ns, input_ns, infer_ns - queue_ns, output_ns)
+        for name, ns in zip(self.PARTS, (sum(parts), 0, *parts), strict=True):
+            if name != "fail":
+                self.spans[name].add(ns)
+
+    def fail(self, ns: int) -> None:
+        """Count a request that was not answered."""
+        self.spans["fail"].add(ns)
+
+    def as_json(self, name: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "version": VERSION,
+            "last_inference": self.last_ms,
+            "inference_count": self.items,
+            "execution_count": self.spans["success"].count,
+            "inference_stats": {name: span.as_json() for name, span in self.spans.items()},
+            "batch_stats": [],
+        }
+
+
+class Model:
+    """A flow as a model. `limit` is how many items it takes at once."""
+
+    def __init__(self, flow: Flow, limit: int) -> None:
+        self.name = flow.name
+        self.flow = flow
+        self.limit = limit
+        self.statistics = Statistics()
+        taken = {p.name for p in flow.parameters}
+        name = next(n for n in ("input", "item", "in") if n not in taken)
+        self.inputs = Ports.of_input(flow.input, name)
+        self.outputs = Ports.of_output(flow.output, "output")
+        self._texts = ParameterReader(flow.parameters)
+        # Parameters of a kind that the protocol's own parameters cannot hold are tensors.
+        self._arguments = {
+            p.name: port_of(p.name, without_null(p.type), is_optional=p.default is not None)
+            for p in flow.parameters
+            if without_null(p.type) not in _PLAIN and p.name not in self.inputs.by_name
+        }
+        self._takes = {**self.inputs.by_name, **self._arguments}
+        self._parameters = taken
+
+    # What it is
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "versions": [VERSION],
+            "platform": PLATFORM,
+            "inputs": [_described(port) for port in self._takes.values()],
+            "outputs": [_described(port) for port in self.outputs.all],
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Triton's model configuration: dimensions are those of one item."""
+        return {
+            "name": self.name,
+            "platform": PLATFORM,
+            "backend": PLATFORM,
+            "max_batch_size": self.limit,
+            "input": [
+                {**_configured(port), "optional": port.is_optional} for port in self._takes.values()
+            ],
+            "output": [_configured(port) for port in self.outputs.all],
+        }
+
+    def only_input(self) -> Port:
+        """The input that a body without names is. Raises BadRequest where there are others."""
+        needed = [port for port in self._takes.values() if not port.is_optional]
+        if len(needed) != 1:
+            names = ", ".join(f"`{name}`" for name in self._takes)
+            raise BadRequest(f"a raw body is one tensor, and this model takes {names}")
+        return needed[0]
+
+    # What it does
+
+    def read(self, request: Request) -> Work:
+        """What a request asks of the flow. Raises BadRequest."""
+        wanted = self._wanted(request.outputs)
+        items, given = self._items(request)
+        deadline_s = _sooner(request.timeout_s, _timeout_s(request.parameters))
+        return Work(items, given, wanted, deadline_s)
+
+    async def run(self, work: Work) -> list[Any]:
+        """The answers for all items. Raises Unanswered for the first that has none."""
+        calls = [
+            self.flow.acall(item, deadline_s=work.deadline_s, **parameters)
+            for item, parameters in zip(work.items, work.parameters, strict=True)
+        ]
+        if len(calls) > 1:
+            return await _all(calls)
+        try:
+            return [await calls[0]]
+        except RequestError as error:
+            raise Unanswered(error) from error
+
+    def _wanted(self, names: Sequence[str] | None) -> list[str]:
+        known = self.outputs.by_name
+        for index, name in enumerate(names or ()):
+            if name not in known:
+                there = ", ".join(f"`{n}`" for n in known)
+                raise BadRequest(f"outputs[{index}]: no output is named `{name}`; there is {there}")
+        return list(dict.fromkeys(names or known))
+
+    def _items(self, request: Request) -> tuple[list[Any], list[dict[str, Any]]]:
+        """The items of a request, and the parameters of each. Raises BadRequest."""
+        rows: dict[str, list[Any]] = {}
+        for index, tensor in enumerate(request.inputs):
+            place = f"inputs[{index}]"
+            port = self._takes.get(tensor.name)
+            if port is None:
+                raise BadRequest(f"{place}: no input is named `{tensor.name}`; {self._needed()}")
+            if tensor.name in rows:
+                raise BadRequest(f"{place}: `{tensor.name}` is given twice")
+            rows[tensor.name] = port.rows(place, tensor)
+            if len(rows[tensor.name]) != (count := len(next(iter(rows.values())))):
+                raise BadRequest(f"{place}.shape: it has not {count} items, as inputs[0] has")
+        missing = [n for n, port in self._takes.items() if n not in rows and not port.is_optional]
+        if missing:
+            raise BadRequest(f"inputs: `{missing[0]}` is missing; {self._needed()}")
+        count = len(next(iter(rows.values()), ()))
+        if not 0 < count <= self.limit:
+            raise BadRequest(f"inputs: {count} items, and a request has 1 to {self.limit}")
+        arguments = {name: rows.pop(name) for name in self._arguments if name in rows}
+        shared = self._shared(request.parameters)
+        given = [{**shared, **{n: v[i] for n, v in arguments.items()}} for i in range(count)]
+        return self.inputs.items(rows, count), given
+
+    def _needed(self) -> str:
+        return f"this model takes {', '.join(f'`{name}`' for name in self._takes)}"
+
+    def _shared(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The flow's parameters among those of a request. Raises BadRequest."""
+        found = {
+            name: value
+            for name, value in parameters.items()
+            if name in self._parameters or not (name in RESERVED or name.startswith(RESERVED_START))
+        }
+        try:
+            texts = {name: value for name, value in found.items() if isinstance(value, str)}
+            return {**found, **self._texts.of_texts(texts)}
+        except BadRequest as error:
+            raise BadRequest(f"parameters: {error.message}") from None
+
+
+async def _all(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """What all calls give. As soon as one fails the others are given up."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        errors = [task.exception() if task.done() else None for task in tasks]
+        for index, error in enumerate(errors):
+            if isinstance(error, RequestError):
+                raise Unanswered(error, index) from error
+            if error is not None:
+                raise error
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _described(port: Port) -> dict[str, Any]:
+    return {"name": port.name, "datatype": port.datatype, "shape": port.wire_shape}
+
+
+def _configured(port: Port) -> dict[str, Any]:
+    datatype = "STRING" if port.datatype == BYTES else port.datatype
+    return {"name": port.name, "data_type": f"TYPE_{datatype}", "dims": port.wire_shape[1:]}
+
+
+def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
+    """What the parameter `timeout` allows: it is in microseconds. Raises BadRequest."""
+    given = parameters.get("timeout", 0)
+    if not isinstance(given, int) or isinstance(given, bool) or given < 0:
+        raise BadRequest("parameters.timeout: a whole number of microseconds is wanted")
+    return given / 1e6 if given else None
+
+
+def _sooner(one: float | None, other: float | None) -> float | None:
+    return min((s for s in (one, other) if s is not None), default=None)
+
+
+class Inference:
+    """All models of a server, and whether they take requests. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self.state: Literal["loading", "ready", "draining"] = "loading"
+        self.under_way = 0
+        self.models: dict[str, Model] = {}
+        self.on_change: list[Callable[[], object]] = []  # called when `state` has changed
+
+    def let_in(self, apps: Iterable[App]) -> None:
+        """Take requests for these flows."""
+        self.models = {
+            name: Model(flow, app.scheduler.entrances[name].limit)
+            for app in apps
+            for name, flow in app.flows.items()
+        }
+        self._become("ready")
+
+    def refuse(self) -> None:
+        """Let no request in any more. Those inside go on."""
+        self._become("draining")
+
+    def _become(self, state: Literal["ready", "draining"]) -> None:
+        self.state = state
+        for tell in self.on_change:
+            tell()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state == "ready"
+
+    def check_open(self) -> None:
+        """Raises Refusal or Draining where no request is let in."""
+        if self.state == "loading":
+            raise Refusal("loading", 503, "the flows are not loaded yet")
+        if self.state == "draining":
+            raise Draining("the app is stopping and takes no more requests")
+
+    def model(self, name: str, version: str = "") -> Model:
+        """A model by its name. Raises Refusal where there is none, or not in this version."""
+        found = self.models.get(name)
+        if found is None:
+            if self.state == "loading":
+                self.check_open()
+            there = ", ".join(f"`{n}`" for n in self.models)
+            raise Refusal("not-found", 404, f"there is no model `{name}`; there is {there}")
+        if version not in ("", VERSION):
+            raise Refusal("not-found", 404, f"`{name}` has the version {VERSION}, not {version}")
+        return found
+
+    def is_model_ready(self, name: str, version: str = "") -> bool:
+        return self.is_ready and name in self.models and version in ("", VERSION)
+
+    def metadata(self) -> dict[str, Any]:
+        return {"name": PLATFORM, "version": __version__, "extensions": list(EXTENSIONS)}
+
+    def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
+        """The statistics of one model, or of all. Raises Refusal where there is none such."""
+        asked = [self.model(name, version)] if name else list(self.models.values())
+        return {"model_stats": [model.statistics.as_json(model.name) for model in asked]}
+
+    def index(self, *, is_ready: bool = False) -> list[dict[str, str]]:
+        """The models there are; with `is_ready` those that take requests."""
+        if is_ready and not self.is_ready:
+            return []
+        state, reason = ("READY", "") if self.is_ready else ("UNAVAILABLE", self.state)
+        return [
+            {"name": name, "version": VERSION, "state": state, "reason": reason}
+            for name in self.models
+        ]
+
+    async def infer(
+        self,
+        name: str,
+        version: str,
+        read: Callable[[Model], Request],
+        write: Callable[[Model, Request, list[Tensor]], Carried],
+    ) -> Carried:
+        """Answer one request. Raises RequestError, of which a client may be told.
+
+        `read` and `write` are the transport's: they make a request of what came, and of the tensors
+        what goes back.
+        """
+        self.check_open()
+        model = self.model(name, version)
+        model.statistics.last_ms = time.time_ns() // 1_000_000
+        self.under_way += 1
+        clock = _Clock()
+        request = Request(())
+        try:
+            request = read(model)
+            work = model.read(request)
+            clock.lap()
+            answers = await model.run(work)
+            clock.lap()
+            carried = write(model, request, model.outputs.columns(answers, work.wanted))
+            clock.lap()
+        except RequestError as error:
+            cause = error.__cause__ or error
+            level = logging.WARNING if isinstance(cause, StageFailed) else logging.INFO
+            log.log(level, "request %r of flow `%s`: %s", request.id, name, cause)
+            raise
+        except Exception:
+            log.exception("request %r of flow `%s` failed", request.id, name)
+            raise Refusal("internal", 500, "internal error") from None
+        else:
+            model.statistics.succeed(len(work.items), *clock.laps_ns)
+            return carried
+        finally:
+            self.under_way -= 1
+            if len(clock.laps_ns) < 3:
+                model.statistics.fail(clock.total_ns)
+
+
+class _Clock:
+    """Measures the parts of a request: reading it, running the flow, writing the answer."""
+
+    def __init__(self) -> None:
+        self._start_ns = self._last_ns = time.perf_counter_ns()
+        self.laps_ns: list[int] = []
+
+    def lap(self) -> None:
+        now_ns = time.perf_counter_ns()
+        self.laps_ns.append(now_ns - self._last_ns)
+        self._last_ns = now_ns
+
+    @property
+    def total_ns(self) -> int:
+        return time.perf_counter_ns() - self._start_ns

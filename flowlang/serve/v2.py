@@ -1,0 +1,376 @@
+"""The Open Inference Protocol, version 2, over HTTP, with the binary tensor extension.
+
+Layer 4. Turns paths, headers and bodies into requests of flowlang.serve.inference, and what that
+answers into bodies. Knows nothing of sockets, of event loops or of hanging up.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from flowlang.diagnostics import BadRequest, RequestError
+from flowlang.serve.answer import JSON, OCTETS, RETRY_S, Answer, Refusal, deadline_of, to_json
+from flowlang.serve.inference import VERSION, Inference, Model, Request
+from flowlang.serve.tensor import (
+    BYTES,
+    Tensor,
+    check_datatype,
+    check_shape,
+    from_list,
+    from_raw,
+    to_list,
+    to_raw,
+)
+
+START = "/v2"
+HEAD = b"inference-header-content-length"  # of the JSON in front of binary tensors
+MAX_JSON_BYTES = 16 << 20  # Python's values take up to twenty times the room of their text
+COMPRESS_BYTES = 1 << 10  # an answer below this is sent as it is
+_WBITS = {b"gzip": 31, b"deflate": 15}  # of zlib; `deflate` has its wrapper (RFC 9110)
+
+Headers: TypeAlias = Mapping[bytes, bytes]
+Binary: TypeAlias = Callable[[str], bool]  # whether the output of this name goes back as bytes
+
+
+def is_below(path: str) -> bool:
+    """Whether a path is one of the protocol's."""
+    return path == START or path.startswith(f"{START}/")
+
+
+class InferenceRoutes:
+    """Everything below /v2."""
+
+    def __init__(self, inference: Inference, max_body_bytes: int) -> None:
+        self._inference = inference
+        self._max_body_bytes = max_body_bytes
+
+    def look(self, method: str, path: str) -> Answer:
+        """The answer to whatever is no inference, and has no body that matters."""
+        try:
+            return self._found(method, path.removeprefix(START).strip("/").split("/"))
+        except RequestError as error:
+            return refused(error)
+
+    def is_inference(self, method: str, path: str) -> bool:
+        """Whether a request is one that `infer` answers, now."""
+        parts = path.split("/")
+        return (
+            method == "POST"
+            and parts[2:3] == ["models"]
+            and parts[-1] == "infer"
+            and (len(parts) == 5 or (len(parts) == 7 and parts[4] == "versions"))
+            and self._inference.is_ready
+        )
+
+    async def infer(self, path: str, headers: Headers, body: bytes) -> Answer:
+        """The answer to an inference."""
+        parts = path.split("/")
+        name, version = parts[3], parts[5] if len(parts) == 7 else ""
+        exchange = _Exchange(headers, body, self._max_body_bytes)
+        try:
+            answer = await self._inference.infer(name, version, exchange.read, exchange.write)
+        except RequestError as error:
+            return refused(error)
+        return _packed(headers.get(b"accept-encoding"), answer)
+
+    def _found(self, method: str, parts: list[str]) -> Answer:
+        match parts:
+            case [""]:
+                return _get(method, self._inference.metadata)
+            case ["health", "live"]:
+                return _get(method, lambda: {"live": True})
+            case ["health", "ready"]:
+                return _yes_or_no(method, self._inference.is_ready)
+            case ["repository", "index"]:
+                return _said(method, "POST", self._inference.index)
+            case ["repository", "models", _, ("load" | "unload")]:
+                raise Refusal("off", 403, "models are not loaded or unloaded over the network")
+            case ["models", "stats"]:
+                return _get(method, self._inference.statistics)
+            case ["models", name, "versions", version, *rest]:
+                return self._of_model(method, name, version, rest)
+            case ["models", name, *rest]:
+                return self._of_model(method, name, "", rest)
+        raise _nothing()
+
+    def _of_model(self, method: str, name: str, version: str, rest: list[str]) -> Answer:
+        inference = self._inference
+        match rest:
+            case []:
+                return _get(method, lambda: inference.model(name, version).metadata())
+            case ["ready"]:
+                inference.model(name, version)
+                return _yes_or_no(method, inference.is_model_ready(name, version), name)
+            case ["config"]:
+                return _get(method, lambda: inference.model(name, version).config())
+            case ["stats"]:
+                return _get(method, lambda: inference.statistics(name, version))
+            case ["infer"]:
+                if method == "POST":
+                    inference.check_open()
+                raise _wrong_method(method, "POST")
+        raise _nothing()
+
+
+class _Exchange:
+    """One inference: a request out of a body, and a body out of its answer, as that asked."""
+
+    def __init__(self, headers: Headers, body: bytes, max_body_bytes: int) -> None:
+        self._headers = headers
+        self._body = body
+        self._max_body_bytes = max_body_bytes
+        self._is_binary: Binary = _never
+
+    def read(self, model: Model) -> Request:
+        encoding = self._headers.get(b"content-encoding")
+        body = _unpacked(encoding, self._body, self._max_body_bytes)
+        request, self._is_binary = read_request(model, self._headers, body)
+        return request
+
+    def write(self, model: Model, request: Request, tensors: list[Tensor]) -> Answer:
+        return write_answer(model, request, tensors, self._is_binary)
+
+
+def refused(error: RequestError) -> Answer:
+    """An error as the protocol tells it."""
+    headers = error.headers if isinstance(error, Refusal) else ()
+    if error.http_status in (429, 503):
+        headers = (*headers, (b"retry-after", RETRY_S))
+    return Answer(error.http_status, to_json({"error": error.message}), JSON, headers)
+
+
+def _said(method: str, allowed: str, say: Callable[[], Any]) -> Answer:
+    if method not in allowed.split(", "):
+        raise _wrong_method(method, allowed)
+    return Answer(200, to_json(say()))
+
+
+def _get(method: str, say: Callable[[], Any]) -> Answer:
+    return _said(method, "GET, HEAD", say)
+
+
+def _yes_or_no(method: str, is_so: bool, name: str | None = None) -> Answer:
+    """Clients look at the status alone."""
+    body = {"ready": is_so} if name is None else {"name": name, "ready": is_so}
+    answer = _get(method, lambda: body)
+    return answer if is_so else Answer(503, answer.body)
+
+
+def _wrong_method(method: str, allowed: str) -> Refusal:
+    message = f"{method} is not possible at this path; {allowed} is"
+    return Refusal("wrong-method", 405, message, headers=((b"allow", allowed.encode()),))
+
+
+def _nothing() -> Refusal:
+    return Refusal("not-found", 404, "there is nothing at this path of the protocol")
+
+
+# Compression (RFC 9110, "Content Codings")
+
+
+def _unpacked(encoding: bytes | None, body: bytes, max_bytes: int) -> bytes:
+    """A body without its compression. Raises Refusal where it becomes too large, or is none."""
+    if encoding is None or encoding.lower() == b"identity":
+        return body
+    if encoding.lower() not in _WBITS:
+        raise Refusal("unsupported-encoding", 415, "a body is sent as it is, in gzip or deflate")
+    unpacker = zlib.decompressobj(_WBITS[encoding.lower()])
+    try:
+        found = unpacker.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise BadRequest("the body is not of the compression it claims") from None
+    if len(found) > max_bytes:
+        raise Refusal("too-large", 413, f"the body unpacked is larger than {max_bytes:,} bytes")
+    if not unpacker.eof:
+        raise BadRequest("the compressed body ends before its end")
+    return found
+
+
+def _packed(accepted: bytes | None, answer: Answer) -> Answer:
+    """An answer compressed, where it is large and the client asked for that and nothing else.
+
+    A list of codings is what any HTTP library accepts; one alone is a wish.
+    """
+    if accepted not in _WBITS or len(answer.body) < COMPRESS_BYTES:
+        return answer
+    packer = zlib.compressobj(1, wbits=_WBITS[accepted])
+    body = packer.compress(answer.body) + packer.flush()
+    headers = (*answer.headers, (b"content-encoding", accepted))
+    return Answer(answer.status, body, answer.kind, headers)
+
+
+# Requests
+
+
+def _never(name: str) -> bool:
+    return False
+
+
+def _always(name: str) -> bool:
+    return True
+
+
+def read_request(model: Model, headers: Headers, body: bytes) -> tuple[Request, Binary]:
+    """A request out of a body, and which outputs it wants as bytes. Raises BadRequest."""
+    length = _head_length(headers.get(HEAD), len(body))
+    timeout_s = deadline_of(headers.get(b"x-deadline-ms"))
+    if length == 0:
+        return Request([_raw_input(model, body)], timeout_s=timeout_s), _always
+    head = _object("", _parsed(body[:length]))
+    parameters = _object("parameters", head.get("parameters", {}))
+    wanted, is_binary = _wanted(head.get("outputs"), parameters)
+    request_id = head.get("id", "")
+    if not isinstance(request_id, str):
+        raise BadRequest("id: a string is wanted")
+    given = head.get("inputs")
+    if not isinstance(given, list):
+        raise BadRequest("inputs: a list of tensors is wanted")
+    inputs = _Inputs(memoryview(body)[length:])
+    tensors = [inputs.read(f"inputs[{index}]", value) for index, value in enumerate(given)]
+    inputs.check_end()
+    return Request(tensors, wanted, parameters, request_id, timeout_s), is_binary
+
+
+def _head_length(given: bytes | None, body_length: int) -> int:
+    """How long the JSON is; 0 where the body is one tensor. Raises BadRequest or Refusal."""
+    length = body_length
+    if given is not None:
+        if not given.isdigit() or len(given) > 19 or int(given) > body_length:
+            name = "Inference-Header-Content-Length"
+            raise BadRequest(f"{name}: a number from 0 to the body's {body_length:,} bytes")
+        length = int(given)
+    elif not body_length:
+        raise BadRequest("the body is empty, where JSON is wanted")
+    if length > MAX_JSON_BYTES:
+        most = f"JSON larger than {MAX_JSON_BYTES:,} bytes"
+        raise Refusal("too-large", 413, f"{most}: send large tensors as binary data")
+    return length
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise BadRequest(f"this is no JSON: {error.msg} at {where}") from None
+    except (ValueError, RecursionError):
+        raise BadRequest("this is no JSON that can be read") from None
+
+
+def _object(place: str, given: Any) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise BadRequest(f"{place or 'the request'}: a JSON object is wanted")
+    return given
+
+
+def _raw_input(model: Model, body: bytes) -> Tensor:
+    """The one tensor that a body without JSON is, of one item."""
+    port = model.only_input()
+    if port.datatype == BYTES:
+        return Tensor(port.name, BYTES, (1,), [body])
+    sides = port.wire_shape[1:]
+    if port.shape is None or -1 in sides:
+        raise BadRequest(f"`{port.name}` is of many shapes: say in JSON which one this is")
+    shape = (1, *sides)
+    values = from_raw(f"`{port.name}`", port.datatype, shape, body)
+    return Tensor(port.name, port.datatype, shape, values)
+
+
+class _Inputs:
+    """Reads the tensors of a request; the binary ones lie one behind the other."""
+
+    def __init__(self, binary: memoryview) -> None:
+        self._binary = binary
+        self._at = 0
+
+    def read(self, place: str, value: Any) -> Tensor:
+        given = _object(place, value)
+        name = given.get("name")
+        if not isinstance(name, str):
+            raise BadRequest(f"{place}.name: a string is wanted")
+        datatype = check_datatype(place, given.get("datatype"))
+        shape = check_shape(place, given.get("shape"))
+        parameters = _object(f"{place}.parameters", given.get("parameters", {}))
+        if "shared_memory_region" in parameters:
+            raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
+        size = parameters.get("binary_data_size")
+        if size is None:
+            values = from_list(place, datatype, shape, given.get("data"))
+        elif "data" in given:
+            raise BadRequest(f"{place}: it has both `data` and `binary_data_size`")
+        else:
+            values = from_raw(place, datatype, shape, self._take(place, size))
+        return Tensor(name, datatype, shape, values)
+
+    def _take(self, place: str, size: Any) -> memoryview:
+        left = len(self._binary) - self._at
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= left:
+            name = f"{place}.parameters.binary_data_size"
+            raise BadRequest(f"{name}: {left:,} bytes are left of the body, not {size!r:.40}")
+        self._at += size
+        return self._binary[self._at - size : self._at]
+
+    def check_end(self) -> None:
+        if left := len(self._binary) - self._at:
+            raise BadRequest(f"{left:,} bytes of the body belong to no input")
+
+
+def _wanted(given: Any, parameters: dict[str, Any]) -> tuple[list[str] | None, Binary]:
+    """The outputs asked for, and which of them as bytes. Raises BadRequest."""
+    all_binary = _flag("parameters.binary_data_output", parameters.get("binary_data_output", False))
+    if given is None:
+        return None, _always if all_binary else _never
+    if not isinstance(given, list):
+        raise BadRequest("outputs: a list is wanted")
+    flags: dict[str, bool] = {}
+    for index, value in enumerate(given):
+        place = f"outputs[{index}]"
+        output = _object(place, value)
+        name = output.get("name")
+        if not isinstance(name, str):
+            raise BadRequest(f"{place}.name: a string is wanted")
+        asked = _object(f"{place}.parameters", output.get("parameters", {}))
+        for unknown in ("classification", "shared_memory_region"):
+            if unknown in asked:
+                raise BadRequest(f"{place}.parameters: `{unknown}` is not possible here")
+        flags[name] = _flag(f"{place}.parameters.binary_data", asked.get("binary_data", all_binary))
+    return list(flags) or None, lambda name: flags.get(name, all_binary)
+
+
+def _flag(place: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise BadRequest(f"{place}: true or false is wanted")
+    return value
+
+
+# Answers
+
+
+def write_answer(
+    model: Model, request: Request, tensors: list[Tensor], is_binary: Binary
+) -> Answer:
+    """A body out of what the flow gave. Raises BadRequest for what JSON cannot hold."""
+    outputs: list[dict[str, Any]] = []
+    binary: list[bytes] = []
+    for tensor in tensors:
+        output: dict[str, Any] = {
+            "name": tensor.name,
+            "datatype": tensor.datatype,
+            "shape": list(tensor.shape),
+        }
+        if is_binary(tensor.name):
+            binary.append(to_raw(tensor))
+            output["parameters"] = {"binary_data_size": len(binary[-1])}
+        else:
+            output["data"] = to_list(tensor)
+        outputs.append(output)
+    head: dict[str, Any] = {"model_name": model.name, "model_version": VERSION}
+    if request.id:
+        head["id"] = request.id
+    text = to_json({**head, "outputs": outputs})
+    if not binary:
+        return Answer(200, text)
+    return Answer(200, b"".join((text, *binary)), OCTETS, ((HEAD, b"%d" % len(text)),))
