@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,6 +29,8 @@ from flowlang.rows import shown
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
+    from flowlang.plan.check import Plan
+    from flowlang.plan.physical import PhysicalPlan
     from flowlang.runtime.seal import Key
 
 FAILED, INTERRUPTED = 1, 130
@@ -469,6 +471,12 @@ def build(
 @click.argument("files", nargs=-1, required=True, type=_FILE)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option(
+    "--watch",
+    "watches",
+    is_flag=True,
+    help="Load the flows again when their files change; the old ones stay if the new do not check.",
+)
 @_device
 @_engines
 @_plan_options
@@ -476,6 +484,7 @@ def serve(
     files: tuple[str, ...],
     host: str,
     port: int,
+    watches: bool,
     device: str | None,
     engines: Path | None,
     values: dict[str, str],
@@ -491,17 +500,30 @@ def serve(
 
     machine = this_machine(device)
     opener = _opener(key)
-    plans = {
-        file: compile_file(file, values=values, schedule=schedule, opener=opener) for file in files
-    }
+
+    def compiled() -> list[tuple[Plan, PhysicalPlan]]:
+        plans = [
+            compile_file(file, values=values, schedule=schedule, opener=opener) for file in files
+        ]
+        _check_names(plans)
+        return [(plan, lower(plan, machine)) for plan in plans]
+
+    first = [compiled()]  # what is wrong now is told before anything listens
+
+    def load() -> list[App]:
+        stages = first.pop() if first else compiled()
+        return [App(*stage, engines=engines, key=key) for stage in stages]
+
+    sys.exit(serve_http(load, host, port, watches=watches))
+
+
+def _check_names(plans: Sequence[Plan]) -> None:
+    """Every served flow has its own name. Raises FlowError."""
     owners: dict[str, str] = {}
-    for file, plan in plans.items():
+    for plan in plans:
         for flow in plan.flows:
+            file = plan.source.name
             if flow.name in owners:
                 both = f"{shown(owners[flow.name])} and {shown(file)}"
                 raise FlowError(f"{both} both serve a flow named `{flow.name}`: rename one")
             owners[flow.name] = file
-    stages = [(plan, lower(plan, machine)) for plan in plans.values()]
-    sys.exit(
-        serve_http(lambda: [App(*stage, engines=engines, key=key) for stage in stages], host, port)
-    )

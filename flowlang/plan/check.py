@@ -25,13 +25,17 @@ from flowlang.syntax.parse import parse_leniently
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A checked program: its served flows, the settings, the params and the hints."""
+    """A checked program: its served flows, the settings, the params and the hints.
+
+    `files` are all that it was made from: flow files, Python files and models.
+    """
 
     source: Source
     flows: tuple[FlowPlan, ...]
     settings: Settings
     params: tuple[ParamValue, ...]
     hints: tuple[Diagnostic, ...]
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,8 @@ def inspect_source(
     if any(d.severity == "error" for d in found) or checker.elaborator is None:
         return Inspection(None, found, seen, module)
     params = tuple(p for m in checker.declarations.modules for p in m.params.values())
-    plan = Plan(source, flows, checker.elaborator.settings, params, tuple(found))
+    files = (*checker.declarations.files, *map(str, checker.elaborator.calls.fitter.models))
+    plan = Plan(source, flows, checker.elaborator.settings, params, tuple(found), files)
     return Inspection(plan, found, seen, module)
 
 

@@ -63,6 +63,11 @@ class Declarations:
         """Every module, those used before those that use them; the program's own is the last."""
         return list(self._modules.values())
 
+    @property
+    def files(self) -> list[str]:
+        """The files that have been read."""
+        return [*(m.source.name for m in self._modules.values()), *self._python]
+
     def flows(self) -> dict[str, Declared]:
         """Every flow of every module, by its name in the program."""
         found: dict[str, Declared] = {}

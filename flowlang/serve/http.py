@@ -24,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flowlang.diagnostics import CompileError, FlowError
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
+from flowlang.serve.watch import reload_on_change
 
 if TYPE_CHECKING:
     from flowlang.app import App
@@ -45,6 +46,7 @@ def serve(
     on_listen: Callable[[str], None] | None = None,
     on_ready: Callable[[str], None] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    watches: bool = False,
 ) -> int:
     """Serve flows until SIGTERM or SIGINT. Returns the exit status.
 
@@ -56,6 +58,9 @@ def serve(
     seconds, status 0 (1 if they were not). A second one ends the process at once, status 1. So
     does, with its error printed, a port that cannot be had or a `load` that fails. Signals are
     listened to in the main thread only.
+
+    With `watches`, `load` is called again whenever a file of the flows has changed: the new ones
+    take over while the old ones answer what they have. Where it fails the old ones stay.
     """
     try:
         listener = _listen(host, port)
@@ -71,6 +76,7 @@ def serve(
         _url(host, listener),
         on_listen or (lambda url: _say(f"loading, on {url}")),
         on_ready or (lambda url: _say(f"serving {', '.join(service.names)} on {url}")),
+        watches=watches,
     )
     uvloop.run(server.serve(sockets=[listener]))
     if server.is_cut_short:
@@ -99,6 +105,10 @@ def _allow_many_connections() -> None:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _warn(line: str) -> None:
+    print(f"flowlang: {line}", file=sys.stderr, flush=True)
 
 
 def _end(status: int) -> None:
@@ -152,6 +162,8 @@ class _Server(uvicorn.Server):
         url: str,
         on_listen: Callable[[str], None],
         on_ready: Callable[[str], None],
+        *,
+        watches: bool = False,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -181,6 +193,9 @@ class _Server(uvicorn.Server):
         self._apps: Sequence[App] = ()
         self._loader = threading.Thread(target=self._load_apps, name="flowlang-load", daemon=True)
         self._emptying: asyncio.Task[None] | None = None
+        self._watches = watches
+        self._watching: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Future[bool]] = set()  # flows that others have taken over from
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -224,10 +239,26 @@ class _Server(uvicorn.Server):
                 failure = error
         if failure is None:
             self._on_ready(self._url)
+            if self._watches:
+                watching = reload_on_change(self._files, self._load, self._take_over, _warn)
+                self._watching = self._loop.create_task(watching)
         else:
             _report(failure)
             self.status = 1
             self._stop()
+
+    def _files(self) -> list[str]:
+        return [file for app in self._apps for file in app.plan.files]
+
+    def _take_over(self, apps: Sequence[App]) -> None:
+        """Let new flows take over; the old ones answer what they have, and are closed."""
+        before, self._apps = self._apps, apps
+        self._service.let_in(apps)
+        for app in before:
+            closing = asyncio.ensure_future(asyncio.to_thread(app.close, self._grace_s))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        _say(f"reloaded: {', '.join(self._service.names)}")
 
     # Stopping
 
@@ -246,13 +277,15 @@ class _Server(uvicorn.Server):
         until_s = clock() + self._grace_s
         is_loaded = bool(self._apps) or self.status != 0
         in_time = False
+        if self._watching is not None:
+            self._watching.cancel()
         try:
             self._service.refuse()
             in_time = await self._service.emptied(self._grace_s)
             closing = [
                 asyncio.to_thread(app.close, max(0.0, until_s - clock())) for app in self._apps
             ]
-            in_time = all(await asyncio.gather(*closing)) and in_time
+            in_time = all(await asyncio.gather(*closing, *self._closing)) and in_time
             for listening in self.servers:
                 listening.close()
             await asyncio.sleep(LINGER_S)

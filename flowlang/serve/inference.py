@@ -161,8 +161,8 @@ class Model:
             "name": self.name,
             "versions": [VERSION],
             "platform": PLATFORM,
-            "inputs": [_described(port) for port in self._takes.values()],
-            "outputs": [_described(port) for port in self.outputs.all],
+            "inputs": [_described(*_of_input(port)) for port in self._takes.values()],
+            "outputs": [_described(*_of_output(port)) for port in self.outputs.all],
         }
 
     def config(self) -> dict[str, Any]:
@@ -173,9 +173,10 @@ class Model:
             "backend": PLATFORM,
             "max_batch_size": self.limit,
             "input": [
-                {**_configured(port), "optional": port.is_optional} for port in self._takes.values()
+                {**_configured(*_of_input(port)), "optional": port.is_optional}
+                for port in self._takes.values()
             ],
-            "output": [_configured(port) for port in self.outputs.all],
+            "output": [_configured(*_of_output(port)) for port in self.outputs.all],
         }
 
     def only_input(self) -> Port:
@@ -274,13 +275,26 @@ async def _all(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
             task.cancel()
 
 
-def _described(port: Port) -> dict[str, Any]:
-    return {"name": port.name, "datatype": port.datatype, "shape": port.wire_shape}
+def _described(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": shape}
 
 
-def _configured(port: Port) -> dict[str, Any]:
-    datatype = "STRING" if port.datatype == BYTES else port.datatype
-    return {"name": port.name, "data_type": f"TYPE_{datatype}", "dims": port.wire_shape[1:]}
+def _configured(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
+    datatype = "STRING" if datatype == BYTES else datatype
+    return {"name": name, "data_type": f"TYPE_{datatype}", "dims": shape[1:]}
+
+
+def _of_input(port: Port) -> tuple[str, str, list[int]]:
+    """An input as it is described. One value an item gets a dimension of length one.
+
+    It may be left out in a request, but perf_analyzer sends nothing that has no dimensions.
+    """
+    shape = [*port.wire_shape, *([1] if port.shape == () else [])]
+    return port.name, port.datatype, shape
+
+
+def _of_output(port: Port) -> tuple[str, str, list[int]]:
+    return port.name, port.datatype, port.wire_shape
 
 
 def _timeout_s(parameters: Mapping[str, Any]) -> float | None:

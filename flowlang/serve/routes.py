@@ -199,12 +199,14 @@ class Service:
                 given, items = door.parameters.of_form(parts_of(found[b"content-type"], body))
                 parameters |= given
                 body = only_item(items, given)
-            if len(items) > 1:
-                call = _call_each(door, items, deadline_s, parameters, request_id)
-            else:
-                call = flow.acall(door.item(body), deadline_s=deadline_s, **parameters)
-            kind, body = encode(await _unless_hung_up(call, receive))
-            return Answer(200, body, kind)
+
+            def call(door: _Door) -> Awaitable[Any]:
+                if len(items) > 1:
+                    return _call_each(door, items, deadline_s, parameters, request_id)
+                return door.flow.acall(door.item(body), deadline_s=deadline_s, **parameters)
+
+            kind, encoded = encode(await _unless_hung_up(self._call(door, call), receive))
+            return Answer(200, encoded, kind)
         except RequestError as error:
             level = logging.WARNING if isinstance(error, StageFailed) else logging.INFO
             log.log(level, "request %s of flow `%s`: %s", request_id.decode(), flow.name, error)
@@ -225,6 +227,16 @@ class Service:
             return refused(error)
         answer = self._inference_routes.infer(scope["path"], dict(scope["headers"]), body)
         return await _unless_hung_up(answer, receive)
+
+    async def _call(self, door: _Door, call: Callable[[_Door], Awaitable[Any]]) -> Any:
+        """The result of a call; of the flow that has taken over, where that happened meanwhile."""
+        try:
+            return await call(door)
+        except Draining:
+            successor = self._open.get(f"/flows/{door.flow.name}", door)
+            if successor is door:
+                raise
+            return await call(successor)
 
     async def _read_body(self, found: dict[bytes, bytes], receive: Receive) -> bytes:
         """The whole body. Raises Refusal for one that is too long, or too slow."""

@@ -190,8 +190,8 @@ class Browser:
         return [
             node["role"]["value"]
             for node in nodes
-            if any(p["name"] == "focusable" and p["value"]["value"] for p in node["properties"])
-            and not node["name"]["value"].strip()
+            if any(p["name"] == "focusable" for p in node.get("properties", ()))
+            and not node.get("name", {"value": ""})["value"].strip()
         ]
 
     def _middle(self, selector: str) -> tuple[float, float]:

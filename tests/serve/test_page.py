@@ -561,15 +561,44 @@ def test_whatever_a_flow_answers_is_shown(page: Browser, folder: Path) -> None:
     assert page.complaints() == []
 
 
-def test_the_flow_as_a_picture_is_shown_where_there_is_one(page: Browser) -> None:
-    """It comes out of the listing; without it there is no place for it, and nothing is asked for."""
-    assert page.evaluate("document.querySelector('#plan').hidden")
-    svg = "<svg xmlns='http://www.w3.org/2000/svg' width='31' height='9'><rect width='9'/></svg>"
-    page.evaluate(f"{{ flows[0].picture_svg = {json.dumps(svg)}; chooseFlow(); }}")
-    page.wait_for("document.querySelector('#plan img').naturalWidth == 31")
-    assert not page.evaluate("document.querySelector('#plan').hidden")
+def test_the_flow_as_a_picture_is_fetched_when_it_is_opened(page: Browser, server: Server) -> None:
+    """It is drawn in the colours of the page, and follows the choice of a flow."""
+    assert not [url for url in page.requested() if url.endswith(".svg")]
+    page.click("#plan summary")
+    drawing = "document.querySelector('#drawing').shadowRoot?.querySelector('svg')?.outerHTML"
+    assert "classifier.onnx" in page.wait_for(drawing)
+    ink, stroke = page.evaluate(
+        "[document.body, document.querySelector('#drawing').shadowRoot.querySelector('rect')]"
+        ".map((e, i) => getComputedStyle(e)[i ? 'stroke' : 'color'])"
+    )
+    assert ink == stroke
     choose(page, "two")
-    assert page.evaluate("document.querySelector('#plan').hidden")
+    page.wait_for(f"{drawing}?.includes('two_heads.onnx')")
+    assert [u.removeprefix(server.url) for u in page.requested() if u.endswith(".svg")] == [
+        "/flows/classify/plan.svg",
+        "/flows/two/plan.svg",
+    ]
+    assert page.complaints() == []
+
+
+def test_live_numbers_are_counted_while_they_are_open(page: Browser, folder: Path) -> None:
+    """A table of flows and one of stages, as `/metrics` has them, with what the last seconds gave."""
+    ask(page, "two", folder / "0.jpg")
+    page.click("#live summary")
+    row = (
+        "[...document.querySelectorAll('#numbers tr')].map(r => [...r.children].map(c =>"
+        " c.innerText)).find(r => r[0] == 'two')"
+    )
+    asked = int(page.wait_for(row)[1])
+    assert asked >= 1
+    page.evaluate("run()")
+    later = page.wait_for(f"({row})[1] == {asked + 1} && {row}")
+    assert later[2:4] == ["0", "0"]
+    assert float(later[4]) > 0
+    assert re.fullmatch(r"[\d.]+ ms", later[5])
+    stages = page.evaluate("[...document.querySelectorAll('#numbers td')].map(c => c.innerText)")
+    assert any("two_heads" in cell for cell in stages)
+    page.click("#live summary")
     assert page.complaints() == []
 
 

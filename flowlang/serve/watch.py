@@ -1,0 +1,71 @@
+"""Flows loaded again when a file they were made from has changed.
+
+Layer 4. Files are looked at, not subscribed to: that works on every file system, over networks and
+in containers too. A change counts once it has stood still for one look, so that half a file is not
+read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from flowlang.diagnostics import FlowError
+
+if TYPE_CHECKING:
+    from flowlang.app import App
+
+LOOK_S = 0.5
+
+log = logging.getLogger("flowlang.serve")
+
+Seen: TypeAlias = "dict[str, tuple[int, int] | None]"
+
+
+def look(files: Iterable[str]) -> Seen:
+    """When each file was changed last and how long it is; None where it is not there."""
+    found: Seen = {}
+    for file in files:
+        try:
+            status = os.stat(file)
+            found[file] = (status.st_mtime_ns, status.st_size)
+        except OSError:
+            found[file] = None
+    return found
+
+
+async def reload_on_change(
+    files: Callable[[], Iterable[str]],
+    load: Callable[[], Sequence[App]],
+    change: Callable[[Sequence[App]], None],
+    told: Callable[[str], None],
+) -> None:
+    """Load flows anew whenever `files` have changed, for ever.
+
+    `load` runs in a thread, while the old flows go on; `change` gets what it gave. Where it fails,
+    the reason is `told` and the old flows stay.
+    """
+    seen = look(files())
+    while True:
+        await asyncio.sleep(LOOK_S)
+        now = look(files())
+        if now == seen:
+            continue
+        await asyncio.sleep(LOOK_S)
+        if look(now) != now:
+            continue  # still being written
+        seen = now
+        try:
+            apps = await asyncio.to_thread(load)
+        except (FlowError, OSError) as error:
+            told(f"kept as it was, for what has changed cannot be served:\n{error}")
+            continue
+        except Exception as error:
+            log.exception("what has changed cannot be loaded")
+            told(f"kept as it was: {type(error).__name__}: {error}")
+            continue
+        change(apps)
+        seen = look(files())

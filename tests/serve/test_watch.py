@@ -1,0 +1,82 @@
+"""`flowlang serve --watch`: a changed flow takes over without losing a request."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serve.server import Server, serving, wait_until
+
+FLOW = """use "post.py" as post
+export flow tell: bytes -> {{ size: int, version: int }} = post.{name}
+"""
+POST = """from typing import TypedDict
+
+class Told(TypedDict):
+    size: int
+    version: int
+
+def {name}(item: bytes) -> Told:
+    return {{"size": len(item), "version": {version}}}
+"""
+
+
+def write(folder: Path, version: int, name: str = "tell") -> None:
+    (folder / "post.py").write_text(POST.format(name=name, version=version))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    write(tmp_path, 1)
+    flow = tmp_path / "tell.flow"
+    flow.write_text(FLOW.format(name="tell"))
+    with serving(tmp_path, str(flow), "--device", "cpu", "--watch") as server:
+        yield server.wait_ready()
+
+
+def version_of(server: Server) -> int:
+    version: int = server.client.post("/", content=b"x").json()["version"]
+    return version
+
+
+def test_a_changed_file_takes_over_and_no_request_is_lost(server: Server, tmp_path: Path) -> None:
+    """While clients go on asking, new versions answer, and every answer is one of either."""
+    stop = threading.Event()
+    seen: Counter[tuple[int, int]] = Counter()
+    lock = threading.Lock()
+
+    def ask() -> None:
+        with httpx.Client(base_url=server.url, timeout=30.0) as client:
+            while not stop.is_set():
+                response = client.post("/", content=b"12345")
+                told = response.json()
+                with lock:
+                    seen[response.status_code, told.get("version", 0)] += 1
+                    assert told.get("size") == 5, told
+
+    clients = [threading.Thread(target=ask) for _ in range(6)]
+    for client in clients:
+        client.start()
+    for version in (2, 3):
+        write(tmp_path, version)
+        wait_until(lambda version=version: version_of(server) == version)  # type: ignore[misc]
+    stop.set()
+    for client in clients:
+        client.join()
+    assert {status for status, _ in seen} == {200}
+    assert {version for _, version in seen} == {1, 2, 3}
+
+
+def test_a_change_that_does_not_check_changes_nothing(server: Server, tmp_path: Path) -> None:
+    """The old flow goes on, its reason is told, and the next right version is taken."""
+    write(tmp_path, 2, name="tall")
+    wait_until(lambda: "kept as it was" in server.errors)
+    assert "there is no operator or flow named `post.tell`" in server.errors
+    assert version_of(server) == 1
+    write(tmp_path, 3)
+    wait_until(lambda: version_of(server) == 3)
