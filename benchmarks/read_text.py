@@ -51,7 +51,8 @@ Read: TypeAlias = Callable[[bytes], Sequence[str]]
 def engine(threads: int | None = None) -> Read:
     """rapidocr on the example's models: as it comes, or with this many threads a model.
 
-    Where threads are given its memory arena is on too, which is faster on one thread.
+    Where threads are given, lines are also read one by one, not padded to the longest of six, and
+    ONNX Runtime keeps its memory: on one thread both save work (18.2 to 15.8 s of CPU for a lap).
     """
     from rapidocr import RapidOCR
 
@@ -65,6 +66,7 @@ def engine(threads: int | None = None) -> Read:
     if threads is not None:
         settings["EngineConfig.onnxruntime.intra_op_num_threads"] = threads
         settings["EngineConfig.onnxruntime.enable_cpu_mem_arena"] = True
+        settings["Rec.rec_batch_num"] = 1
     made: Any = RapidOCR(params=settings)
 
     def read(picture: bytes) -> Sequence[str]:
@@ -315,10 +317,8 @@ def throughput(run: Run, laps: int) -> None:
         theirs = {
             "one caller": threads("as it comes, one caller", default, clients=1),
             "eight callers": threads("as it comes, a pool of threads", default),
-            "engines": threads("an engine of one thread on every core", each),
-            "processes": threads(
-                "a process with such an engine on every core", pool, sampler=sampler
-            ),
+            "engines": threads("tuned, an engine on every core", each),
+            "processes": threads("tuned, a process on every core", pool, sampler=sampler),
         }
         ours = partial(asyncio_laps, "flowlang, asyncio", flow, items, laps)
         found = run.measure({**theirs, "flowlang": ours})

@@ -12,6 +12,7 @@ from typing import Any
 from flowlang.diagnostics import BadRequest
 from flowlang.plan.graph import Parameter
 from flowlang.plan.types import (
+    ANY_ARRAY,
     Image,
     ListOf,
     Optional,
@@ -28,6 +29,8 @@ _PLAIN: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "str": (str,),
     "bool": (bool,),
+    "path": (str,),
+    "duration": (float, int),
 }
 
 
@@ -82,10 +85,16 @@ def _accept_bytes(item: Any) -> Any:
 
 
 def _accept_plain(item: Any, kind: Scalar) -> Any:
+    found: Any = item.item() if getattr(item, "shape", None) == () else item  # numpy's number
     # To Python True is a number; to whoever sends it, it is not.
-    if isinstance(item, _PLAIN[kind.name]) and isinstance(item, bool) == (kind.name == "bool"):
-        return item
-    raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}")
+    wanted = _PLAIN[kind.name]
+    is_kind = isinstance(found, wanted) and isinstance(found, bool) == (kind.name == "bool")
+    if not is_kind:
+        raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}")
+    try:
+        return float(found) if float in wanted else found
+    except OverflowError:
+        raise BadRequest(f"this flow takes {kind}, and this number is too large") from None
 
 
 def _accept_array(item: Any, kind: Image | Tensor) -> Any:
@@ -93,6 +102,8 @@ def _accept_array(item: Any, kind: Image | Tensor) -> Any:
 
     from flowlang.runtime.ort import numpy_dtype
 
+    if kind == ANY_ARRAY:
+        return _any_array(item)
     dtype = numpy_dtype(kind.dtype)
     array = item
     if not isinstance(item, np.ndarray):
@@ -107,6 +118,18 @@ def _accept_array(item: Any, kind: Image | Tensor) -> Any:
     if str(array.dtype) != dtype:
         raise BadRequest(f"this flow takes {kind}, not an array of {array.dtype}")
     _check_shape(array.shape, kind)
+    return array
+
+
+def _any_array(item: Any) -> Any:
+    import numpy as np
+
+    try:
+        array = np.asarray(item)
+    except ValueError:  # lists of different lengths
+        array = np.empty(0, object)
+    if array.dtype.kind not in "biuf":
+        raise BadRequest(f"this flow takes an array of numbers, not {type(item).__name__}")
     return array
 
 
@@ -128,7 +151,10 @@ class Arguments:
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self._accept = {p.name: acceptor(p.type) for p in parameters}
-        self._defaults = {
+        self._defaults: dict[str, Any] = {
+            p.name: None for p in parameters if isinstance(p.type, Optional)
+        }
+        self._defaults |= {
             p.name: p.default.params["value"] for p in parameters if p.default is not None
         }
 

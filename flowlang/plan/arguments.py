@@ -63,7 +63,8 @@ class Binder:
 
     def bind(self, call: tree.Call, op: Op, names: Names) -> Bound:
         bound = Bound({p.name: p.default for p in op.params})
-        free = [p for p in op.params if not p.is_named and p.kind not in ("word", "flag")]
+        bare = () if op.kind == "python" else ("word", "flag")  # whose places are Python's
+        free = [p for p in op.params if not p.is_named and p.kind not in bare]
         for arg in call.args or ():
             try:
                 self._bind_one(call, op, arg, free, bound, names)

@@ -15,7 +15,7 @@ from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
 from flowlang.plan.arguments import Binder, Bound, did_you_mean
 from flowlang.plan.expression import widened
-from flowlang.plan.fitting import ModelFitter, called, mismatch, model_before, picture_before
+from flowlang.plan.fitting import ModelFitter, Untold, called, mismatch, sight_before
 from flowlang.plan.graph import Live, Node
 from flowlang.plan.module import Declared
 from flowlang.plan.onnx import Opener
@@ -70,10 +70,24 @@ class Calls:
         op = OPS.get(name) or scope.module.operator(call.path.names)
         if op is not None:
             return self._operator(call, op, item, scope)
+        if call.args is None and name in scope.constants:
+            return self._elaborator.literal(call, item, scope)
         is_told = scope.module.is_lost(call.path.names) or {name, prefix} & RESERVED
         if not is_told or prefix == "in":
             self._report(self._unknown_stage(call, scope))
         return self._elaborator.unknown(call.span, item, scope)
+
+    def value_kind(self, call: tree.Call, scope: Scope) -> str | None:
+        """`value` or `param`, where a call is the name of one; None where it is a stage."""
+        name, module = str(call.path), scope.module
+        if call.args is not None:
+            return None
+        if call.path.names[0] in scope.names():
+            return "value"
+        if name in OPS or module.declared(call.path.names) or module.operator(call.path.names):
+            return None
+        is_known = name in scope.constants and scope.constants[name].kind != "unknown"
+        return "param" if is_known else None
 
     def _unknown_stage(self, call: tree.Call, scope: Scope) -> Diagnostic:
         name, place = str(call.path), Label(call.path.span)
@@ -82,8 +96,15 @@ class Calls:
             message = f"`{name}` is a value, and takes no arguments"
             return Diagnostic("not-a-stage", message, place, help=name, fix=call.span)
         if name in scope.constants:
-            message = f"`{name}` is a param, and a stage belongs here"
-            return Diagnostic("not-a-stage", message, place)
+            message = f"`{name}` is a param, and takes no arguments"
+            return Diagnostic("not-a-stage", message, place, help=name, fix=call.span)
+        if name in scope.module.uses:
+            inside = (n for n in scope.module.callable_names() if n.startswith(f"{name}."))
+            message = f"`{name}` is a file, and a stage belongs here"
+            return Diagnostic("not-a-stage", message, place, help=next(inside, None))
+        if name in ("null", "None"):
+            message, note = f"there is no value `{name}`", "`.a ?? 0` is 0 where `.a` is null"
+            return Diagnostic("unknown-operator", message, place, note=note)
         if name in scope.lets:
             message = f"`{name}` is used before it is declared"
             return Diagnostic("unknown-name", message, place, note="lets are read in order")
@@ -322,11 +343,22 @@ class Calls:
 
     def _located(self, node: Node, kind: Type) -> Node:
         """`boxes`, with the picture that the model was given, to answer in its coordinates."""
-        model = model_before(node.inputs[0])
-        source, chain = picture_before(model) if model is not None else (None, None)
+        try:
+            sight = sight_before(node.inputs[0])
+        except Untold:
+            self._report(
+                Diagnostic(
+                    "frame-mismatch",
+                    "which picture these boxes lie in cannot be told",
+                    Label(node.span, "answers in coordinates of what the model saw"),
+                    note="`boxes` stands behind its model, in the same way out of an `if` or `??`",
+                )
+            )
+            sight = None
+        source, chain = (sight.source, sight.chain) if sight is not None else (None, None)
         names = node.params["names"]
-        if names is None and model is not None and model.model is not None:
-            names = model.model.class_names
+        if names is None and sight is not None and sight.model.model is not None:
+            names = sight.model.model.class_names
         params = {**node.params, "chain": chain, "names": names}
         if source is None:
             return replace(node, params=params, type=kind)

@@ -159,6 +159,7 @@ class _Checker:
             module.prefix + name
             for module in self.declarations.modules
             for name in module.constants
+            if "." not in name
         ]
         for name, text in self.choices.values.items():
             if name not in known:
@@ -167,8 +168,17 @@ class _Checker:
                     "unknown-name",
                     f"the flow has no param named `{name}`",
                     span,
-                    help=did_you_mean(name, [n for n in known if n]),
+                    help=self._param_elsewhere(name) or did_you_mean(name, [n for n in known if n]),
                 )
+
+    def _param_elsewhere(self, name: str) -> str | None:
+        """The name of a param that has been given by another name of its file."""
+        *path, last = name.split(".")
+        module = self.module
+        for alias in path:
+            used = module.uses.get(alias) if module is not None else None
+            module = used if isinstance(used, Module) else None
+        return module.prefix + last if module is not None and last in module.params else None
 
     def _check_schedule(self, module: Module) -> None:
         chosen = self.choices.schedule
@@ -220,7 +230,7 @@ class _Checker:
             elaborator.calls.set_defaults(declared, item, scope)
         output = elaborator.flow(declared, item, scope)
         if is_served and isinstance(kind, Unknown) and len(self.diagnostics) == before:
-            self._check_input(declared, output)
+            self._check_input(declared, item, output)
         return FlowPlan(
             flow.name, item, output, flow.name_span, flow.doc, is_served, tuple(parameters)
         )
@@ -232,19 +242,23 @@ class _Checker:
         found = []
         for given in declared.flow.inputs:
             kind = declared.module.types.resolve(given.type)
-            node = Node(graph.INPUT, {}, (), kind, given.span, scope.site(given.span))
+            name = {"called": f"`{given.name}`"}
+            node = Node(graph.INPUT, name, (), kind, given.span, scope.site(given.span))
             default = elaborator.calls.default(declared, given, item)
             scope.put(given.name, node)
             found.append(Parameter(node, given.name, kind, default))
         return found
 
-    def _check_input(self, declared: Declared, output: Node) -> None:
+    def _check_input(self, declared: Declared, item: Node, output: Node) -> None:
         """A served flow says what it takes, or its first stage does; `pass` takes anything."""
         flow = declared.flow
         stages = [n for n in graph.topological(output) if n.op != graph.INPUT]
-        if any(n.op == "unknown" for n in stages) or all(n.op == "pass" for n in stages):
+        whole = output
+        while whole.op == "pass":
+            whole = whole.inputs[0]
+        if whole is item or any(n.op == "unknown" for n in stages):
             return
-        first = stages[0]
+        first = stages[0] if stages else output
         if first.op == graph.PYTHON:
             return  # which may take anything
         takes = f"{{ {first.params['name']}: bytes }}" if first.op == graph.FIELD else "bytes"

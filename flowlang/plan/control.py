@@ -14,6 +14,7 @@ from flowlang.plan import graph
 from flowlang.plan.arguments import Bound
 from flowlang.plan.expression import Expression, is_plain, widened
 from flowlang.plan.extent import ungrouped
+from flowlang.plan.fitting import called
 from flowlang.plan.graph import Body, Node
 from flowlang.plan.ops import Op
 from flowlang.plan.scope import Bodies, Scope, start
@@ -25,6 +26,7 @@ from flowlang.plan.types import (
     UNKNOWN,
     ListOf,
     Optional,
+    Record,
     Type,
     Unknown,
     unify,
@@ -48,11 +50,18 @@ class Control:
         self._report = elaborator.report
 
     def _body(
-        self, bodies: Bodies, expr: tree.Expr, kind: Type, scope: Scope, *, is_value: bool = False
+        self,
+        bodies: Bodies,
+        expr: tree.Expr,
+        kind: Type,
+        scope: Scope,
+        *,
+        is_value: bool = False,
+        is_element: bool = False,
     ) -> Body:
         """The body that `expr` is for an item of this type."""
-        inside = scope.inside()
-        item = start(kind, bodies.inputs[0])
+        inside, source = scope.inside(), bodies.inputs[0]
+        item = start(kind, source, "an element" if is_element else called(source))
         apply = self._elaborator.operand if is_value else self._elaborator.apply
         return bodies.add(item, apply(expr, item, inside), inside)
 
@@ -70,7 +79,8 @@ class Control:
         (name, expr), *_ = bound.bodies.items()
         bodies = Bodies(list(node.inputs))
         element = given.item if isinstance(given, ListOf) else UNKNOWN
-        body = self._body(bodies, expr, element, scope, is_value=op.name != "map")
+        is_value = op.name != "map"
+        body = self._body(bodies, expr, element, scope, is_value=is_value, is_element=True)
         if op.name == "map":
             params = {**node.params, "stage": body}
             node = replace(node, op=graph.MAP, params=params, inputs=tuple(bodies.inputs))
@@ -103,8 +113,17 @@ class Control:
         """A list is ranked by a key, and a tensor by its values."""
         if isinstance(given, ListOf) and not bound.bodies:
             message = "`top` of a list needs to know what to go by"
+            key = _key(given.item)
+            k = node.param_spans["k"].text
+            help_text = f"top({k}, by={key})" if key else None
             self._report(
-                Diagnostic("missing-parameter", message, Label(node.span), help="top(5, by=.score)")
+                Diagnostic(
+                    "missing-parameter",
+                    message,
+                    Label(node.span),
+                    help=help_text,
+                    fix=node.span if key else None,
+                )
             )
             return False
         if bound.bodies and not isinstance(given, (ListOf, Unknown)):
@@ -143,9 +162,9 @@ class Control:
         bodies = Bodies([item, condition])
         for branch in (expr.then, expr.otherwise):
             self._body(bodies, branch, item.type, scope)
-        kind = self._one_type(
-            bodies.made, [expr.then, expr.otherwise], "the two ways out of this `if`"
-        )
+        is_match = expr.span.text.startswith("match")  # of conditions, made into this
+        what = "the ways out of this `match`" if is_match else "the two ways out of this `if`"
+        kind = self._one_type(bodies.made, [expr.then, expr.otherwise], what)
         params = {"cases": {True: 0}, "otherwise": 1}
         return self._control(graph.ROUTE, params, bodies, kind, expr, scope)
 
@@ -183,13 +202,16 @@ class Control:
         self, pattern: tree.Expr, subject: Node, cases: dict[Any, int], number: int, scope: Scope
     ) -> None:
         """A pattern is a value known beforehand, of the subject's type, and leads to one arm."""
+        note = "`match { .x > 1 => ... }` tests conditions"
+        if scope.is_live(pattern):
+            message, place = "this must be known before anything runs", Label(pattern.span)
+            self._report(Diagnostic("not-a-constant", message, place, note=note))
+            return
         try:
             given = evaluate(pattern, scope.constants)
         except Refused as refused:
             if refused.diagnostic is not None:
-                self._report(
-                    replace(refused.diagnostic, note="`match { .x > 1 => ... }` tests conditions")
-                )
+                self._report(replace(refused.diagnostic, note=note))
             return
         kind = {"int": INT, "float": FLOAT, "str": STR, "bool": BOOL}.get(given.kind)
         wanted = without_null(subject.type)
@@ -276,6 +298,14 @@ class Control:
                 return UNKNOWN
             kind = both
         return kind
+
+
+def _key(element: Type) -> str | None:
+    """What elements of a list can be ranked by, as it is written; None where nothing is."""
+    if element in (INT, FLOAT, STR):
+        return "pass"
+    fields = element.fields if isinstance(element, Record) else ()
+    return next((f".{name}" for name, kind in fields if kind in (FLOAT, INT)), None)
 
 
 def _mend(first: Type, other: Type, one: tree.Expr, two: tree.Expr) -> str | None:

@@ -5,6 +5,7 @@ Layer 2. Params get their values here; flows are only noted, to be elaborated wh
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Declarations:
         self._modules: dict[str, Module] = {}
         self._python: dict[str, PythonFile | None] = {}
         self._reading: list[str] = []
+        self._prefixes: dict[str, str] = {}  # by file, what its names begin with
 
     @property
     def modules(self) -> list[Module]:
@@ -91,6 +93,13 @@ class Declarations:
         self._modules[key] = module
         return module
 
+    def claim(self, item: tree.Use, user: Module) -> None:
+        """Note that a file is used: its names begin with what those who use it first call it."""
+        with contextlib.suppress(Refused):
+            given = evaluate(item.path, user.constants)
+            key = os.path.realpath(user.folder / str(given.value))
+            self._prefixes.setdefault(key, f"{user.prefix}{item.name}.")
+
     def use(self, item: tree.Use, user: Module) -> Module | PythonFile | None:
         """What a `use` brings in, or None where it has been complained about."""
         given = evaluate(item.path, user.constants)
@@ -119,7 +128,7 @@ class Declarations:
             for diagnostic in error.diagnostics:
                 self._report(diagnostic)
             return None
-        return self.read(source, f"{user.prefix}{item.name}.")
+        return self.read(source, self._prefixes.get(key, f"{user.prefix}{item.name}."))
 
 
 def _circle(item: tree.Use, keys: list[str]) -> Refused:
@@ -167,6 +176,9 @@ class _Reader:
             self.module.flows[MAIN] = tree.Flow(
                 MAIN, (), None, program.pipeline, True, span, None, span
             )
+        for item in program.items:
+            if isinstance(item, tree.Use):
+                self.declarations.claim(item, self.module)
         for item in program.items:
             if isinstance(item, tree.Schedule):
                 self.module.schedules.append(item)
@@ -230,6 +242,8 @@ class _Reader:
             self.module.lost |= {item.name}
         else:
             self.module.uses[item.name] = used
+        if isinstance(used, Module):
+            self.module.constants |= {f"{item.name}.{n}": c for n, c in used.constants.items()}
 
     # Params
 

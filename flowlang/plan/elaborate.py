@@ -198,14 +198,17 @@ class Elaborator:
             return self._unary(expr, item, scope)
         if isinstance(expr, tree.ListOf):
             return self._list(expr, item, scope)
-        return self._literal(expr, item, scope)
+        return self.literal(expr, item, scope)
 
     def _step(self, expr: tree.Expr, item: Node, scope: Scope) -> Node:
-        """What stands behind an arrow: not a literal, which would take nothing of the item."""
+        """What stands behind an arrow: not a value, which would take nothing of the item."""
         inner = ungrouped(expr)
-        if not isinstance(inner, (tree.Number, tree.String, tree.Bool, tree.Range)):
+        what = self.calls.value_kind(inner, scope) if isinstance(inner, tree.Call) else None
+        if isinstance(inner, (tree.Number, tree.String, tree.Bool, tree.Range)):
+            what = "value"
+        if what is None:
             return self.apply(expr, item, scope)
-        message = f"`{inner.span.text}` is a value, and a stage belongs here"
+        message = f"`{inner.span.text}` is a {what}, and a stage belongs here"
         self.report(Diagnostic("not-a-stage", message, Label(inner.span)))
         return self.unknown(inner.span, item, scope)
 
@@ -215,7 +218,7 @@ class Elaborator:
         if isinstance(inner, tree.Call) and inner.args is None:
             name = str(inner.path)
             if scope.value(name) is None and name in scope.constants:
-                return self._literal(inner, item, scope)
+                return self.literal(inner, item, scope)
         return self.apply(expr, item, scope)
 
     def unknown(self, span: Span, item: Node, scope: Scope) -> Node:
@@ -235,7 +238,8 @@ class Elaborator:
             return widened(item, wanted)
         return item
 
-    def _literal(self, expr: tree.Expr, item: Node, scope: Scope) -> Node:
+    def literal(self, expr: tree.Expr, item: Node, scope: Scope) -> Node:
+        """The node of a value that is written out, or of a param by its name."""
         try:
             given = evaluate(expr, scope.constants)
             if given.kind in LITERALS:
@@ -344,7 +348,8 @@ class Elaborator:
             if part.name is None:
                 if isinstance(item.type, Record):
                     for name, _ in item.type.fields:
-                        fields[name] = self.field(item, name, part.span, scope)
+                        if name not in spans:
+                            fields[name] = self.field(item, name, part.span, scope)
                 elif not isinstance(item.type, Unknown):
                     mismatch(
                         self.report,

@@ -6,7 +6,7 @@ Layer 2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def _has_levels(node: Node) -> bool:
 def called(node: Node) -> str:
     """A node as an error message names it."""
     if node.op == graph.INPUT:
-        return "the flow's input"
+        return str(node.params.get("called", "the flow's input"))
     if node.op == graph.RECORD:
         return "this record"
     if node.op == graph.PYTHON:
@@ -221,22 +221,71 @@ def called(node: Node) -> str:
     return f"`{node.op}`"
 
 
-def model_before(node: Node) -> Node | None:
-    """The model whose answer a node works on, or None where there is none."""
-    while node.model is None:
-        if not node.inputs:
-            return None
-        node = node.inputs[0]
-    return node
+class Untold(Exception):
+    """Which picture a model was given cannot be told."""
 
 
-def picture_before(model: Node) -> tuple[Node | None, tuple[Node, ...] | None]:
-    """Where the picture came from that a model was given, and what was done to it on the way.
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a model saw: the picture it was given comes from `source` by way of `chain`.
 
     The source is the bytes that were decoded, or an image; the chain is the image operators between
-    it and the model. (None, None) where the model was given no image.
+    it and the model. Both are None where the model was given no image.
     """
-    at = model.inputs[0]
+
+    model: Node
+    source: Node | None
+    chain: tuple[Node, ...] | None
+
+
+def sight_before(node: Node) -> Sight | None:
+    """What the model saw whose answer a node works on; None where no model comes before it.
+
+    Raises Untold where the model is in another graph, and where one of several was asked that saw
+    pictures of different makes.
+    """
+    while node.model is None:
+        if node.op in (graph.ROUTE, graph.FALLBACK):
+            return _common_sight(node)
+        if node.op == graph.INPUT and node.params.get("is_inner"):
+            raise Untold
+        if not node.inputs:
+            return None
+        node = _value_before(node)
+    return Sight(node, *_picture_before(node.inputs[0]))
+
+
+def _value_before(node: Node) -> Node:
+    """What a node works on: of a field of a record just made, what it was made from."""
+    record = node.inputs[0]
+    if node.op == graph.FIELD and record.op == graph.RECORD:
+        names: tuple[str, ...] = record.params["names"]
+        return record.inputs[names.index(node.params["name"])]
+    return record
+
+
+def _common_sight(control: Node) -> Sight:
+    """What all models saw that may have been asked."""
+    found = [sight_before(body.output) for body in control.bodies]
+    sights = [s for s in found if s is not None]
+    items = [body.item for body in control.bodies]
+    makes = {_make(s) for s in sights}
+    are_alike = len(sights) == len(items) and len(makes) == 1
+    if not are_alike or any(s.source is not i for s, i in zip(sights, items, strict=True)):
+        raise Untold
+    source, chain = _picture_before(control.inputs[0])
+    whole = (*chain, *(sights[0].chain or ())) if chain is not None else None
+    return Sight(sights[0].model, source, whole)
+
+
+def _make(sight: Sight) -> object:
+    """What must be the same of two models for their answers to mean the same."""
+    names = sight.model.model.class_names if sight.model.model is not None else None
+    return (repr(names), tuple((n.op, repr(n.params)) for n in sight.chain or ()))
+
+
+def _picture_before(at: Node) -> tuple[Node | None, tuple[Node, ...] | None]:
+    """Where a picture came from, and what was done to it on the way."""
     chain: list[Node] = []
     while at.op in OPS and OPS[at.op].kind == "image":
         chain.append(at)

@@ -67,18 +67,30 @@ class Given:
 
 @dataclass(slots=True)
 class Settings:
-    """The table. A block's line overrules an inline setting; a named schedule overrules both."""
+    """The table. A block's line overrules an inline setting; a named schedule overrules both.
 
+    Inline settings may differ by the arguments of their flow, those of a block do not.
+    """
+
+    inline: dict[Site, dict[str, Given]] = field(default_factory=dict)
     places: dict[tuple[str, Span], dict[str, Given]] = field(default_factory=dict)
     flows: dict[str, dict[str, Given]] = field(default_factory=dict)
 
     def put(self, site: Site, given: Mapping[str, Given]) -> None:
-        """Set something for the operator that is written there."""
+        """Set something for an operator where it is written."""
+        self.inline.setdefault(site, {}).update(given)
+
+    def schedule(self, site: Site, given: Mapping[str, Given]) -> None:
+        """Set something in a block, for the operator that is written there."""
         self.places.setdefault(site.place, {}).update(given)
 
     def at(self, site: Site) -> Mapping[str, Given]:
         """What is set for one operator, its flow's settings under its own."""
-        return {**self.flows.get(site.flow, {}), **self.places.get(site.place, {})}
+        return {
+            **self.flows.get(site.flow, {}),
+            **self.inline.get(site, {}),
+            **self.places.get(site.place, {}),
+        }
 
     def value(self, site: Site, name: str, default: Any = None) -> Any:
         given = self.at(site).get(name)

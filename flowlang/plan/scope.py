@@ -11,6 +11,7 @@ from typing import Any
 from flowlang.diagnostics import Span
 from flowlang.plan import graph
 from flowlang.plan.extent import children
+from flowlang.plan.fitting import called
 from flowlang.plan.graph import Body, Node, Site
 from flowlang.plan.module import Declared, Module
 from flowlang.plan.types import Type
@@ -51,7 +52,7 @@ class Scope:
         One that is known before anything runs can be told to operators like a param.
         """
         self.values[name] = value
-        self.constants = {n: c for n, c in self.constants.items() if n != name}
+        self.constants = {n: c for n, c in self.constants.items() if n.partition(".")[0] != name}
         if (known := constant_of(value)) is not None:
             self.constants[name] = known
 
@@ -67,7 +68,7 @@ class Scope:
         if node.op == graph.LITERAL:
             return node
         if id(node) not in self.captured:
-            inner = Node(graph.INPUT, {}, (), node.type, node.span, node.site)
+            inner = start(node.type, node, called(node))
             self.captured[id(node)] = (inner, node)
         return self.captured[id(node)][0]
 
@@ -120,6 +121,10 @@ class Bodies:
         return body
 
 
-def start(kind: Type, source: Node) -> Node:
-    """The node that a body's item arrives at, known by where it comes from."""
-    return Node(graph.INPUT, {}, (), kind, source.span, source.site)
+def start(kind: Type, source: Node, name: str) -> Node:
+    """The node that a body's item arrives at, known by where it comes from.
+
+    `name` is what messages call it.
+    """
+    params = {"called": name, "is_inner": True}
+    return Node(graph.INPUT, params, (), kind, source.span, source.site)

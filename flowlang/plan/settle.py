@@ -147,15 +147,17 @@ class Settler:
             n: g for n, g in given.items() if n in SETTINGS and SETTINGS[n].level == "flow"
         }
         rest = {n: g for n, g in given.items() if n not in flow_level}
-        name = declared.flow.name
+        name = declared.name
         for setting, value in flow_level.items():
+            is_own = declared.module is self.module
             is_served = declared.flow.is_exported or len(declared.module.flows) == 1
-            if setting in ("slo", "queue") and not is_served:
+            if setting in ("slo", "queue") and not (is_own and is_served):
+                what = "is not exported" if is_own else "is served nowhere in this file"
                 self.error(
                     "unknown-setting",
-                    f"`{setting}` belongs to the entrance of a flow, and `{name}` is not exported",
+                    f"`{setting}` belongs to the entrance of a flow, and `{name}` {what}",
                     value.span,
-                    help=f"export flow {name}",
+                    help=f"export flow {declared.flow.name}" if is_own else None,
                 )
         if is_chosen:
             self.elaborator.settings.flows.setdefault(declared.name, {}).update(flow_level)
@@ -190,7 +192,8 @@ class Settler:
                 continue
             for call in targets:
                 if is_chosen:
-                    self.elaborator.settings.put(Site(declared.name, call.span), {setting: value})
+                    site = Site(declared.name, call.span)
+                    self.elaborator.settings.schedule(site, {setting: value})
 
     def _better_target(
         self, found: list[tree.Call], module: Module, setting: str, value: Given

@@ -37,7 +37,6 @@ SETTINGS = ("batch", "wait", "timeout")
 _PLAIN = {"int": "int", "float": "float", "str": "str", "bool": "bool", "bytes": "bytes"}
 _KINDS = {"int": "int", "float": "number", "str": "str", "bool": "flag"}  # of parameters
 _ARRAYS = frozenset({"ndarray", "NDArray", "ArrayLike"})
-_RECORDS = frozenset({"TypedDict", "NamedTuple"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +97,13 @@ class _Reader:
         self.alias = alias
         self.report = report
         self.records: dict[str, ast.ClassDef] = {}
+        self.aliases: dict[str, ast.expr] = {}
         self.types: dict[str, Type] = {}
         self._resolving: set[str] = set()
 
     def read(self, parsed: ast.Module) -> PythonFile:
         self.records = {c.name: c for c in _records(parsed)}
+        self.aliases = dict(_aliases(parsed))
         operators: dict[str, Op] = {}
         for node in parsed.body:
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -215,6 +216,8 @@ class _Reader:
         if isinstance(node, ast.Constant) and node.value is None:
             raise _Unreadable(node, "an operator gives something")
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value in self.records:
+                return self._record(node.value)
             return self._written(node, node.value)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
             return self._union(node)
@@ -229,6 +232,8 @@ class _Reader:
             return UNKNOWN
         if name in self.records:
             return self._record(name)
+        if name in self.aliases:
+            return self._alias(node, name)
         raise _Unreadable(
             node,
             f"`{ast.unparse(node)}` is no type of the language",
@@ -244,7 +249,7 @@ class _Reader:
 
     def _subscript(self, node: ast.Subscript) -> Type:
         name, inner = _name(node.value), node.slice
-        if name == "Optional":
+        if name in ("Optional", "NotRequired"):
             return optional(self._type(inner))
         if name in ("list", "List", "Sequence"):
             return ListOf(self._type(inner))
@@ -258,21 +263,43 @@ class _Reader:
             return self._type(parts[0])
         raise _Unreadable(node, f"`{ast.unparse(node)}` is no type of the language")
 
-    def _record(self, name: str) -> Type:
-        if name in self.types:
-            return self.types[name]
-        node = self.records[name]
+    @contextlib.contextmanager
+    def _once(self, node: ast.AST, name: str) -> Iterator[None]:
         if name in self._resolving:
             raise _Unreadable(node, f"`{name}` would hold itself")
         self._resolving.add(name)
-        fields = [
-            (part.target.id, self._type(part.annotation))
-            for part in node.body
-            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
-        ]
-        self._resolving.discard(name)
-        self.types[name] = Record(tuple(fields), name)
+        try:
+            yield
+        finally:
+            self._resolving.discard(name)
+
+    def _alias(self, node: ast.expr, name: str) -> Type:
+        """A name that the file gives to an annotation: `Vector = Annotated[...]`."""
+        with self._once(node, name):
+            return self._type(self.aliases[name])
+
+    def _record(self, name: str) -> Type:
+        if name not in self.types:
+            with self._once(self.records[name], name):
+                self.types[name] = Record(tuple(self._fields(self.records[name]).items()), name)
         return self.types[name]
+
+    def _fields(self, node: ast.ClassDef) -> dict[str, Type]:
+        """The fields of a class, those of the records it is derived from first."""
+        fields: dict[str, Type] = {}
+        for inherited in (_name(b) for b in node.bases):
+            if inherited in self.records:
+                kind = self._record(inherited)
+                fields |= dict(kind.fields) if isinstance(kind, Record) else {}
+        may_lack = any(
+            k.arg == "total" and isinstance(k.value, ast.Constant) and k.value.value is False
+            for k in node.keywords
+        )
+        for part in node.body:
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                kind = self._type(part.annotation)
+                fields[part.target.id] = optional(kind) if may_lack else kind
+        return fields
 
     def _written(self, node: ast.expr, text: str) -> Type:
         """A type in the language's own words."""
@@ -301,13 +328,26 @@ def _name(node: ast.AST | None) -> str:
 
 def _records(parsed: ast.Module) -> Iterator[ast.ClassDef]:
     """The classes that are records: TypedDict, NamedTuple and dataclasses."""
+    typed_dicts = {"TypedDict"}
     for node in parsed.body:
-        if isinstance(node, ast.ClassDef):
-            marks = {_name(b) for b in node.bases} | {
-                "dataclass" for d in node.decorator_list if _name(d) == "dataclass"
-            }
-            if marks & {*_RECORDS, "dataclass"}:
-                yield node
+        if not isinstance(node, ast.ClassDef):
+            continue
+        bases = {_name(b) for b in node.bases}
+        if bases & typed_dicts:
+            typed_dicts.add(node.name)
+        is_dataclass = any(_name(d) == "dataclass" for d in node.decorator_list)
+        if is_dataclass or bases & {"NamedTuple", *typed_dicts}:
+            yield node
+
+
+def _aliases(parsed: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    """The names that are given to something at the top of a file."""
+    for node in parsed.body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            if isinstance(node.targets[0], ast.Name):
+                yield node.targets[0].id, node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            yield node.target.id, node.value
 
 
 def _rule(function: PythonFunction) -> Callable[[Type, Any], Type]:

@@ -173,13 +173,14 @@ def evaluate(node: tree.Expr, names: Mapping[str, Constant]) -> Constant:
             return Constant(inner.kind, -inner.value, span)
     if isinstance(node, tree.Binary) and not _FILE_NAME.fullmatch(span.text):
         return _arithmetic(node, names)
-    if isinstance(node, tree.Call) and node.args is None and len(node.path.names) == 1:
-        name = node.path.names[0]
+    if isinstance(node, tree.Call) and node.args is None:
+        name = str(node.path)
         if name in names and names[name].kind == "unknown":
             raise Refused(None)
         if name in names:
             return Constant(names[name].kind, names[name].value, span)
-        return Constant("word", name, span)
+        if len(node.path.names) == 1:
+            return Constant("word", name, span)
     if isinstance(node, tree.Repeat):
         copied = node.stage.span.text
         raise refuse(

@@ -7,12 +7,12 @@ What such a walk gives, or fails with, is an event for the walk that started it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flowlang.diagnostics import RequestError, StageFailed
 from flowlang.plan import graph
-from flowlang.plan.expression import compute
+from flowlang.plan.expression import compute, function_of, is_plain
 from flowlang.plan.physical import Steps, Unit
 from flowlang.runtime.request import UNANSWERED, Request
 
@@ -26,12 +26,19 @@ class Track:
         self.result = steps.result
         self.captures = steps.captures
         self.bodies = [[Track(body) for body in unit.bodies] for unit in steps.units]
+        self.plain = [_plain_body(unit) for unit in steps.units]
         self.consumers: list[list[int]] = [[] for _ in range(steps.slots)]
         for index, unit in enumerate(steps.units):
             for slot in set(unit.inputs):
                 self.consumers[slot].append(index)
         self.missing = [len(set(u.inputs)) for u in steps.units]
         self.sourceless = [i for i, u in enumerate(steps.units) if not u.inputs]
+
+
+def _plain_body(unit: Unit) -> Callable[..., Any] | None:
+    """The body of a `map` as a function, where no element needs a stage."""
+    body = unit.node.bodies[0] if unit.node.op == graph.MAP else None
+    return function_of(body) if body is not None and is_plain(body) else None
 
 
 class Gather:
@@ -210,18 +217,31 @@ def _scatter(
     if len(elements) > most:
         message = f"map failed: a list of {len(elements):,} elements, and `max` is {most:,}"
         raise StageFailed(message, stage="map", place=str(unit.node.span))
-    if not elements:
-        arrivals.append((walk, unit.output, []))
-        return
-    gather = Gather(len(elements))
     track = walk.track.bodies[index][0]
     captured = _captured(track, values)
+    results = _computed(walk.track.plain[index], elements, captured)
+    if results is not None or not elements:
+        arrivals.append((walk, unit.output, results or []))
+        return
+    gather = Gather(len(elements))
     started: list[_Arrivals] = []
     for number, element in enumerate(elements):
         child = Walk(walk.request, track, walk, index, number, gather)
         started.append(_started(child, [element, *captured]))
     for each in reversed(started):
         arrivals += each
+
+
+def _computed(
+    plain: Callable[..., Any] | None, elements: Sequence[Any], captured: Sequence[Any]
+) -> list[Any] | None:
+    """What all elements give at once; None where they have to be walked, to see which one fails."""
+    if plain is None:
+        return None
+    try:
+        return [plain(element, *captured) for element in elements]
+    except Exception:
+        return None
 
 
 def _give(walk: Walk, value: Any, arrivals: _Arrivals) -> Iterator[Work | Ended]:

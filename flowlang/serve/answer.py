@@ -25,7 +25,7 @@ JSON, OCTETS = b"application/json", b"application/octet-stream"
 HTML, SVG = b"text/html; charset=utf-8", b"image/svg+xml"
 WANTED = frozenset(
     (
-        *(b"content-length", b"content-encoding", b"content-type"),
+        *(b"content-length", b"content-encoding", b"content-type", b"authorization"),
         *(b"x-deadline-ms", b"x-request-id"),
     )
 )

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flowlang import __version__
 from flowlang.diagnostics import BadRequest, Draining, RequestError, StageFailed
-from flowlang.plan.types import Scalar, without_null
+from flowlang.plan.graph import Parameter
+from flowlang.plan.types import Optional, Scalar, without_null
 from flowlang.serve.answer import Refusal, told
 from flowlang.serve.form import ParameterReader
 from flowlang.serve.port import Port, Ports, port_of
@@ -71,8 +72,6 @@ class Unanswered(RequestError):
 
     def __init__(self, error: RequestError, index: int | None = None) -> None:
         message = str(told(error, None, b"")["message"])
-        if error.stage and not isinstance(error, StageFailed):
-            message = f"`{error.stage}`: {message}"
         super().__init__(message if index is None else f"item {index}: {message}")
         self.code, self.http_status = error.code, error.http_status
 
@@ -135,11 +134,11 @@ class Statistics:
 class Model:
     """A flow as a model. `limit` is how many items it takes at once."""
 
-    def __init__(self, flow: Flow, limit: int) -> None:
+    def __init__(self, flow: Flow, limit: int, statistics: Statistics | None = None) -> None:
         self.name = flow.name
         self.flow = flow
         self.limit = limit
-        self.statistics = Statistics()
+        self.statistics = statistics or Statistics()
         taken = {p.name for p in flow.parameters}
         name = next(n for n in ("input", "item", "in") if n not in taken)
         self.inputs = Ports.of_input(flow.input, name)
@@ -147,7 +146,7 @@ class Model:
         self._texts = ParameterReader(flow.parameters)
         # Parameters of a kind that the protocol's own parameters cannot hold are tensors.
         self._arguments = {
-            p.name: port_of(p.name, without_null(p.type), is_optional=p.default is not None)
+            p.name: port_of(p.name, without_null(p.type), is_optional=_may_be_left_out(p))
             for p in flow.parameters
             if without_null(p.type) not in _PLAIN and p.name not in self.inputs.by_name
         }
@@ -258,6 +257,10 @@ class Model:
             raise BadRequest(f"parameters: {error.message}") from None
 
 
+def _may_be_left_out(parameter: Parameter) -> bool:
+    return parameter.default is not None or isinstance(parameter.type, Optional)
+
+
 async def _all(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     """What all calls give. As soon as one fails the others are given up."""
     tasks = [asyncio.ensure_future(call) for call in calls]
@@ -319,9 +322,10 @@ class Inference:
         self.on_change: list[Callable[[], object]] = []  # called when `state` has changed
 
     def let_in(self, apps: Iterable[App]) -> None:
-        """Take requests for these flows."""
+        """Take requests for these flows. The counts of those that were there before go on."""
+        known = {name: model.statistics for name, model in self.models.items()}
         self.models = {
-            name: Model(flow, app.scheduler.entrances[name].limit)
+            name: Model(flow, app.scheduler.entrances[name].limit, known.get(name))
             for app in apps
             for name, flow in app.flows.items()
         }
@@ -402,7 +406,7 @@ class Inference:
             request = read(model)
             work = model.read(request)
             clock.lap()
-            answers = await model.run(work)
+            answers = await self._run(model, request, work)
             clock.lap()
             carried = write(model, request, model.outputs.columns(answers, work.wanted))
             clock.lap()
@@ -421,6 +425,16 @@ class Inference:
             self.under_way -= 1
             if len(clock.laps_ns) < 3:
                 model.statistics.fail(clock.total_ns)
+
+    async def _run(self, model: Model, request: Request, work: Work) -> list[Any]:
+        """The answers of a model; of the one that has taken over, where that happened meanwhile."""
+        try:
+            return await model.run(work)
+        except Unanswered as error:
+            successor = self.models.get(model.name, model)
+            if error.code != Draining.code or successor is model or not self.is_ready:
+                raise
+            return await successor.run(successor.read(request))
 
 
 class _Clock:

@@ -18,7 +18,7 @@ from flowlang.diagnostics import BadRequest
 if TYPE_CHECKING:
     import numpy as np
 
-    Values: TypeAlias = "list[bytes] | np.ndarray[Any, Any]"
+Values: TypeAlias = "list[bytes] | np.ndarray[Any, Any]"
 
 BYTES = "BYTES"
 # The protocol's datatypes by numpy's names. Values are little-endian on the wire.
@@ -77,7 +77,7 @@ def from_raw(place: str, datatype: str, shape: tuple[int, ...], raw: bytes | mem
     if datatype == "BOOL":  # any byte but 0 is true, and numpy holds 1 only
         return np.frombuffer(raw, np.uint8).astype(np.bool_)
     # Copied: the bytes lie where they happen to in the body, which models do not take.
-    return np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="), copy=True)
+    return np.array(np.frombuffer(raw, dtype), dtype.newbyteorder("="))
 
 
 def _split(place: str, shape: tuple[int, ...], count: int, raw: bytes | memoryview) -> list[bytes]:
@@ -100,25 +100,30 @@ def _split(place: str, shape: tuple[int, ...], count: int, raw: bytes | memoryvi
 def from_list(place: str, datatype: str, shape: tuple[int, ...], given: object) -> Values:
     """Values out of JSON: a list, flat or nested as the shape is. Raises BadRequest."""
     if not isinstance(given, list):
-        raise BadRequest(f"{place}.data: a list is wanted")
+        raise BadRequest(f"{place}: a list is wanted")
     values = _texts(place, given) if datatype == BYTES else _numbers(place, datatype, shape, given)
-    if len(values) != math.prod(shape):
-        wanted = f"shape {list(shape)} holds {math.prod(shape):,} values"
-        raise BadRequest(f"{place}.data: {wanted}, and there are {len(values):,}")
+    check_count(place, shape, len(values))
     return values
+
+
+def check_count(place: str, shape: tuple[int, ...], count: int) -> None:
+    """Raises BadRequest where a shape holds another number of values."""
+    if count != math.prod(shape):
+        wanted = f"shape {list(shape)} holds {math.prod(shape):,} values"
+        raise BadRequest(f"{place}: {wanted}, and there are {count:,}")
 
 
 def _texts(place: str, given: list[Any]) -> list[bytes]:
     while given and isinstance(given[0], list):
         if not all(isinstance(part, list) for part in given):
-            raise BadRequest(f"{place}.data: the lists in it are not all as deep")
+            raise BadRequest(f"{place}: the lists in it are not all as deep")
         given = list(itertools.chain.from_iterable(given))
     if not all(isinstance(text, str) for text in given):
-        raise BadRequest(f"{place}.data: {BYTES} in JSON are strings")
+        raise BadRequest(f"{place}: {BYTES} in JSON are strings")
     try:
         return [text.encode() for text in given]
     except UnicodeEncodeError:
-        raise BadRequest(f"{place}.data: a string in it is no text (a lone surrogate)") from None
+        raise BadRequest(f"{place}: a string in it is no text (a lone surrogate)") from None
 
 
 def _numbers(
@@ -127,23 +132,28 @@ def _numbers(
     import numpy as np
 
     dtype = np.dtype(NUMPY[datatype]).newbyteorder("=")
-    kinds = {"b": "b", "f": "fiu"}.get(dtype.kind, "iu")
+    is_whole = dtype.kind in "iu"
     try:
-        array = np.array(given)
+        # As objects, whole numbers stay what they are: numpy makes floats of some large ones.
+        array = np.array(given, object if is_whole else None)
     except (ValueError, TypeError, OverflowError, RecursionError):
-        raise BadRequest(f"{place}.data: these are no numbers of one shape") from None
-    if array.dtype.kind not in kinds and array.size:
-        raise BadRequest(f"{place}.data: not all of it is {datatype}")
+        raise BadRequest(f"{place}: these are no numbers of one shape") from None
+    flat = array.ravel()
+    kinds = "b" if datatype == "BOOL" else "fiu"
+    is_kind = all(type(v) is int for v in flat) if is_whole else array.dtype.kind in kinds
+    if not is_kind and flat.size:
+        raise BadRequest(f"{place}: not all of it is {datatype}")
     if array.ndim > 1 and array.shape != shape:
-        raise BadRequest(f"{place}.data: a list of shape {list(array.shape)}, not {list(shape)}")
-    with np.errstate(over="ignore"):
-        values = array.ravel().astype(dtype)
-    is_same = np.isfinite(values) == np.isfinite(array.ravel())
-    if dtype.kind in "iu":
-        is_same = values == array.ravel()
-    if not is_same.all():
-        raise BadRequest(f"{place}.data: not all of it lies in the range of {datatype}")
-    return values
+        raise BadRequest(f"{place}: a list of shape {list(array.shape)}, not {list(shape)}")
+    if is_whole:
+        bounds = np.iinfo(dtype)
+        fits = all(bounds.min <= v <= bounds.max for v in flat)
+    else:
+        with np.errstate(over="ignore"):
+            fits = bool((np.isfinite(flat.astype(dtype)) == np.isfinite(flat)).all())
+    if not fits:
+        raise BadRequest(f"{place}: not all of it lies in the range of {datatype}")
+    return flat.astype(dtype)
 
 
 def to_raw(tensor: Tensor) -> bytes:

@@ -298,7 +298,7 @@ class _Inputs:
             raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
         size = parameters.get("binary_data_size")
         if size is None:
-            values = from_list(place, datatype, shape, given.get("data"))
+            values = from_list(f"{place}.data", datatype, shape, given.get("data"))
         elif "data" in given:
             raise BadRequest(f"{place}: it has both `data` and `binary_data_size`")
         else:

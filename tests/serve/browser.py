@@ -156,9 +156,7 @@ class Browser:
         self.point_at(selector)
         x, y = self._middle(selector)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call(
-                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
-            )
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def drop(self, selector: str, *paths: Path) -> None:
         """Drag files over an element and let go of them there."""
@@ -181,7 +179,9 @@ class Browser:
 
     def type(self, selector: str, text: str) -> None:
         """Focus a field and type into it what it shall hold."""
-        self.evaluate(f"(e => {{ e.focus(); e.select?.(); }})(document.querySelector({selector!r}))")
+        self.evaluate(
+            f"(e => {{ e.focus(); e.select?.(); }})(document.querySelector({selector!r}))"
+        )
         self.call("Input.insertText", text=text)
 
     def nameless(self) -> list[str]:

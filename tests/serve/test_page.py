@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -13,121 +12,40 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
-from examples import models
 from flowlang.serve import asgi
-from tests.pictures import bad, good, photographs
+from tests.pictures import bad, good
 from tests.serve.browser import Browser, find_chromium
+from tests.serve.page import (
+    ANSWER,
+    ANYTHING,
+    BARS,
+    CAPTIONS,
+    CARDS,
+    COMMAND,
+    DRAWN,
+    ERROR,
+    LIT,
+    LIT_OUTLINE,
+    PASTE,
+    ROWS,
+    STATUS,
+    ask,
+    choose,
+    colours,
+    contrast,
+    corners,
+    furnish,
+)
 from tests.serve.server import Server, running, serving, write
 
-FLOWS = """
-use "see.py" as see
-## Three best classes of one picture.
-export flow classify: bytes -> list<label> =
-  decode -> resize(64) -> rgb -> normalize(imagenet) -> trt("classifier.onnx") -> softmax
-  -> top(3, names="classes.txt")
-export flow two = decode -> resize(64) -> rgb -> normalize(imagenet) -> trt("two_heads.onnx")
-export flow odd = decode -> resize(64) -> rgb -> normalize(imagenet) -> trt("classifier.onnx")
-  -> top(10, names="odd.txt")
-export flow detect(conf: float = 0.5) = decode -> resize(96, fit=letterbox) -> rgb
-  -> normalize(unit) -> trt("detector.onnx") -> boxes(yolov8, conf=conf, iou=0.2)
-export flow street(count: int = 2) = decode -> see.street(count=count)
-export flow read = decode -> see.read
-export flow told(mask: bytes, times: int, least: float = 0.5, mark: str = "-", loud: bool = false) =
-  see.tell(mask=mask, times=times, least=least, mark=mark, loud=loud)
-export flow spell(mark: str = "-", loud: bool = true): bytes -> see.Spelling =
-  see.spell(mark=mark, loud=loud)
-export flow late = decode -> see.wait
-export flow echo = pass
-export flow same = trt("identity.onnx")
-schedule { late(slo=50ms) }
-"""
-OPERATORS = '''
-import time
-from typing import Annotated, TypedDict
-import numpy as np
-
-class Spelling(TypedDict):
-    mark: str
-    loud: bool
-
-def spell(item: bytes, *, mark: str = "", loud: bool = False) -> Spelling:
-    return {"mark": mark, "loud": loud}
-
-def tell(item: bytes, *, mask: bytes = b"", times: int = 0, least: float = 0, mark: str = "",
-         loud: bool = False) -> Annotated[dict, "{ item: int, mask: str, told: str }"]:
-    return {"item": len(item), "mask": mask.decode(), "told": f"{times} {least} {mark} {loud}"}
-
-def street(image: np.ndarray, *, count: int = 2) -> Annotated[dict, """{
-    size: { height: int, width: int }, day: bool, kind: list<label>, shades: tensor<f32, 100>,
-    prices: list<{ what: str, price: float }>,
-    cars: list<{ box: box, label: str, score: float, maker: str?,
-                 plates: list<{ quad: quad, text: { text: str, score: float } }> }> }"""]:
-    height, width = image.shape[:2]
-    cars = []
-    for number in range(count):
-        left, right = width * (number + 0.1) / count, width * (number + 0.9) / count
-        plate = [[left + 9, 60.0], [left + 29, 58.0], [left + 29, 68.0], [left + 9, 70.0]]
-        cars.append({
-            "box": [left, 20.0, right, 80.0], "label": "car" if number % 2 else "bus",
-            "score": 0.9 - number / 10, "maker": None if number else "Saurer",
-            "plates": [{"quad": plate, "text": {"text": f"ZH {number}", "score": 0.8}}],
-        })
-    kind = [{"index": 1, "label": "street", "score": 0.75}]
-    prices = [{"what": "tea", "price": 3.5}, {"what": "cake", "price": 6.0}]
-    shades = np.linspace(-1, 2, 100, dtype=np.float32)
-    return {"size": {"height": height, "width": width}, "day": True, "kind": kind,
-            "shades": shades, "prices": prices, "cars": cars}
-
-def read(image: np.ndarray) -> Annotated[list, "list<{ quad: quad, text: str, score: float }>"]:
-    def at(left, top, text):
-        quad = [[left, top], [left + 90, top + 4], [left + 90, top + 24], [left, top + 20]]
-        return {"quad": quad, "text": text, "score": 0.5}
-    return [at(9, 80, "last"), at(200, 13, "first line"), at(9, 10, "The"), at(9, 40, "<b>2</b>")]
-
-def wait(image: np.ndarray) -> int:
-    time.sleep(0.2)
-    return 1
-'''
-ANSWER = "!document.querySelector('#raw').hidden && document.querySelector('#answer').textContent"
-ERROR = "!document.querySelector('#error').hidden && document.querySelector('#error').innerText"
-STATUS = "document.querySelector('#status').textContent"
-BARS = "[...document.querySelectorAll('.bars li')].map(li => li.innerText.split('\\n'))"
-ROWS = "[...document.querySelectorAll('.rows li')].map(li => li.innerText.split('\\n'))"
-DRAWN = (
-    "[...document.querySelectorAll('#marks .edge')].map(e => e.getAttribute('points').split(' ')"
-    ".map(p => p.split(',').map(Number)))"
-)
-CAPTIONS = (  # those to be seen: what they say, and where they are
-    "[...document.querySelectorAll('#captions span')].filter("
-    "e => getComputedStyle(e).visibility == 'visible').map(e => [e.textContent,"
-    " ...(b => [b.left, b.top, b.right, b.bottom])(e.getBoundingClientRect())])"
-)
-LIT = "document.querySelector('.rows [aria-selected=true]')?.innerText.split('\\n')[0]"
-LIT_OUTLINE = "document.querySelector('#marks .on .edge')?.getAttribute('points')"
-CARDS = "[...document.querySelectorAll('#gallery button')].map(b => b.innerText.split('\\n'))"
-COMMAND = "document.querySelector('#command code').textContent"
 SHIFT = 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the server serves, and pictures to send it."""
-    folder = tmp_path_factory.mktemp("page")
-    models.resnet(folder / "classifier.onnx", width=8, size=64, classes=10)
-    models.labels(folder / "classes.txt", 10)
-    models.two_heads(folder / "two_heads.onnx")
-    models.identity(folder / "identity.onnx", ("N", 3))
-    models.detector(folder / "detector.onnx", side=96)
-    write(folder / "odd.txt", "<img src=x onerror=alert(1)>\n" + "plain\n" * 9)
-    write(folder / "see.py", OPERATORS)
-    write(folder / "page.flow", FLOWS)
-    for number, content in enumerate(photographs(3)):
-        (folder / f"{number}.jpg").write_bytes(content)
-    (folder / "half.jpg").write_bytes(bad()["jpeg-half"].data)
-    return folder
+    return furnish(tmp_path_factory.mktemp("page"))
 
 
 @pytest.fixture(scope="module")
@@ -155,27 +73,6 @@ def page(chromium: Browser, server: Server) -> Browser:
     return chromium
 
 
-def choose(page: Browser, flow: str) -> None:
-    page.evaluate(
-        f"(e => {{ e.value = {flow!r}; e.dispatchEvent(new Event('change')); }})"
-        "(document.querySelector('#flow'))"
-    )
-
-
-def ask(page: Browser, flow: str, *pictures: Path) -> Any:
-    """Choose a flow and pictures, wait for the answer and the outlines, and give the answer."""
-    choose(page, flow)
-    page.choose_files("#file", *pictures)
-    answer = json.loads(page.wait_for(ANSWER))
-    page.wait_for("!sending && !document.querySelector('#shown').hidden")
-    return answer
-
-
-def corners(box: list[float]) -> list[list[float]]:
-    left, top, right, bottom = box
-    return [[left, top], [right, top], [right, bottom], [left, bottom]]
-
-
 def test_the_page_needs_nothing_else(server: Server) -> None:
     """The page is one HTML document that names no other resource, and may load none."""
     response = server.client.get("/")
@@ -190,33 +87,10 @@ def test_the_page_needs_nothing_else(server: Server) -> None:
 
 
 def test_colours_can_be_read() -> None:
-    """Text stands out from its ground by 4.5 to 1 (WCAG 2 AA), in light and dark and on captions."""
-    page = asgi()._page.decode()
-    light, dark = (
-        dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in page.split("prefers-color", 1)
-    )
-    for of in (light, dark):
-        for ink in ("ink", "soft"):
-            for ground in ("ground", "sheet", "lit"):
-                assert contrast(of[ink], of[ground]) >= 4.5, (ink, ground)
-        assert contrast(of["ink"], of["bar"]) >= 4.5
-        assert contrast(of["bad"], of["bad-ground"]) >= 4.5
-        assert contrast(of["bad"], of["sheet"]) >= 4.5
-        assert contrast(of["accent"], of["sheet"]) >= 4.5
-    for colour in json.loads(re.findall(r"COLOURS = (\[.*\])", page)[0]):
-        assert contrast("#ffffff", colour) >= 4.5, colour
-
-
-def contrast(one: str, other: str) -> float:
-    """The contrast ratio of WCAG 2.2."""
-
-    def luminance(colour: str) -> float:
-        levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in levels]
-        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
-
-    dark, bright = sorted((luminance(one), luminance(other)))
-    return (bright + 0.05) / (dark + 0.05)
+    """Text has a contrast of 4.5 to 1 at least (WCAG 2 AA): in light, in dark and on captions."""
+    pairs = colours(asgi()._page.decode())
+    assert len(pairs) == 28
+    assert [pair for pair in pairs if contrast(*pair) < 4.5] == []
 
 
 def test_every_control_has_a_name(page: Browser, folder: Path) -> None:
@@ -240,9 +114,8 @@ def test_a_picture_is_sent_and_its_answer_shown(
     ]
     assert re.fullmatch(r"[\d.]+ m?s", page.evaluate(STATUS))
     assert page.evaluate("document.querySelector('#picture').naturalWidth") == 500
-    assert page.evaluate("document.querySelector('#marks').getAttribute('viewBox')") == (
-        "0 0 500 375"
-    )
+    view_box = page.evaluate("document.querySelector('#marks').getAttribute('viewBox')")
+    assert view_box == "0 0 500 375"
     assert not page.evaluate("document.querySelector('#raw').open")
     assert page.complaints() == []
     assert {url.removeprefix(server.url) for url in page.requested()} - {"data:,"} == {
@@ -279,7 +152,7 @@ def test_what_a_detector_finds_is_drawn_over_the_picture(page: Browser, folder: 
 
 
 def test_outlines_lie_on_the_upright_picture(page: Browser, folder: Path) -> None:
-    """A picture that its EXIF turns, and a window of another size, leave outlines in their places."""
+    """Outlines keep their places on a picture that its EXIF turns, and in a narrow window."""
     (folder / "turned.jpg").write_bytes(good()["jpeg-exif-6"].data)
     answer = ask(page, "street", folder / "turned.jpg")
     size = answer["size"]
@@ -292,34 +165,36 @@ def test_outlines_lie_on_the_upright_picture(page: Browser, folder: Path) -> Non
         scale = (image[2] - image[0]) / size["width"]
         assert scale == pytest.approx((image[3] - image[1]) / size["height"], rel=0.02)
         where = np.subtract([left, top, right, bottom], [*image[:2], *image[:2]]) / scale
-        np.testing.assert_allclose(where, answer["cars"][0]["box"], atol=3)
+        np.testing.assert_allclose(where, answer["cars"][0]["box"], atol=0.5)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_a_row_and_its_outline_light_up_together(page: Browser, folder: Path) -> None:
     """Pointing at a row or an outline, or walking the rows by keys, shows which belong together."""
     answer = ask(page, "street", folder / "0.jpg")
-    bus, plate = answer["cars"][0], answer["cars"][0]["plates"][0]
+    bus = answer["cars"][0]
     page.point_at(".rows li:nth-child(1)")
-    assert page.evaluate(LIT_OUTLINE) == " ".join("{:g},{:g}".format(*p) for p in corners(bus["box"]))
+    assert page.evaluate(LIT_OUTLINE) == " ".join(
+        "{:g},{:g}".format(*p) for p in corners(bus["box"])
+    )
     assert [text for text, *_ in page.evaluate(CAPTIONS)] == ["bus 90 %"]
     smallest = f"#marks g:nth-child({len(page.evaluate(DRAWN))}) .edge"
     page.point_at(smallest)
-    assert page.evaluate(LIT) == plate["text"]["text"] == "ZH 0"
+    assert page.evaluate(LIT) == "ZH 1"
     page.click(smallest)
     page.point_at("h1")
-    assert page.evaluate(LIT) == "ZH 0"
-    page.press("ArrowDown", 40)
-    assert page.evaluate(LIT) == "car"
-    page.press("End", 35)
     assert page.evaluate(LIT) == "ZH 1"
+    page.press("ArrowUp", 38)
+    assert page.evaluate(LIT) == "car"
+    page.press("Home", 36)
+    assert page.evaluate(LIT) == "bus"
     page.press("Tab", 9, SHIFT)
     assert page.evaluate(LIT) is None
     assert len(page.evaluate(CAPTIONS)) == 4
 
 
 def test_many_boxes_stay_readable(page: Browser, folder: Path) -> None:
-    """Captions never cover each other: where there is no room, they wait until they are asked for."""
+    """Captions never cover each other: where there is no room, they wait to be asked for."""
     found = ask(page, "street", folder / "0.jpg")["cars"]
     page.evaluate(
         "{ const input = document.querySelector('#parameter-count'); input.value = 60; "
@@ -346,7 +221,9 @@ def test_an_answer_is_shown_by_its_parts(page: Browser, folder: Path) -> None:
         ["car", "80.0 %"],
         ["ZH 1", "80.0 %"],
     ]
-    indents = page.evaluate("[...document.querySelectorAll('.rows li')].map(li => li.style.paddingLeft)")
+    indents = page.evaluate(
+        "[...document.querySelectorAll('.rows li')].map(li => li.style.paddingLeft)"
+    )
     assert indents == ["0.625rem", "1.875rem"] * 2
     assert page.evaluate(BARS) == [["street", "75.0 %"]]
     assert page.evaluate("document.querySelector('dl').innerText").split("\n") == [
@@ -375,7 +252,9 @@ def test_read_text_is_one_block_in_reading_order(
     page.wait_for("document.querySelector('#copy').textContent == 'Copied'")
     assert page.evaluate("navigator.clipboard.readText()") == block
     page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
-    page.evaluate("document.addEventListener('copy', () => { window.copied = String(getSelection()); })")
+    page.evaluate(
+        "document.addEventListener('copy', () => { window.copied = String(getSelection()); })"
+    )
     page.click("#copy")
     assert page.wait_for("window.copied") == block
 
@@ -388,6 +267,16 @@ def test_what_is_wrong_with_a_picture_is_said(page: Browser, folder: Path) -> No
     assert bad()["jpeg-half"].word in said
     assert re.search(r"400 bad-request, request [0-9a-f]{16}$", said)
     assert not page.evaluate(ANSWER)
+
+
+def test_a_full_queue_refuses_those_it_has_no_room_for(page: Browser, folder: Path) -> None:
+    """Of more pictures than may wait, the first are answered, and each of the rest says why not."""
+    ask(page, "narrow", *[folder / "0.jpg"] * 12)
+    cards = page.evaluate(CARDS)
+    assert cards[0][1].startswith("class ")
+    page.click("#gallery li:nth-child(12) button")
+    told, which = page.evaluate(ERROR).split("\n")[::2]
+    assert (told, which.split(",")[0]) == (cards[11][1], "overloaded")
 
 
 @pytest.mark.parametrize(("flow", "status"), [("late", 504), ("classify", 413)])
@@ -411,7 +300,7 @@ def test_errors_are_worded_by_the_server(
 
 
 def test_several_pictures_are_a_gallery(page: Browser, server: Server, folder: Path) -> None:
-    """All go in one form; each has its answer or its error, and those of the one chosen are shown."""
+    """All go in one form; each has its answer or error, and that of the one chosen is shown."""
     files = [folder / "0.jpg", folder / "half.jpg", folder / "1.jpg"]
     first = ask(page, "detect", *files)
     third = server.client.post("/flows/detect", content=files[2].read_bytes()).json()
@@ -419,9 +308,9 @@ def test_several_pictures_are_a_gallery(page: Browser, server: Server, folder: P
     assert [name for name, _ in cards] == [path.name for path in files]
     assert [cards[0][1], cards[2][1]] == [f"{len(first)} found", f"{len(third)} found"]
     assert bad()["jpeg-half"].word in cards[1][1]
-    assert page.evaluate("document.querySelectorAll('#gallery li:nth-child(3) polygon').length") == (
-        len(third)
-    )
+    assert page.evaluate(
+        "document.querySelectorAll('#gallery li:nth-child(3) polygon').length"
+    ) == (len(third))
     assert re.fullmatch(r"3 pictures, [\d.]+ m?s", page.evaluate(STATUS))
     assert [url for url in page.requested() if url.endswith("detect")] == [
         server.url + "/flows/detect"
@@ -437,19 +326,13 @@ def test_several_pictures_are_a_gallery(page: Browser, server: Server, folder: P
 
 
 def test_pictures_can_be_dropped_and_pasted(page: Browser, folder: Path) -> None:
-    """A picture that is let go over the page or pasted into it is sent; bytes answered are shown."""
+    """A picture that is dropped on the page or pasted is sent; one that is answered is shown."""
     choose(page, "echo")
     page.drop("#drop", folder / "0.jpg")
     page.wait_for("document.querySelector('#answered img')?.naturalWidth == 500")
     assert page.evaluate("document.querySelector('#name').textContent").startswith("0.jpg, ")
     page.evaluate("document.querySelector('#answered').replaceChildren()")
-    page.evaluate(
-        "document.querySelector('canvas') || new Promise(done => { const canvas = document"
-        ".createElement('canvas'); canvas.width = 77; canvas.toBlob(blob => {"
-        " const clipboardData = new DataTransfer();"
-        " clipboardData.items.add(new File([blob], 'image.png', {type: 'image/png'}));"
-        " document.dispatchEvent(new ClipboardEvent('paste', {clipboardData})); done(); }); })"
-    )
+    page.evaluate(PASTE)
     page.wait_for("document.querySelector('#answered img')?.naturalWidth == 77")
     assert page.complaints() == []
 
@@ -489,13 +372,13 @@ def test_files_are_parameters_too(page: Browser, folder: Path) -> None:
     page.click("#run")
     size = (folder / "0.jpg").stat().st_size
     assert json.loads(page.wait_for(ANSWER)) == {
-        "item": size,
+        "size": size,
         "mask": "of a file",
         "told": "3 0.25 - False",
     }
     assert page.evaluate(COMMAND).startswith(
         "curl -F 'mask=@it'\\''s.txt' --form-string times=3 --form-string least=0.25 "
-        "-F item=@picture.jpg "
+        "-F item_=@picture.jpg "
     )
     page.type("#parameter-least", "")
     page.choose_files("#file", folder / "0.jpg", folder / "1.jpg")
@@ -524,40 +407,27 @@ def test_names_are_shown_as_text(page: Browser, folder: Path) -> None:
     bars = dict(page.evaluate(BARS))
     assert page.evaluate("document.querySelectorAll('.bars img').length") == 0
     odd = next(label for label in answer if label["index"] == 0)
-    assert bars["<img src=x onerror=alert(1)>"] == _four_digits(odd["score"])
-
-
-def _four_digits(value: float) -> str:
-    return np.format_float_positional(value, 4, fractional=False, unique=False)
-
-
-TOKENS = st.sampled_from(["box", "quad", "label", "text", "score", "index", "a", "__proto__"])
-BOXES = st.lists(st.floats(-9, 9) | st.none(), min_size=3, max_size=5)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text(max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(TOKENS, inner | BOXES, max_size=5) | BOXES
-    ),
-    max_leaves=20,
-)
+    shown = np.format_float_positional(odd["score"], 4, fractional=False, unique=False)
+    assert bars["<img src=x onerror=alert(1)>"] == shown
 
 
 def test_whatever_a_flow_answers_is_shown(page: Browser, folder: Path) -> None:
     """Any JSON at all is shown without an exception, as its outlines and rows agree."""
     ask(page, "classify", folder / "0.jpg")
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(JSON)
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(ANYTHING)
     def shows(value: Any) -> None:
-        page.evaluate(f"settle(pictures[0], {{result: JSON.parse({json.dumps(json.dumps(value))})}})")
+        text = json.dumps(json.dumps(value))
+        page.evaluate(f"settle(pictures[0], {{result: JSON.parse({text})}})")
         assert page.evaluate(ANSWER)
-        assert page.evaluate("marks.every(mark => mark.row || !mark.row)")
+        assert page.evaluate("marks.every(mark => mark.row)")
+        assert page.evaluate(
+            "document.querySelector('#answered').innerText.trim() != '' || !$('read').hidden"
+        )
 
     shows()
-    nested = json.dumps(json.loads("[" * 300 + "1" + "]" * 300))
-    page.evaluate(f"settle(pictures[0], {{result: {nested}}})")
-    encoded = io.BytesIO()
-    Image.new("RGB", (9, 9)).save(encoded, "PNG")
+    page.evaluate(f"settle(pictures[0], {{result: {'[' * 300}1{']' * 300}}})")
     assert page.complaints() == []
 
 
@@ -582,7 +452,7 @@ def test_the_flow_as_a_picture_is_fetched_when_it_is_opened(page: Browser, serve
 
 
 def test_live_numbers_are_counted_while_they_are_open(page: Browser, folder: Path) -> None:
-    """A table of flows and one of stages, as `/metrics` has them, with what the last seconds gave."""
+    """Flows and stages, as `/metrics` has them, with the rates of the last seconds."""
     ask(page, "two", folder / "0.jpg")
     page.click("#live summary")
     row = (
@@ -591,13 +461,13 @@ def test_live_numbers_are_counted_while_they_are_open(page: Browser, folder: Pat
     )
     asked = int(page.wait_for(row)[1])
     assert asked >= 1
-    page.evaluate("run()")
+    page.evaluate("run().then(pollNumbers)")
     later = page.wait_for(f"({row})[1] == {asked + 1} && {row}")
     assert later[2:4] == ["0", "0"]
     assert float(later[4]) > 0
     assert re.fullmatch(r"[\d.]+ ms", later[5])
     stages = page.evaluate("[...document.querySelectorAll('#numbers td')].map(c => c.innerText)")
-    assert any("two_heads" in cell for cell in stages)
+    assert any(re.fullmatch(r"\d+ two", cell) for cell in stages)
     page.click("#live summary")
     assert page.complaints() == []
 

@@ -1,0 +1,382 @@
+"""The Open Inference Protocol, version 2, over gRPC, and gRPC's own health checks.
+
+Layer 4, and the only file importing grpc. Messages are those of inference.proto and health.proto;
+what they ask is answered by flowlang.serve.inference. Bodies are parsed here and not by grpc, which
+answers what is no message with a traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, TypeAlias
+
+from flowlang.diagnostics import BadRequest, RequestError
+from flowlang.serve.answer import Refusal
+from flowlang.serve.inference import VERSION, Inference, Model, Request
+from flowlang.serve.proto import Method, Protocol, read_protocol
+from flowlang.serve.tensor import (
+    BYTES,
+    NUMPY,
+    Tensor,
+    Values,
+    check_count,
+    check_datatype,
+    check_shape,
+    from_list,
+    from_raw,
+    to_raw,
+)
+
+Message: TypeAlias = Any  # of a class made from a .proto file
+Call: TypeAlias = Any  # grpc.aio.ServicerContext
+
+MAX_TEXT = 1000  # of a status: it travels in a header, and those are limited
+WINDOW = 64  # requests of one stream under way at once
+LINGER_S = 0.2  # once all is answered: for answers still on their way
+KEEP_ALIVE_MS = 60_000  # a connection that is idle for so long is asked whether it still stands
+CODES: Mapping[int, str] = {
+    400: "INVALID_ARGUMENT", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 413: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
+}  # fmt: skip
+_CONTENTS: Mapping[str, str] = {
+    "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents",
+    "INT32": "int_contents", "INT64": "int64_contents", "UINT8": "uint_contents",
+    "UINT16": "uint_contents", "UINT32": "uint_contents", "UINT64": "uint64_contents",
+    "FP32": "fp32_contents", "FP64": "fp64_contents", BYTES: "bytes_contents",
+}  # fmt: skip
+
+
+_WORD = re.compile("(?<!^)(?=[A-Z])")  # where a word of a name begins, but for the first
+
+
+class GrpcServer:
+    """Serves the models of `inference` over gRPC, in the event loop that starts it."""
+
+    def __init__(self, inference: Inference, host: str, port: int, *, max_body_bytes: int) -> None:
+        self._inference = inference
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._max_body_bytes = max_body_bytes
+        self._under_way = 0
+        self._server: Any = None
+
+    async def start(self) -> int:
+        """Begin to listen. Returns the port. Raises OSError where it cannot be had."""
+        import grpc
+
+        inference = read_protocol("inference.proto")
+        health = read_protocol("health.proto")
+        server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", self._max_body_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),  # or two servers would share a port unnoticed
+                ("grpc.keepalive_time_ms", KEEP_ALIVE_MS),
+            )
+        )
+        answers = _Answers(self._inference, inference.messages)
+        server.add_generic_rpc_handlers(
+            (
+                self._service(inference, answers),
+                self._service(health, _Health(self._inference, health.messages)),
+            )
+        )
+        try:
+            port: int = server.add_insecure_port(self._address)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise OSError(f"cannot listen on {self._address} for gRPC")
+        await server.start()
+        self._server = server
+        return port
+
+    async def stop(self, grace_s: float) -> bool:
+        """Answer what is inside, then stop. Returns whether that was done in time.
+
+        Nothing new is let in once `inference` refuses it, which is told to who asks until the end.
+        """
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + grace_s
+        while self._under_way and clock() < until_s:
+            await asyncio.sleep(0.01)
+        in_time = not self._under_way
+        await self._server.stop(LINGER_S)
+        return in_time
+
+    def _service(self, protocol: Protocol, answers: Any) -> Any:
+        """The methods of a service, each of them a method of `answers`: ModelInfer, model_infer."""
+        import grpc
+
+        return grpc.method_handlers_generic_handler(
+            protocol.service,
+            {
+                m.name: self._method(protocol, m, getattr(answers, _WORD.sub("_", m.name).lower()))
+                for m in protocol.methods
+            },
+        )
+
+    def _method(self, protocol: Protocol, method: Method, answer: Callable[..., Any]) -> Any:
+        import grpc
+
+        kind = protocol.messages[method.request]
+        if method.is_request_stream:
+            return grpc.stream_stream_rpc_method_handler(self._streaming(kind, answer))
+        if method.is_response_stream:
+            return grpc.unary_stream_rpc_method_handler(_watching(kind, answer))
+        return grpc.unary_unary_rpc_method_handler(self._unary(kind, answer))
+
+    def _unary(
+        self, kind: Any, answer: Callable[[Message, Call], Awaitable[Message]]
+    ) -> Callable[[bytes, Call], Awaitable[bytes]]:
+        async def call(body: bytes, context: Call) -> bytes:
+            self._under_way += 1
+            try:
+                found = await answer(_parsed(kind, body), context)
+                return bytes(found.SerializeToString())
+            except RequestError as error:
+                refusal = error
+            finally:
+                self._under_way -= 1
+            await _refuse(context, refusal)
+            raise refusal  # never reached: refusing raises
+
+        return call
+
+    def _streaming(
+        self, kind: Any, answer: Callable[[Message, Call], Awaitable[Message]]
+    ) -> Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]:
+        """A stream of requests: worked on together, and answered in their order."""
+
+        async def one(body: bytes, context: Call) -> bytes | RequestError:
+            self._under_way += 1
+            try:
+                found = await answer(_parsed(kind, body), context)
+                return bytes(found.SerializeToString())
+            except RequestError as error:  # returned, for it may come to nobody's turn
+                return error
+            finally:
+                self._under_way -= 1
+
+        async def call(bodies: AsyncIterator[bytes], context: Call) -> AsyncIterator[bytes]:
+            tasks: asyncio.Queue[asyncio.Task[bytes | RequestError] | None]
+            tasks = asyncio.Queue(WINDOW)
+            left: set[asyncio.Task[Any]] = set()
+
+            async def read() -> None:
+                async for body in bodies:
+                    task = asyncio.ensure_future(one(body, context))
+                    left.add(task)
+                    task.add_done_callback(left.discard)
+                    await tasks.put(task)
+                await tasks.put(None)
+
+            left.add(asyncio.ensure_future(read()))
+            try:
+                while (task := await tasks.get()) is not None:
+                    found = await task
+                    if isinstance(found, RequestError):
+                        await _refuse(context, found)
+                    else:
+                        yield found
+            finally:
+                for unfinished in left:
+                    unfinished.cancel()
+
+        return call
+
+
+def _watching(
+    kind: Any, answer: Callable[[Message, Call], AsyncIterator[Message]]
+) -> Callable[[bytes, Call], AsyncIterator[bytes]]:
+    async def call(body: bytes, context: Call) -> AsyncIterator[bytes]:
+        try:
+            request = _parsed(kind, body)
+        except RequestError as error:
+            await _refuse(context, error)
+            return
+        async for message in answer(request, context):
+            yield bytes(message.SerializeToString())
+
+    return call
+
+
+def _parsed(kind: Any, body: bytes) -> Message:
+    """A message out of its bytes. Raises BadRequest."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        return kind.FromString(body)
+    except DecodeError:
+        raise BadRequest(f"this is no {kind.DESCRIPTOR.name}") from None
+
+
+async def _refuse(context: Call, error: RequestError) -> None:
+    """End a call with the status of an error. Always raises."""
+    import grpc
+
+    code = grpc.StatusCode[CODES.get(error.http_status, "INTERNAL")]
+    await context.abort(code, error.message[:MAX_TEXT])
+
+
+class _Answers:
+    """The methods of the protocol's service, by their names."""
+
+    def __init__(self, inference: Inference, messages: Mapping[str, Any]) -> None:
+        self._inference = inference
+        self._messages = messages
+
+    def _make(self, kind: str, /, **fields: Any) -> Message:
+        return self._messages[kind](**fields)
+
+    async def server_live(self, request: Message, context: Call) -> Message:
+        return self._make("ServerLiveResponse", live=True)
+
+    async def server_ready(self, request: Message, context: Call) -> Message:
+        return self._make("ServerReadyResponse", ready=self._inference.is_ready)
+
+    async def model_ready(self, request: Message, context: Call) -> Message:
+        is_ready = self._inference.is_model_ready(request.name, request.version)
+        return self._make("ModelReadyResponse", ready=is_ready)
+
+    async def server_metadata(self, request: Message, context: Call) -> Message:
+        return self._make("ServerMetadataResponse", **self._inference.metadata())
+
+    async def model_metadata(self, request: Message, context: Call) -> Message:
+        model = self._inference.model(request.name, request.version)
+        return self._make("ModelMetadataResponse", **model.metadata())
+
+    async def model_config(self, request: Message, context: Call) -> Message:
+        model = self._inference.model(request.name, request.version)
+        return self._make("ModelConfigResponse", config=model.config())
+
+    async def model_statistics(self, request: Message, context: Call) -> Message:
+        found = self._inference.statistics(request.name, request.version)
+        return self._make("ModelStatisticsResponse", **found)
+
+    async def repository_index(self, request: Message, context: Call) -> Message:
+        models = self._inference.index(is_ready=request.ready)
+        return self._make("RepositoryIndexResponse", models=models)
+
+    async def model_infer(self, request: Message, context: Call) -> Message:
+        def read(model: Model) -> Request:
+            return read_request(request, context.time_remaining())
+
+        return await self._inference.infer(
+            request.model_name, request.model_version, read, self._write
+        )
+
+    async def model_stream_infer(self, request: Message, context: Call) -> Message:
+        """One answer of a stream; an error is an answer too, and the stream goes on."""
+        try:
+            found = await self.model_infer(request, context)
+        except RequestError as error:
+            empty = self._make("ModelInferResponse", id=request.id)
+            return self._make(
+                "ModelStreamInferResponse", error_message=error.message, infer_response=empty
+            )
+        # Some clients wait for this before they count a request as answered.
+        found.parameters["triton_final_response"].bool_param = True
+        return self._make("ModelStreamInferResponse", infer_response=found)
+
+    def _write(self, model: Model, request: Request, tensors: list[Tensor]) -> Message:
+        return self._make(
+            "ModelInferResponse",
+            model_name=model.name,
+            model_version=VERSION,
+            id=request.id,
+            outputs=[{"name": t.name, "datatype": t.datatype, "shape": t.shape} for t in tensors],
+            raw_output_contents=[to_raw(tensor) for tensor in tensors],
+        )
+
+
+def read_request(message: Message, timeout_s: float | None) -> Request:
+    """A request out of a ModelInferRequest. Raises BadRequest."""
+    raw = message.raw_input_contents
+    if raw and len(raw) != len(message.inputs):
+        count = f"{len(raw)} of them, and {len(message.inputs)} inputs"
+        raise BadRequest(f"raw_input_contents: there are {count}")
+    tensors = [
+        _tensor(f"inputs[{index}]", given, raw[index] if raw else None)
+        for index, given in enumerate(message.inputs)
+    ]
+    for index, output in enumerate(message.outputs):
+        for name in ("classification", "shared_memory_region"):
+            if name in output.parameters:
+                raise BadRequest(f"outputs[{index}].parameters: `{name}` is not possible here")
+    return Request(
+        tensors,
+        [output.name for output in message.outputs] or None,
+        {name: _value(name, given) for name, given in message.parameters.items()},
+        message.id,
+        timeout_s,
+    )
+
+
+def _tensor(place: str, given: Message, raw: bytes | None) -> Tensor:
+    datatype = check_datatype(place, given.datatype)
+    shape = check_shape(place, list(given.shape))
+    if "shared_memory_region" in given.parameters:
+        raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
+    if raw is None:
+        values = _contents(f"{place}.contents", datatype, shape, given.contents)
+    elif given.HasField("contents"):
+        raise BadRequest(f"{place}: it has both `contents` and `raw_input_contents`")
+    else:
+        values = from_raw(place, datatype, shape, raw)
+    return Tensor(given.name, datatype, shape, values)
+
+
+def _contents(place: str, datatype: str, shape: tuple[int, ...], contents: Message) -> Values:
+    field = _CONTENTS.get(datatype)
+    if field is None:
+        raise BadRequest(f"{place}: {datatype} goes into raw_input_contents")
+    values = list(getattr(contents, field))
+    if datatype in NUMPY:
+        return from_list(f"{place}.{field}", datatype, shape, values)
+    check_count(f"{place}.{field}", shape, len(values))
+    return values
+
+
+def _value(name: str, given: Message) -> Any:
+    choice = given.WhichOneof("parameter_choice")
+    if choice is None:
+        raise BadRequest(f"parameters: `{name}` has no value")
+    return getattr(given, choice)
+
+
+class _Health:
+    """The methods of gRPC's health service, by their names."""
+
+    def __init__(self, inference: Inference, messages: Mapping[str, Any]) -> None:
+        self._inference = inference
+        self._response = messages["HealthCheckResponse"]
+
+    async def check(self, request: Message, context: Call) -> Message:
+        status = self._status(request.service)
+        if status == "SERVICE_UNKNOWN":
+            raise Refusal("not-found", 404, f"there is no service `{request.service:.100}`")
+        return self._response(status=status)
+
+    async def watch(self, request: Message, context: Call) -> AsyncIterator[Message]:
+        changed = asyncio.Event()
+        self._inference.on_change.append(changed.set)
+        try:
+            last = None
+            while True:
+                changed.clear()
+                if (status := self._status(request.service)) != last:
+                    last = status
+                    yield self._response(status=status)
+                await changed.wait()
+        finally:
+            self._inference.on_change.remove(changed.set)
+
+    def _status(self, service: str) -> str:
+        """A service is the server (empty), the protocol, or a model."""
+        if service in ("", "inference.GRPCInferenceService"):
+            return "SERVING" if self._inference.is_ready else "NOT_SERVING"
+        if service not in self._inference.models:
+            return "SERVICE_UNKNOWN"
+        return "SERVING" if self._inference.is_model_ready(service) else "NOT_SERVING"

@@ -1,0 +1,386 @@
+"""Pictures over Thrift: the services of inference.thrift, at one port.
+
+Layer 4, and the only file importing thriftpy2. The transport is buffered or framed, whichever a
+client uses, the protocol binary. A request that is not answered raises TApplicationException: an
+empty answer would be taken for one. Where several flows are served, a client names the one it means
+as Thrift names services at one port: `classify:infer_batch`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from flowlang.diagnostics import BadRequest, RequestError, StageFailed
+from flowlang.items import plain
+from flowlang.plan.types import ListOf, Record, Tensor, Type
+from flowlang.serve.answer import takes_bytes, to_json
+from flowlang.serve.inference import Inference, Unanswered
+from flowlang.serve.thrift_wire import Extent, Malformed, find_message
+
+if TYPE_CHECKING:
+    from flowlang.app import Flow
+
+MESSAGE_S = 120.0  # a message that takes longer to arrive is cut off
+AHEAD_BYTES = 1 << 20  # of messages sent ahead of their answers: then no more is read
+BACKLOG = 2048
+_CALL, _REPLY, _EXCEPTION, _ONEWAY = 1, 2, 3, 4
+_UNKNOWN_METHOD, _WRONG_TYPE, _INTERNAL, _PROTOCOL = 1, 2, 6, 7  # of TApplicationException
+
+log = logging.getLogger("flowlang.serve")
+
+
+class _Refused(Exception):
+    """A call that is answered with an exception: its text and the type of it."""
+
+    def __init__(self, text: str, kind: int) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """A method of the services: the structs around its arguments and its result."""
+
+    arguments: Any
+    result: Any
+    answer: Callable[[str, Any], Awaitable[Any]]
+
+
+class ThriftServer:
+    """Serves the flows of `inference` over Thrift, in the event loop that starts it.
+
+    `flow` is the one meant by a client that names none; by default the only one there is that takes
+    bytes, or the only one of those that gives labels.
+    """
+
+    def __init__(
+        self,
+        inference: Inference,
+        host: str,
+        port: int,
+        *,
+        max_body_bytes: int,
+        flow: str | None = None,
+    ) -> None:
+        self.max_body_bytes = max_body_bytes
+        self.under_way = 0
+        self.connections: set[_Connection] = set()
+        self._address = (host, port)
+        self._calls = _Calls(inference, flow)
+        self._server: asyncio.Server | None = None
+        self._methods: dict[str, _Method] = {}
+
+    async def start(self) -> int:
+        """Begin to listen. Returns the port. Raises OSError where it cannot be had."""
+        self._methods = _methods(self._calls)
+        loop = asyncio.get_running_loop()
+        host, port = self._address
+        self._server = await loop.create_server(
+            lambda: _Connection(self), host, port, backlog=BACKLOG
+        )
+        found: int = self._server.sockets[0].getsockname()[1]
+        return found
+
+    async def stop(self, grace_s: float) -> bool:
+        """Answer what is inside, then stop. Returns whether that was done in time.
+
+        Nothing new is let in once `inference` refuses it, which is told to who asks until the end.
+        """
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + grace_s
+        while self.under_way and clock() < until_s:
+            await asyncio.sleep(0.01)
+        in_time = not self.under_way
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self.connections):
+            connection.close()
+        return in_time
+
+    async def answer(self, message: bytes) -> bytes | None:
+        """The answer to one message; None where none is expected. Raises Malformed."""
+        protocol = _binary(message)
+        try:
+            asked, kind, number = protocol.read_message_begin()
+        except UnicodeDecodeError:
+            raise Malformed("a method's name is not UTF-8") from None
+        prefix, _, name = asked.rpartition(":")
+        try:
+            found = await self._answer(prefix, name, kind, protocol)
+        except _Refused as error:
+            found = error
+        return None if kind == _ONEWAY else _written(name, number, found)
+
+    async def _answer(self, prefix: str, name: str, kind: int, protocol: Any) -> Any:
+        """The result of a call, in the struct around it. Raises _Refused."""
+        if kind not in (_CALL, _ONEWAY):
+            raise _Refused("this is no call", _WRONG_TYPE)
+        method = self._methods.get(name)
+        if method is None:
+            known = ", ".join(self._methods)
+            raise _Refused(f"there is no method `{name:.100}`; there is {known}", _UNKNOWN_METHOD)
+        arguments = method.arguments()
+        try:
+            arguments.read(protocol)
+        except Exception:  # the lengths are right, so that any other fault is what was sent
+            raise _Refused(f"these are no arguments of `{name}`", _PROTOCOL) from None
+        self.under_way += 1
+        try:
+            result = method.result()
+            result.success = await method.answer(prefix, arguments)  # void has no field for it
+            return result
+        finally:
+            self.under_way -= 1
+
+
+def _methods(calls: _Calls) -> dict[str, _Method]:
+    """The methods of the services that the IDL declares."""
+    import thriftpy2
+
+    text = resources.files(__package__).joinpath("inference.thrift").read_text("utf-8")
+    declared = thriftpy2.load_fp(io.StringIO(text), "flowlang_inference_thrift")
+    calls.declared = declared
+    return {
+        name: _Method(
+            getattr(service, f"{name}_args"),
+            getattr(service, f"{name}_result"),
+            getattr(calls, name),
+        )
+        for service in (declared.InferenceService, declared.ImageProcessingService)
+        for name in service.thrift_services
+    }
+
+
+def _binary(message: bytes) -> Any:
+    """The binary protocol, to read a message or to write one."""
+    from thriftpy2.protocol import binary
+    from thriftpy2.transport import memory
+
+    protocol: Any = binary.TBinaryProtocol
+    buffer: Any = memory.TMemoryBuffer
+    return protocol(buffer(message or None))
+
+
+def _written(name: str, number: int, found: Any) -> bytes:
+    """A message with a result, or with an exception."""
+    from thriftpy2.thrift import TApplicationException
+
+    protocol = _binary(b"")
+    is_refused = isinstance(found, _Refused)
+    protocol.write_message_begin(name, _EXCEPTION if is_refused else _REPLY, number)
+    if isinstance(found, _Refused):
+        found = TApplicationException(found.kind, str(found))
+    found.write(protocol)
+    protocol.write_message_end()
+    return bytes(protocol.trans.getvalue())
+
+
+class _Calls:
+    """The methods, by their names: each takes the flow a client named, and its arguments."""
+
+    def __init__(self, inference: Inference, flow: str | None) -> None:
+        self.declared: Any = None  # the structs of the IDL
+        self._inference = inference
+        self._default = flow
+
+    async def ping(self, prefix: str, arguments: Any) -> None:
+        """Answer, and nothing more."""
+
+    async def infer_batch(self, prefix: str, arguments: Any) -> Any:
+        """The label of a picture, and its score."""
+        given = arguments.params
+        if given is None or given.uuid is None or given.data is None:
+            raise _Refused("params.uuid and params.data are required", _PROTOCOL)
+        try:
+            flow = self._flow(prefix, needs_label=True)
+            answer = await self._ask(flow, given.data, given.uuid)
+            label, score = label_of(flow.output, answer)
+        except RequestError as error:
+            raise _Refused(f"{error.code}: {error.message}", _INTERNAL) from None
+        return self.declared.InferenceResult(label=label, score=score)
+
+    async def process_image(self, prefix: str, arguments: Any) -> Any:
+        """What a flow answers, as JSON; errors have a field of their own here."""
+        given = arguments.request
+        response = self.declared.ProcessResponse
+        if given is None or given.image_data is None:
+            raise _Refused("request.image_data is missing", _PROTOCOL)
+        try:
+            flow = self._flow(prefix, needs_label=False)
+            answer = await self._ask(flow, given.image_data, "")
+        except RequestError as error:
+            message = f"{error.code}: {error.message}"
+            return response(success=False, result_data="", error_message=message)
+        text = to_json(plain(answer)).decode()
+        return response(success=True, result_data=text, error_message="")
+
+    async def _ask(self, flow: Flow, picture: bytes, request_id: str) -> Any:
+        try:
+            return await flow.acall(picture)
+        except RequestError as error:
+            level = logging.WARNING if isinstance(error, StageFailed) else logging.INFO
+            log.log(level, "request %r of flow `%s`: %s", request_id, flow.name, error)
+            raise Unanswered(error) from None
+        except Exception:
+            log.exception("request %r of flow `%s` failed", request_id, flow.name)
+            raise _Refused("internal: internal error", _INTERNAL) from None
+
+    def _flow(self, prefix: str, *, needs_label: bool) -> Flow:
+        """The flow that a call means. Raises RequestError."""
+        self._inference.check_open()
+        flows = {
+            name: model.flow
+            for name, model in self._inference.models.items()
+            if takes_bytes(model.flow.input)
+        }
+        name = prefix if prefix in self._inference.models else self._default
+        if name is not None:
+            found = flows.get(name)
+            if found is None:
+                self._inference.model(name)  # says what is wrong where there is none
+                raise BadRequest(f"flow `{name}` does not take the bytes of a picture")
+        else:
+            labelling = [flow for flow in flows.values() if gives_label(flow.output)]
+            fitting = labelling if needs_label or len(flows) > 1 else list(flows.values())
+            if len(fitting) != 1:
+                known = ", ".join(f"`{flow}`" for flow in flows) or "none"
+                raise BadRequest(
+                    f"name the flow, as in `flow:method`; those that take pictures are {known}"
+                )
+            found = fitting[0]
+        if needs_label and not gives_label(found.output):
+            raise BadRequest(f"flow `{found.name}` gives {found.output}, and no label with a score")
+        return found
+
+
+def gives_label(kind: Type) -> bool:
+    """Whether an answer of this type has a label and a score: labels, or the scores of classes."""
+    if isinstance(kind, ListOf):
+        kind = kind.item
+    if isinstance(kind, Record):
+        return kind.get("label") is not None and kind.get("score") is not None
+    return (
+        isinstance(kind, Tensor)
+        and kind.dtype.startswith("f")
+        and kind.shape is not None
+        and len(kind.shape) == 1
+    )
+
+
+def label_of(kind: Type, answer: Any) -> tuple[str, float]:
+    """The first label with its score, or the number of the class with the highest one.
+
+    Raises BadRequest where there is none, as where nothing was found in a picture.
+    """
+    if isinstance(kind, Tensor):
+        if not len(answer):
+            raise BadRequest("the flow gives no score")
+        best = int(answer.argmax())
+        return str(best), float(answer[best])
+    if isinstance(kind, ListOf):
+        if not answer:
+            raise BadRequest("the flow gives no label for this picture")
+        answer = answer[0]
+    return str(answer["label"]), float(answer["score"])
+
+
+class _Connection(asyncio.Protocol):
+    """One client's connection: messages out of its bytes, answered one after the other."""
+
+    def __init__(self, server: ThriftServer) -> None:
+        self._server = server
+        self._buffer = bytearray()
+        self._needed = 4  # bytes before it is worth looking for a message
+        self._transport: asyncio.Transport | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._late: asyncio.TimerHandle | None = None
+        self._is_full = False  # the client does not take its answers
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+        # A client that is gone without a word is found out, in the course of two hours.
+        connected = transport.get_extra_info("socket")
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._server.connections.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._transport = None
+        if self._late is not None:
+            self._late.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        self._advance()
+        if self._task is not None and len(self._buffer) > AHEAD_BYTES and self._transport:
+            self._transport.pause_reading()
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        self._advance()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def _advance(self) -> None:
+        """Begin with the next message, if it is there and its turn."""
+        if self._task is not None or self._is_full or len(self._buffer) < self._needed:
+            self._watch()
+            return
+        try:
+            extent = find_message(self._buffer, self._server.max_body_bytes)
+        except Malformed as error:
+            log.info("a Thrift connection is closed: %s", error)
+            self.close()
+            return
+        if not extent.is_complete:
+            self._needed = extent.end
+            self._watch()
+            return
+        self._needed = 4
+        message = bytes(memoryview(self._buffer)[extent.start : extent.end])
+        del self._buffer[: extent.end]
+        self._task = asyncio.get_running_loop().create_task(self._answer(message, extent))
+        self._watch()
+
+    def _watch(self) -> None:
+        """Let the rest of a message that has begun come within MESSAGE_S."""
+        is_waiting = bool(self._buffer) and self._task is None and not self._is_full
+        if is_waiting and self._late is None:
+            self._late = asyncio.get_running_loop().call_later(MESSAGE_S, self.close)
+        elif not is_waiting and self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    async def _answer(self, message: bytes, extent: Extent) -> None:
+        try:
+            answer = await self._server.answer(message)
+        except Malformed as error:
+            log.info("a Thrift connection is closed: %s", error)
+            self.close()
+            return
+        except Exception:
+            log.exception("a Thrift message could not be answered")
+            self.close()
+            return
+        self._task = None
+        if self._transport is None:
+            return
+        if answer is not None:
+            head = len(answer).to_bytes(4, "big") if extent.is_framed else b""
+            self._transport.write(head + answer)
+        self._transport.resume_reading()
+        self._advance()
