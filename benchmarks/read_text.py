@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import itertools
 import queue
+import statistics
 import tempfile
 import threading
 import time
@@ -30,7 +31,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import psutil
 
-from benchmarks.cpu import Run, rates, write
+from benchmarks.cpu import QUIET_CORES, Run, middle, rates, spread, summary, write
 from benchmarks.load import Result, Sampler, fastest_loop, percentile
 from flowlang import Flow, load
 from tests.pages import Page, pages
@@ -106,6 +107,7 @@ def _read_here(picture: bytes) -> Sequence[str]:
 def processes(count: int) -> Iterator[tuple[Read, Callable[[], Sampler]]]:
     """An engine of one thread in each of several processes, and what measures their use."""
     with ProcessPoolExecutor(count, get_context("spawn"), _start) as pool:
+        list(pool.map(time.sleep, [0.1] * count))  # a worker starts when there is work for it
 
         def read(picture: bytes) -> Sequence[str]:
             return pool.submit(_read_here, picture).result()
@@ -216,8 +218,8 @@ def the_app() -> Iterator[Flow]:
 class Laps:
     """Requests in whole laps through the pages, so that every window holds the same work.
 
-    It opens when each client has had one answer, for at the start they all decode at once, and
-    closes while all of them still ask.
+    It opens after as many answers as there are clients, for at the start they all decode at once,
+    and closes while all of them still ask.
     """
 
     def __init__(self, items: Sequence[bytes], laps: int, clients: int) -> None:
@@ -329,7 +331,26 @@ def throughput(run: Run, laps: int) -> None:
         ]
     }
     ratios |= {f"flowlang over rapidocr, {n}": rates(found, "flowlang", n) for n in theirs}
-    run.note("throughput", found, ratios)
+    keep(run, found, ratios)
+
+
+def keep(run: Run, found: Mapping[str, list[Result]], ratios: Mapping[str, list[float]]) -> None:
+    """Note all rounds, and print the median one of each variant and the ratios of rounds."""
+    others = statistics.median(r.usage["others"] for results in found.values() for r in results)
+    run.found["jobs"]["throughput"] = {
+        "ratios": {what: summary(values) for what, values in ratios.items()},
+        "others_cores": round(others, 2),
+        "is_noisy": others > QUIET_CORES,
+        "rounds": {name: [r.as_json() for r in results] for name, results in found.items()},
+    }
+    print("\n### throughput\n\n| | outstanding | pages a second | p50 s | cores |")
+    print("|---|---|---|---|---|")
+    for r in map(middle, found.values()):
+        seconds, cores = r.p50_ms / 1e3, r.usage["cores"]
+        print(f"| {r.what} | {r.clients} | {r.qps:.2f} | {seconds:.2f} | {cores:.2f} |")
+    print()
+    for what, values in ratios.items():
+        print(f"- {what}: **{spread(values)}**", flush=True)
 
 
 def main() -> None:

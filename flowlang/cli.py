@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from flowlang.plan.check import Plan
     from flowlang.plan.physical import PhysicalPlan
     from flowlang.runtime.seal import Key
+    from flowlang.serve.http import Face
+    from flowlang.serve.inference import Inference
 
 FAILED, INTERRUPTED = 1, 130
 KEY_VARIABLE = "FLOWLANG_KEY"
@@ -477,6 +479,17 @@ def build(
     is_flag=True,
     help="Load the flows again when their files change; the old ones stay if the new do not check.",
 )
+@click.option(
+    "--grpc-port",
+    type=click.IntRange(0, 65535),
+    help="Serve the Open Inference Protocol over gRPC there too; Triton's port is 8001.",
+)
+@click.option(
+    "--thrift-port",
+    type=click.IntRange(0, 65535),
+    help="Serve InferenceService over Thrift there too; its clients look at 8888.",
+)
+@click.option("--thrift-flow", metavar="NAME", help="The flow that Thrift means if it names none.")
 @_device
 @_engines
 @_plan_options
@@ -485,6 +498,9 @@ def serve(
     host: str,
     port: int,
     watches: bool,
+    grpc_port: int | None,
+    thrift_port: int | None,
+    thrift_flow: str | None,
     device: str | None,
     engines: Path | None,
     values: dict[str, str],
@@ -509,12 +525,48 @@ def serve(
         return [(plan, lower(plan, machine)) for plan in plans]
 
     first = [compiled()]  # what is wrong now is told before anything listens
+    names = [flow.name for plan, _ in first[0] for flow in plan.flows]
+    if thrift_flow is not None and thrift_flow not in names:
+        there = ", ".join(f"`{name}`" for name in names)
+        raise FlowError(f"--thrift-flow: there is no flow `{thrift_flow}`; there is {there}")
 
     def load() -> list[App]:
         stages = first.pop() if first else compiled()
         return [App(*stage, engines=engines, key=key) for stage in stages]
 
-    sys.exit(serve_http(load, host, port, watches=watches))
+    faces = _faces(host, grpc_port, thrift_port, thrift_flow)
+    sys.exit(serve_http(load, host, port, watches=watches, faces=faces))
+
+
+def _faces(
+    host: str, grpc_port: int | None, thrift_port: int | None, thrift_flow: str | None
+) -> list[Callable[[Inference], Face]]:
+    """The protocols to serve besides HTTP. Raises FlowError where their package is not there."""
+    from flowlang.serve.grpc import GrpcServer
+    from flowlang.serve.routes import MAX_BODY_BYTES
+    from flowlang.serve.thrift import ThriftServer
+
+    faces: list[Callable[[Inference], Face]] = []
+    if grpc_port is not None:
+        _check_installed("grpc", "grpc")
+        faces.append(
+            lambda inference: GrpcServer(inference, host, grpc_port, max_body_bytes=MAX_BODY_BYTES)
+        )
+    if thrift_port is not None:
+        _check_installed("thriftpy2", "thrift")
+        faces.append(
+            lambda inference: ThriftServer(
+                inference, host, thrift_port, max_body_bytes=MAX_BODY_BYTES, flow=thrift_flow
+            )
+        )
+    return faces
+
+
+def _check_installed(package: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise FlowError(f"{extra} needs the package {package}: pip install 'flowlang[{extra}]'")
 
 
 def _check_names(plans: Sequence[Plan]) -> None:

@@ -24,7 +24,9 @@ LAYERS = (
 HOMES = {
     "lark": {"syntax.parse", "syntax.read", "syntax.complaint"},
     "onnx": {"runtime.rework"},  # plan.onnx loads its messages alone, without the package
-    "google": {"plan.onnx"},
+    "google": {"plan.onnx", "serve.proto", "serve.grpc"},
+    "grpc": {"serve.grpc"},
+    "thriftpy2": {"serve.thrift"},
     "cv2": {"runtime.vision"},
     "onnxruntime": {"runtime.ort", "runtime.rework"},
     "nvidia": {"runtime.dali"},

@@ -15,7 +15,7 @@ from flowlang.diagnostics import Diagnostic, Span
 from flowlang.plan import graph
 from flowlang.plan.check import Plan
 from flowlang.plan.expression import Expression
-from flowlang.plan.graph import FlowPlan, Live, Node
+from flowlang.plan.graph import FlowPlan, Live, Node, Parameter
 from flowlang.plan.ops import OPS, Param
 from flowlang.plan.physical import PhysicalPlan, StagePlan, Steps, decodes_on_gpu
 from flowlang.plan.rewrite import rewrite
@@ -92,8 +92,15 @@ def body_labels(node: Node) -> list[str]:
 
 
 def _headline(flow: FlowPlan) -> str:
-    left = f"flow {flow.name}: {flow.input.type} -> {flow.output.type}"
+    parameters = ", ".join(map(_parameter, flow.parameters))
+    name = f"{flow.name}({parameters})" if parameters else flow.name
+    left = f"flow {name}: {flow.input.type} -> {flow.output.type}"
     return f"{left:<56} {_place(flow.span)}"
+
+
+def _parameter(given: Parameter) -> str:
+    default = f" = {node_text(given.default)}" if given.default is not None else ""
+    return f"{given.name}: {given.type}{default}"
 
 
 def _place(span: Span) -> str:
@@ -175,8 +182,7 @@ def node_text(node: Node) -> str:
     if node.op == graph.FIELD:
         return f".{node.params['name']}"
     if node.op == graph.LITERAL:
-        value = node.params["value"]
-        return f'"{value}"' if isinstance(value, str) else str(value)
+        return _written(node.params["value"])
     if node.op in (graph.BINARY, graph.UNARY):
         return str(node.params["operator"])
     if node.op == graph.WIDEN:
@@ -198,24 +204,45 @@ def node_text(node: Node) -> str:
     if node.op == graph.PYTHON:
         function = node.params["function"]
         given = {n: v for n, v in node.params.items() if n != "function" and n in node.param_spans}
-        parts = [f"{n}={_value(v)}" for n, v in given.items()]
+        parts = [
+            f"{n}={_span_text(node, n) if isinstance(v, Live) else _written(v)}"
+            for n, v in given.items()
+        ]
         return f"{function.shown}({', '.join(parts)})" if parts else str(function.shown)
     op = OPS.get(node.op)
     if op is None:
         return node.op
     parts = [
-        _argument(p, node.params[p.name])
+        _argument(node, p)
         for p in op.params
         if node.params.get(p.name) is not None and node.params[p.name] != p.default
     ]
     return f"{op.name}({', '.join(parts)})" if parts else op.name
 
 
-def _argument(param: Param, value: Any) -> str:
+def _argument(node: Node, param: Param) -> str:
+    value = node.params[param.name]
     if param.kind == "flag":
         return param.name
-    text = _value(value)
+    if isinstance(value, Live):
+        text = _span_text(node, param.name)
+    else:
+        text = _written(value) if param.kind == "str" else _value(value)
     return f"{param.name}={text}" if param.is_named else text
+
+
+def _span_text(node: Node, name: str) -> str:
+    """An argument that comes with the request, as it is written."""
+    return " ".join(node.param_spans[name].text.split())
+
+
+def _written(value: Any) -> str:
+    """A plain value as it is written in a flow."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _value(value: Any) -> str:
@@ -223,8 +250,6 @@ def _value(value: Any) -> str:
         return f'"{value.name}"'
     if isinstance(value, list):
         return f"<{len(value)} names>"
-    if isinstance(value, Live):
-        return f"<{value.index}>"
     if isinstance(value, Expression):
         return " ".join(value.text.split())
     if isinstance(value, tuple):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan.arguments import Report
 from flowlang.plan.module import Declared
+from flowlang.plan.ops import OPS
 from flowlang.syntax import tree
 
 MAX_NESTED = 128  # expressions in one another, through all mentions
@@ -122,8 +123,24 @@ def _own(declared: Declared) -> _Own:
             if found is not None and part.path.names[0] not in hidden:
                 own.mentions[found.name] += 1
                 own.places.setdefault(found.name, part.path.span)
-        stack.extend((child, depth + 1) for child in reversed(children(part)))
+        inside = _stages_of(part) if isinstance(part, tree.Call) else children(part)
+        stack.extend((child, depth + 1) for child in reversed(inside))
     return own
+
+
+def _stages_of(call: tree.Call) -> list[object]:
+    """The arguments of a call but for words of its operator: `imagenet` there is no flow."""
+    op = OPS.get(str(call.path))
+    if op is None:
+        return children(call)
+    places = dict(enumerate(op.params))
+    found: list[object] = []
+    for index, arg in enumerate(call.args or ()):
+        param = op.param(arg.name) if arg.name is not None else places.get(index)
+        is_bare = isinstance(arg.value, tree.Call) and arg.value.args is None
+        if not is_bare or (param is not None and param.is_body):
+            found.append(arg.value)
+    return found
 
 
 def calls(expr: object) -> Iterator[tree.Call]:

@@ -259,8 +259,8 @@ def _value_before(node: Node) -> Node:
     """What a node works on: of a field of a record just made, what it was made from."""
     record = node.inputs[0]
     if node.op == graph.FIELD and record.op == graph.RECORD:
-        names: tuple[str, ...] = record.params["names"]
-        return record.inputs[names.index(node.params["name"])]
+        fields: dict[str, Node] = dict(zip(record.params["names"], record.inputs, strict=True))
+        return fields.get(node.params["name"], record)
     return record
 
 
@@ -287,10 +287,10 @@ def _make(sight: Sight) -> object:
 def _picture_before(at: Node) -> tuple[Node | None, tuple[Node, ...] | None]:
     """Where a picture came from, and what was done to it on the way."""
     chain: list[Node] = []
-    while at.op in OPS and OPS[at.op].kind == "image":
-        chain.append(at)
-        at = at.inputs[0]
-        if chain[-1].op == "decode":
+    while at.op == "pass" or (at.op in OPS and OPS[at.op].kind == "image"):
+        chain += [at] if at.op != "pass" else []
+        is_first, at = at.op == "decode", at.inputs[0]
+        if is_first:
             break
     is_source = isinstance(at.type, Image) or (chain and chain[-1].op == "decode")
     return (at, tuple(reversed(chain))) if is_source else (None, None)

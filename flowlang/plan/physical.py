@@ -179,6 +179,10 @@ def _identity(node: Node) -> Identity:
     """
     is_pack = node.op == graph.PACK
     packing = tuple(sorted(node.params.items())) if is_pack else ()
+    if node.op == "boxes":  # which answers in coordinates of what its model was given
+        chain = node.params["chain"] or ()
+        seen = tuple((n.op, repr(sorted(n.params.items()))) for n in chain)
+        packing = (("chain", seen), ("names", repr(node.params["names"])))
     arriving = tuple(i.type if is_pack else _work_type(i.type) for i in node.inputs)
     return (node.op, node.site, arriving, packing)
 

@@ -146,7 +146,9 @@ def merge_equal(plan: FlowPlan) -> FlowPlan:
         if node.bodies or node.op == graph.INPUT:
             return node
         own = node.site if kind in ("model", graph.PYTHON) else None
-        params = sorted((n, repr(v)) for n, v in node.params.items() if not callable(v))
+        # The chain of `boxes` follows from its input, and would be spelled out with all before it.
+        given = {n: v for n, v in node.params.items() if n != "chain"}
+        params = sorted((n, repr(v)) for n, v in given.items() if not callable(v))
         others = tuple(id(v) for v in node.params.values() if callable(v))
         key = (node.op, tuple(params), others, tuple(id(i) for i in node.inputs), own)
         return seen.setdefault(key, node)

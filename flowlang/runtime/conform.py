@@ -36,6 +36,12 @@ _PLAIN: Mapping[str, tuple[type, ...]] = {
 }
 
 
+_PLACES: Mapping[str, tuple[tuple[int, ...], str]] = {
+    "box": ((4,), "left, top, right and bottom"),
+    "quad": ((4, 2), "four points"),
+}
+
+
 class NotOfType(Exception):
     """A value is not of the type that was declared."""
 
@@ -55,6 +61,8 @@ def conforming(kind: Type) -> Conform:
         return _bytes
     if isinstance(kind, Scalar) and kind.name in _PLAIN:
         return _scalar(kind)
+    if isinstance(kind, Scalar) and kind.name in _PLACES:
+        return _place(kind)
     return _plain
 
 
@@ -73,13 +81,30 @@ def _bytes(value: Any) -> Any:
 
 def _scalar(kind: Scalar) -> Conform:
     wanted = _PLAIN[kind.name]
-    to: Conform = float if kind.name == "float" else lambda value: value
+    to: Conform = float if float in wanted else lambda value: value
 
     def conform(value: Any) -> Any:
         found = _plain(value)
         if not isinstance(found, wanted) or isinstance(found, bool) != (kind.name == "bool"):
             raise NotOfType(f"{_called(found)} is not {kind}")
         return to(found)
+
+    return conform
+
+
+def _place(kind: Scalar) -> Conform:
+    shape, words = _PLACES[kind.name]
+
+    def conform(value: Any) -> Any:
+        import numpy as np
+
+        try:
+            numbers = np.asarray(value, np.float64)
+        except (TypeError, ValueError, OverflowError):
+            numbers = np.empty(0)
+        if numbers.shape != shape:
+            raise NotOfType(f"{_called(value)} is not {kind}: {words}")
+        return numbers.tolist()
 
     return conform
 
@@ -132,7 +157,8 @@ def _fields(value: Any) -> Mapping[str, Any] | None:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return value._asdict() if hasattr(value, "_asdict") else None
+    is_tuple = isinstance(value, tuple) and hasattr(value, "_asdict")
+    return value._asdict() if is_tuple else None
 
 
 def _array(kind: Tensor | Image) -> Conform:

@@ -25,6 +25,7 @@ from flowlang.runtime.conform import NotOfType, conforming
 
 log = logging.getLogger("flowlang.python")
 
+_FAILURES = (Exception, SystemExit)  # `sys.exit()` in an operator ends its item, not its lane
 _loading = threading.RLock()
 _modules: dict[tuple[str, int], ModuleType] = {}  # by path and time of change: each is run once
 
@@ -105,7 +106,7 @@ class PythonInstance:
                     self._function(*(item[f] for f in self._wanted.fields), **given)
                 )
             return self._conform(self._function(item, **given))
-        except Exception as error:
+        except _FAILURES as error:
             return self._failure(error)
 
     def _call_batched(self, items: list[Any], given: list[Mapping[str, Any]]) -> list[Any]:
@@ -130,7 +131,7 @@ class PythonInstance:
             if len(results) != len(items):
                 raise NotOfType(f"{len(items)} items gave {len(results)} results")
             return [self._conform(r) for r in results]
-        except Exception as error:
+        except _FAILURES as error:
             if len(items) == 1:
                 return [self._failure(error)]
         return [self._try_batch([item], told)[0] for item in items]
@@ -140,7 +141,7 @@ class PythonInstance:
         columns = [[item[f] for item in items] for f in fields] if fields else [items]
         return self._function(*columns, **told)
 
-    def _failure(self, error: Exception) -> RequestError:
+    def _failure(self, error: BaseException) -> RequestError:
         """What an item fails with. The function's own traceback is for the log."""
         shown = self._wanted.shown
         if isinstance(error, NotOfType):

@@ -115,7 +115,7 @@ class ParameterReader:
     def of_query(self, query: bytes) -> dict[str, Any]:
         """The parameters of a query string. Raises BadRequest."""
         texts: dict[str, str] = {}
-        for name, text in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        for name, text in parse_qsl(query.decode("utf-8", "replace"), keep_blank_values=True):
             if name in texts:
                 raise BadRequest(f"`{name}` is given twice")
             texts[name] = text
@@ -123,10 +123,11 @@ class ParameterReader:
 
     def of_texts(self, texts: Mapping[str, str]) -> dict[str, Any]:
         """The parameters as texts, read as their types say. Raises BadRequest."""
-        return {
-            name: self._read(name, text.encode()) if name in self._types else text
-            for name, text in texts.items()
-        }
+        unknown = texts.keys() - self._types.keys()
+        if unknown:
+            known = ", ".join(f"`{n}`" for n in self._types) or "none"
+            raise BadRequest(f"this flow has no parameter `{min(unknown)}`; it has {known}")
+        return {name: self._read(name, text.encode()) for name, text in texts.items()}
 
     def of_form(self, parts: Sequence[Part]) -> tuple[dict[str, Any], list[Part]]:
         """The parameters of a form, and the parts that are none. Raises BadRequest."""
@@ -144,7 +145,7 @@ class ParameterReader:
     def _read(self, name: str, content: bytes) -> Any:
         """A value of a parameter's type. What does not fit is told when the request is let in."""
         kind: Type = without_null(self._types[name])
-        if kind == Scalar("str"):
+        if kind in (Scalar("str"), Scalar("path")):
             return content.decode("utf-8", "replace")
         reader = reader_of(kind)
         try:

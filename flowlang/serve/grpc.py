@@ -54,6 +54,8 @@ _WORD = re.compile("(?<!^)(?=[A-Z])")  # where a word of a name begins, but for 
 class GrpcServer:
     """Serves the models of `inference` over gRPC, in the event loop that starts it."""
 
+    scheme = "grpc"
+
     def __init__(self, inference: Inference, host: str, port: int, *, max_body_bytes: int) -> None:
         self._inference = inference
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -102,7 +104,8 @@ class GrpcServer:
         while self._under_way and clock() < until_s:
             await asyncio.sleep(0.01)
         in_time = not self._under_way
-        await self._server.stop(LINGER_S)
+        if self._server is not None:
+            await self._server.stop(LINGER_S)
         return in_time
 
     def _service(self, protocol: Protocol, answers: Any) -> Any:

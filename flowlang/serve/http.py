@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import uvicorn
 import uvloop
@@ -28,6 +28,7 @@ from flowlang.serve.watch import reload_on_change
 
 if TYPE_CHECKING:
     from flowlang.app import App
+    from flowlang.serve.inference import Inference
 
 GRACE_S = 30.0
 BACKLOG = 2048
@@ -35,6 +36,18 @@ KEEP_ALIVE_S = 75  # longer than clients and balancers keep an idle connection
 LINGER_S = 0.2  # once all is answered: so that who writes just now is told, and not cut off
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers
 STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Face(Protocol):
+    """Another protocol beside HTTP, at a port of its own: flowlang.serve.grpc, .thrift."""
+
+    scheme: str
+
+    async def start(self) -> int:
+        """Begin to listen. Returns the port. Raises OSError where it cannot be had."""
+
+    async def stop(self, grace_s: float) -> bool:
+        """Answer what is inside, then stop. Returns whether that was done in time."""
 
 
 def serve(
@@ -47,6 +60,7 @@ def serve(
     on_ready: Callable[[str], None] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     watches: bool = False,
+    faces: Sequence[Callable[[Inference], Face]] = (),
 ) -> int:
     """Serve flows until SIGTERM or SIGINT. Returns the exit status.
 
@@ -61,6 +75,9 @@ def serve(
 
     With `watches`, `load` is called again whenever a file of the flows has changed: the new ones
     take over while the old ones answer what they have. Where it fails the old ones stay.
+
+    `faces` are other protocols to serve the same flows by, made of what they answer with; the URL
+    told is then a list of them, HTTP's the last.
     """
     try:
         listener = _listen(host, port)
@@ -77,6 +94,7 @@ def serve(
         on_listen or (lambda url: _say(f"loading, on {url}")),
         on_ready or (lambda url: _say(f"serving {', '.join(service.names)} on {url}")),
         watches=watches,
+        faces=[make(service.inference) for make in faces],
     )
     uvloop.run(server.serve(sockets=[listener]))
     if server.is_cut_short:
@@ -164,6 +182,7 @@ class _Server(uvicorn.Server):
         on_ready: Callable[[str], None],
         *,
         watches: bool = False,
+        faces: Sequence[Face] = (),
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -188,6 +207,7 @@ class _Server(uvicorn.Server):
         self._load = load
         self._grace_s = grace_s
         self._url = url
+        self._faces = faces
         self._on_listen = on_listen
         self._on_ready = on_ready
         self._apps: Sequence[App] = ()
@@ -214,6 +234,15 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        host = self._url.removeprefix("http://").rpartition(":")[0]
+        try:
+            urls = [f"{face.scheme}://{host}:{await face.start()}" for face in self._faces]
+        except OSError as error:
+            _report(error)
+            self.status = 1
+            self._stop()
+            return
+        self._url = ", ".join([*urls, self._url])
         self._on_listen(self._url)
         self._loader.start()
 
@@ -281,7 +310,8 @@ class _Server(uvicorn.Server):
             self._watching.cancel()
         try:
             self._service.refuse()
-            in_time = await self._service.emptied(self._grace_s)
+            stopping = (face.stop(self._grace_s) for face in self._faces)
+            in_time = all(await asyncio.gather(self._service.emptied(self._grace_s), *stopping))
             closing = [
                 asyncio.to_thread(app.close, max(0.0, until_s - clock())) for app in self._apps
             ]

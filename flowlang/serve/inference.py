@@ -98,22 +98,27 @@ class Statistics:
     its queues, and writing tensors.
     """
 
-    PARTS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+    NAMES = (
+        *("success", "fail", "queue", "compute_input", "compute_infer", "compute_output"),
+        *("cache_hit", "cache_miss"),
+    )
 
     def __init__(self) -> None:
         self.items = 0
         self.last_ms = 0  # when the last request came, in milliseconds since 1970
-        self.spans = {name: Span() for name in (*self.PARTS, "cache_hit", "cache_miss")}
+        self.spans = {name: Span() for name in self.NAMES}
 
     def succeed(
         self, items: int, input_ns: int, infer_ns: int, output_ns: int, queue_ns: int = 0
     ) -> None:
         """Count an answered request. `queue_ns` is a part of `infer_ns`."""
         self.items += items
-        parts = (queue_ns, input_ns, infer_ns - queue_ns, output_ns)
-        for name, ns in zip(self.PARTS, (sum(parts), 0, *parts), strict=True):
-            if name != "fail":
-                self.spans[name].add(ns)
+        spans = self.spans
+        spans["success"].add(input_ns + infer_ns + output_ns)
+        spans["queue"].add(queue_ns)
+        spans["compute_input"].add(input_ns)
+        spans["compute_infer"].add(infer_ns - queue_ns)
+        spans["compute_output"].add(output_ns)
 
     def fail(self, ns: int) -> None:
         """Count a request that was not answered."""
@@ -210,11 +215,13 @@ class Model:
 
     def _wanted(self, names: Sequence[str] | None) -> list[str]:
         known = self.outputs.by_name
-        for index, name in enumerate(names or ()):
+        if not names:
+            return list(known)
+        for index, name in enumerate(names):
             if name not in known:
                 there = ", ".join(f"`{n}`" for n in known)
                 raise BadRequest(f"outputs[{index}]: no output is named `{name}`; there is {there}")
-        return list(dict.fromkeys(names or known))
+        return list(dict.fromkeys(names))
 
     def _items(self, request: Request) -> tuple[list[Any], list[dict[str, Any]]]:
         """The items of a request, and the parameters of each. Raises BadRequest."""
@@ -237,7 +244,9 @@ class Model:
             raise BadRequest(f"inputs: {count} items, and a request has 1 to {self.limit}")
         arguments = {name: rows.pop(name) for name in self._arguments if name in rows}
         shared = self._shared(request.parameters)
-        given = [{**shared, **{n: v[i] for n, v in arguments.items()}} for i in range(count)]
+        given = [shared] * count
+        if arguments:
+            given = [{**shared, **{n: v[i] for n, v in arguments.items()}} for i in range(count)]
         return self.inputs.items(rows, count), given
 
     def _needed(self) -> str:
@@ -245,6 +254,8 @@ class Model:
 
     def _shared(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The flow's parameters among those of a request. Raises BadRequest."""
+        if not parameters:
+            return {}
         found = {
             name: value
             for name, value in parameters.items()

@@ -60,6 +60,8 @@ class ThriftServer:
     bytes, or the only one of those that gives labels.
     """
 
+    scheme = "thrift"
+
     def __init__(
         self,
         inference: Inference,

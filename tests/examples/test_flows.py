@@ -93,15 +93,18 @@ def test_a_line_upside_down_is_known(folder: Path) -> None:
 
 
 def test_the_command_writes_the_pictures(tmp_path: Path) -> None:
-    """`models.py pictures DIR` writes pictures in colour, and a line of print both ways up."""
+    """`models.py pictures DIR` writes photographs, a page of print, and a line both ways up."""
     command = [sys.executable, models.__file__, "pictures", str(tmp_path / "made")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stderr == ""
     made = {Path(name).name: cv2.imread(name) for name in done.stdout.splitlines()}
     photographs = [made.pop(name) for name in ("cat.jpg", "coffee.jpg", "rocket.jpg")]
     assert all(p is not None and p.shape[2] == 3 and p.std() > 20 for p in photographs)
+    page = made.pop("page.png")
+    assert page is not None
     line, turned = made.pop("line.png"), made.pop("line_upside_down.png")
     assert line is not None
     assert turned is not None
     np.testing.assert_array_equal(line[::-1, ::-1], turned)
+    np.testing.assert_array_equal(line, page[10:34, 4:294])
     assert not made

@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(root / "pick.onnx", gather, index, [("out", FLOATS, ("N", 3))], table=table)
     shifted = [node("Add", ["data", "nine"], ["at"]), node("Gather", ["table", "at"], ["out"])]
     write_model(
-        root / "cold.onnx", shifted, indices, [("out", FLOATS, ("N", 3))],
+        root / "cold.onnx", shifted, index, [("out", FLOATS, ("N", 3))],
         table=table, nine=np.asarray(9, np.int64),
     )  # fmt: skip
     flat = [node("Reshape", ["data", "shape"], ["out"])]

@@ -179,6 +179,7 @@ def test_the_flows_are_listed(server: Server) -> None:
         "output": "list<label>",
         "path": "/flows/classify",
         "takes": "bytes",
+        "parameters": [],
     }
     assert {flow["name"]: flow["takes"] for flow in listed} == {
         "classify": "bytes",

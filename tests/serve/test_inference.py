@@ -53,6 +53,8 @@ def server(folder: Path) -> Iterator[Server]:
     """A server of every flow."""
     with serving(folder, str(folder / "all.flow"), str(folder / "types.flow")) as server:
         yield server.wait_ready()
+        # Only the operator that fails on purpose may show up.
+        assert server.errors.count("Traceback") == server.errors.count("\nRuntimeError: a secret")
 
 
 @pytest.fixture(scope="module")

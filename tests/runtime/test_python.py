@@ -1,0 +1,484 @@
+"""Operators in Python at work: what they are given, what they give, and what they cannot spoil."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+
+import flowlang
+from flowlang.runtime.stage import MAX_ABANDONED
+
+LONG_S = 20.0  # far beyond what anything here takes
+HEAD = """
+from __future__ import annotations
+import dataclasses, sys, threading, time
+from typing import Annotated, Any, NamedTuple, TypedDict
+import numpy as np
+import flowlang
+from flowlang import batched
+"""
+
+Load: TypeAlias = Callable[..., flowlang.App]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Iterator[Load]:
+    """Starts a flow that uses a file of operators as `p`."""
+    apps: list[flowlang.App] = []
+
+    def start(python: str, flow: str, **options: Any) -> flowlang.App:
+        (tmp_path / "p.py").write_text(HEAD + python, "utf-8")
+        path = tmp_path / "app.flow"
+        path.write_text(f'use "p.py" as p\n{flow}\n', "utf-8")
+        apps.append(flowlang.load(path, device="cpu", **options))
+        return apps[-1]
+
+    yield start
+    for app in apps:
+        app.close(1.0)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> ModuleType:
+    """A module that the operators of a test import too: `seen`, and a gate that stands open."""
+    name = f"shared_{tmp_path.name}_{time.monotonic_ns()}"
+    (tmp_path / f"{name}.py").write_text(
+        "import threading\nseen = []\ngate = threading.Event()\ngate.set()\n"
+        "entered = threading.Semaphore(0)\n"
+    )
+    sys.path.append(str(tmp_path))
+    try:
+        return import_module(name)
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def error_of(future: Future[Any] | Callable[[], Any]) -> Exception:
+    """What a call fails with."""
+    with pytest.raises(flowlang.RequestError) as caught:
+        future.result(LONG_S) if isinstance(future, Future) else future()
+    return caught.value
+
+
+# What they are given, and give
+
+
+def test_an_operator_is_called_for_each_item(load: Load) -> None:
+    """An item in, a result out; a flow of nothing but Python is one."""
+    app = load("def f(x: int) -> int: return x + 1", "export flow a = p.f -> p.f")
+    assert app(3) == 5
+    assert list(app.map(range(50))) == list(range(2, 52))
+
+
+ARGUMENTS = """
+def f(x: int, scale: float = 1.0, sure: bool = False, *, mode: str = "a",
+      items: list[int] = [1], free: Any = None) -> str:
+    return f"{x} {scale} {sure} {mode} {items} {free}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        ("f", "7 1.0 False a [1] None"),
+        ("f(2, true)", "7 2 True a [1] None"),
+        ('f(50%, sure, mode="b")', "7 0.5 True b [1] None"),
+        ('f(items=[1, 2], free="x")', "7 1.0 False a [1, 2] x"),
+        ("f(k)", "7 5 False a [1] None"),
+        ("f(scale=k / 2, free=in)", "7 2.5 False a [1] 7"),
+        ('f(free={ a: k, b: [in, 1] }, mode="b")', "7 1.0 False b [1] {'a': 5, 'b': [7, 1]}"),
+    ],
+)
+def test_arguments_arrive_as_they_are_written(load: Load, call: str, answer: str) -> None:
+    """Fixed ones, those of requests, and Python's own defaults for the rest."""
+    app = load(ARGUMENTS, f"export flow a(k: int = 5): int -> str {{ return in -> p.{call} }}")
+    assert app(7) == answer
+    assert app(7, k=5) == answer
+
+
+def test_several_parameters_are_the_fields_of_a_record(load: Load) -> None:
+    """In whatever order the record has them, with arguments besides."""
+    app = load(
+        "def f(a: int, b: int, *, k: int = 1) -> int: return (a - b) * k\n"
+        "@batched\ndef g(a: list[int], b: list[int], *, k: int = 1) -> list[int]:\n"
+        "    return [(x - y) * k for x, y in zip(a, b)]\n",
+        "export flow a = p.f(k=3)\nexport flow b: { b: int, a: int } -> int = p.g(k=3)",
+    )
+    assert app["a"]({"a": 5, "b": 3}) == app["b"]({"a": 5, "b": 3}) == 6
+
+
+RESULTS = """
+class Dict(TypedDict):
+    a: int
+    b: str | None
+class Tuple(NamedTuple):
+    a: int
+    b: float = 2
+@dataclasses.dataclass
+class Data:
+    a: list[Tuple]
+    b: Annotated[np.ndarray, "tensor<f32, 2>"]
+def as_dict(x: int) -> Dict: return {"a": np.int32(x), "b": None}
+def as_tuple(x: int) -> Tuple: return Tuple(x)
+def as_data(x: int) -> Data: return Data([Tuple(x)], [x, 0])
+def as_list(x: int) -> list[float]: return np.arange(3)
+def as_bytes(x: int) -> bytes: return bytearray(b"x" * x)
+def as_none(x: int) -> int | None: return None
+def as_any(x: int) -> Any: return np.float64(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("as_dict", {"a": 2, "b": None}),
+        ("as_tuple", {"a": 2, "b": 2.0}),
+        ("as_data", {"a": [{"a": 2, "b": 2.0}], "b": [2, 0]}),
+        ("as_list", [0.0, 1.0, 2.0]),
+        ("as_bytes", b"xx"),
+        ("as_none", None),
+        ("as_any", 2.0),
+    ],
+)
+def test_results_are_made_plain(load: Load, name: str, answer: Any) -> None:
+    """Records of any kind become dicts, numpy's numbers Python's, and sequences lists."""
+    got = load(RESULTS, f"export flow a = p.{name}")(2)
+    if isinstance(got, dict) and isinstance(got["b"], np.ndarray):
+        got = {**got, "b": got["b"].tolist()}
+    assert got == answer
+    assert type(got) is type(answer)
+
+
+def test_pictures_pass_through(load: Load) -> None:
+    """An image reaches Python as an array, and an array is an image to what follows."""
+    app = load(
+        "def invert(image: 'image') -> Annotated[np.ndarray, 'image<rgb>']:\n"
+        "    return 255 - image\n"
+        "def mean(image: np.ndarray) -> float: return float(image.mean())\n",
+        "export flow a: image<rgb> -> { before: float, after: float, side: int } =\n"
+        "  { before: p.mean, seen: p.invert -> resize(4) }\n"
+        "  -> { before: .before, after: .seen -> p.mean, side: .seen -> .width }",
+    )
+    assert app(np.full((8, 8, 3), 55, np.uint8)) == {"before": 55.0, "after": 200.0, "side": 4}
+
+
+# Batches
+
+
+def test_items_of_different_requests_share_a_call(load: Load, shared: ModuleType) -> None:
+    """What has gathered while a call was under way is one batch, bounded by `batch`."""
+    app = load(
+        f"import {shared.__name__} as shared\n@batched\ndef f(xs: list[int]) -> list[int]:\n"
+        "    shared.entered.release()\n    shared.gate.wait(20)\n"
+        "    shared.seen.append(len(xs))\n    return [x * 2 for x in xs]\n",
+        "export flow a = p.f(batch=1..8)",
+    )
+    shared.gate.clear()
+    futures = [app.submit(0)]
+    assert shared.entered.acquire(timeout=LONG_S)
+    futures += [app.submit(i) for i in range(1, 20)]
+    shared.gate.set()
+    assert [f.result(LONG_S) for f in futures] == [i * 2 for i in range(20)]
+    assert shared.seen[0] == 1
+    assert sorted(shared.seen[1:]) == [3, 8, 8]
+
+
+def test_items_told_the_same_share_a_call(load: Load, shared: ModuleType) -> None:
+    """A call has one value for each argument, so a batch is one call for each."""
+    app = load(
+        f"import {shared.__name__} as shared\n@batched\n"
+        "def f(xs: list[int], *, k: int) -> list[str]:\n"
+        "    shared.entered.release()\n    shared.gate.wait(20)\n"
+        "    shared.seen.append((k, len(xs)))\n    return [f'{x}{k}' for x in xs]\n",
+        "export flow a(k: int): int -> str = p.f(k=k)",
+    )
+    shared.gate.clear()
+    futures = [app.submit(0, k=9)]
+    assert shared.entered.acquire(timeout=LONG_S)
+    futures += [app.submit(i, k=i % 3) for i in range(1, 13)]
+    shared.gate.set()
+    wanted = ["09", *(f"{i}{i % 3}" for i in range(1, 13))]
+    assert [f.result(LONG_S) for f in futures] == wanted
+    assert sorted(shared.seen[1:]) == [(0, 4), (1, 4), (2, 4)]
+
+
+def test_a_bad_item_fails_alone(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """In a batch, in a list and beside others; the rest is answered in its order."""
+    app = load(
+        "def f(x: int) -> float: return 6 / x\n"
+        "@batched\ndef g(xs: list[int]) -> list[float]: return [6 / x for x in xs]\n",
+        "export flow one = p.f\nexport flow many = p.g\n"
+        "export flow dropped: list<int> -> list<float> = map(p.g, on_error=drop)\n"
+        "export flow null: list<int> -> list<float?> = map(p.f, on_error=null)",
+    )
+    for name in ("one", "many"):
+        answers = list(app[name].map([1, 0, 3, 0, 2], errors="return"))
+        assert [a for a in answers if not isinstance(a, Exception)] == [6.0, 2.0, 3.0]
+        assert [isinstance(a, flowlang.StageFailed) for a in answers] == [0, 1, 0, 1, 0]
+    assert app["dropped"]([1, 0, 3, 0, 2]) == [6.0, 2.0, 3.0]
+    assert app["null"]([1, 0, 3, 0, 2]) == [6.0, None, 2.0, None, 3.0]
+
+
+def test_a_batch_that_loses_count_is_told(load: Load) -> None:
+    """A batched operator gives as many results as it got items, or fails all of them."""
+    app = load(
+        "@batched\ndef f(xs: list[int]) -> list[int]: return [1, 2, 3]\n"
+        "@batched\ndef g(xs: list[int]) -> list[int]: return 3\n"
+        "@batched\ndef h(xs: list[int]) -> list[int]: yield from (x + 1 for x in xs)\n",
+        "export flow a = p.f\nexport flow b = p.g\nexport flow c = p.h",
+    )
+    assert "1 items gave 3 results" in str(error_of(lambda: app["a"](1)))
+    assert "`p.g` failed: TypeError" in str(error_of(lambda: app["b"](1)))
+    assert list(app["c"].map(range(5))) == [1, 2, 3, 4, 5]
+
+
+# Failures
+
+
+def test_the_traceback_is_for_the_log(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """A client is told what failed and where in the flow; the log says why, line by line."""
+    app = load(
+        "def inner(x: int) -> int:\n    raise ValueError('no good')\n"
+        "def f(x: int) -> int:\n    return inner(x)\n",
+        "export flow a = p.f",
+    )
+    with caplog.at_level(logging.ERROR, "flowlang.python"):
+        error = error_of(lambda: app(1))
+    assert isinstance(error, flowlang.StageFailed)
+    assert error.stage == "p.f"
+    assert error.place is not None
+    assert error.place.endswith("app.flow:2:17")
+    assert str(error).startswith("`p.f` failed: ValueError: no good (")
+    assert "Traceback" not in str(error)
+    (record,) = caplog.records
+    assert "`p.f` failed" in record.getMessage()
+    assert record.exc_info is not None
+    assert "return inner(x)" in caplog.text
+    assert "raise ValueError('no good')" in caplog.text
+
+
+def test_an_operator_may_tell_the_client_why(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """A BadRequest reaches who asked as it is, with the place; nothing is logged."""
+    app = load(
+        "@batched\ndef f(xs: list[int]) -> list[int]:\n"
+        "    for x in xs:\n        if x < 0: raise flowlang.BadRequest(f'{x} is below 0')\n"
+        "    return xs\n",
+        "export flow a = p.f\nexport flow b: int -> int = p.f ?? 0",
+    )
+    answers = list(app["a"].map([1, -2, 3, -4], errors="return"))
+    assert [isinstance(a, flowlang.BadRequest) for a in answers] == [False, True, False, True]
+    assert [a.message for a in answers[1::2]] == ["-2 is below 0", "-4 is below 0"]
+    assert {a.stage for a in answers[1::2]} == {"p.f"}
+    assert not caplog.records
+    assert [app["b"](i) for i in (3, -3)] == [3, 0]
+
+
+LIES: dict[str, tuple[str, str]] = {
+    "int": ("'3'", "a str is not int"),
+    "str": ("None", "None is not str"),
+    "float": ("True", "a bool is not float"),
+    "bytes": ("'x'", "a str is not bytes"),
+    "list[int]": ("[1, 'x']", "element 1: a str is not int"),
+    "Found": ("{'a': 1}", "it has the fields a, not a, b"),
+    "list[Found]": ("[{'a': 1, 'b': 'x'}]", "element 0: `b`: a str is not int"),
+    "Vector": ("np.zeros(3)", "an array of shape 3 is not tensor<f32, 4>"),
+    "'tensor<i64>'": ("np.zeros(3)", "an array of float64 is not tensor<i64>"),
+    "'image<rgb>'": ("np.zeros((4, 4), np.uint8)", "an array of shape 4x4 is not image<rgb"),
+}
+
+
+@pytest.mark.parametrize("annotation", LIES)
+def test_a_lie_is_told_at_its_operator(load: Load, annotation: str) -> None:
+    """What is not of its declared type fails there, and what follows never sees it."""
+    expression, words = LIES[annotation]
+    app = load(
+        "class Found(TypedDict):\n    a: int\n    b: int\n"
+        'Vector = Annotated[np.ndarray, "tensor<f32, 4>"]\n'
+        f"def f(x: int) -> {annotation}: return {expression}\n"
+        f"@batched\ndef g(xs: list[int]) -> list[{annotation}]: return [{expression}] * len(xs)\n",
+        "export flow a = p.f\nexport flow b = p.g",
+    )
+    for name in ("a", "b"):
+        message = str(error_of(lambda name=name: app[name](1)))  # type: ignore[misc]
+        assert "is declared to give" in message
+        assert words in message
+
+
+@pytest.mark.parametrize("way", ["sys.exit(3)", "raise SystemExit", "threading.Thread(None).x"])
+def test_an_operator_cannot_end_its_lane(load: Load, way: str) -> None:
+    """`sys.exit` fails the item; the next one is answered."""
+    app = load(
+        f"def f(x: int) -> int:\n    if x == 0: {way}\n    return x\n", "export flow a = p.f"
+    )
+    assert isinstance(error_of(app.submit(0)), flowlang.StageFailed)
+    assert app(1) == 1
+
+
+def test_an_operator_gets_what_nobody_else_holds_when_asked_twice(load: Load) -> None:
+    """A value that two branches use is worked on by both, in whatever order."""
+    app = load(
+        "def f(x: list[int]) -> int: return sum(x)\ndef g(x: list[int]) -> int: return len(x)\n",
+        "export flow a: list<int> -> { s: int, n: int } = { s: p.f, n: p.g }",
+    )
+    assert app([1, 2, 3]) == {"s": 6, "n": 3}
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("raise ValueError('broken')", "`p.py` cannot be imported: ValueError: broken"),
+        ("import a_module_that_is_not_there", "`p.py` cannot be imported: ModuleNotFoundError"),
+        ("sys.exit(3)", "`p.py` cannot be imported: SystemExit: 3"),
+        ("del f", "`p.py` was run and has no function `f`"),
+        ("f = 3", "`p.py` was run and has no function `f`"),
+        ("@", None),
+    ],
+)
+def test_a_file_that_cannot_be_run(load: Load, text: str, words: str | None) -> None:
+    """Loading fails with the file's name and the reason, and leaves no thread behind."""
+    before = threading.active_count()
+    kind = flowlang.EngineError if words is not None else flowlang.CompileError
+    with pytest.raises(kind) as caught:
+        load(f"def f(x: int) -> int: return x\n{text}\n", "export flow a = p.f")
+    assert (words or "this is no Python") in str(caught.value)
+    end_s = time.monotonic() + LONG_S
+    while threading.active_count() > before and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+def test_a_file_is_run_once(load: Load, shared: ModuleType, tmp_path: Path) -> None:
+    """However many operators, instances and apps use it; and again once it has changed."""
+    text = (
+        f"import {shared.__name__} as shared\nshared.seen.append('run')\ncalls = []\n"
+        "def f(x: int) -> int:\n    calls.append(x)\n    return len(calls)\n"
+        "def g(x: int) -> int:\n    calls.append(x)\n    return len(calls)\n"
+    )
+    flow = "export flow a = p.f x3\nexport flow b = p.g x2"
+    first = load(text, flow)
+    assert (first["a"](0), first["b"](0)) == (1, 2)
+    assert shared.seen == ["run"]
+    path = tmp_path / "again.flow"
+    path.write_text('use "p.py" as p\nexport flow a = p.f\n')
+    with flowlang.load(path, device="cpu") as second:
+        assert second(0) == 3
+    assert shared.seen == ["run"]
+    changed = load(text + "# changed\n", flow)
+    assert changed["a"](0) == 1
+    assert shared.seen == ["run", "run"]
+
+
+def test_a_file_finds_those_beside_it(load: Load, tmp_path: Path) -> None:
+    """Operators may import their own modules, and dataclasses find their own."""
+    name = f"beside_{time.monotonic_ns()}"
+    (tmp_path / f"{name}.py").write_text("def twice(x):\n    return 2 * x\n")
+    app = load(f"from {name} import twice\ndef f(x: int) -> int: return twice(x)\n",
+               "export flow a = p.f")  # fmt: skip
+    assert app(4) == 8
+
+
+# Time
+
+
+def test_instances_work_at_the_same_time(load: Load) -> None:
+    """`x2` are two threads in the operator, and without it there is one."""
+    app = load(
+        "both = threading.Barrier(2)\nalone = threading.Lock()\n"
+        "def f(x: int) -> int:\n    both.wait(20)\n    return x\n"
+        "def g(x: int) -> bool:\n    free = alone.acquire(blocking=False)\n    time.sleep(0.005)\n"
+        "    if free: alone.release()\n    return free\n",
+        "export flow two = p.f x2\nexport flow one = p.g",
+    )
+    assert list(app["two"].map(range(6), deadline_s=LONG_S)) == list(range(6))
+    assert all(app["one"].map(range(20), deadline_s=LONG_S))
+
+
+STUCK = """
+import {} as shared
+def f(x: int) -> int:
+    if x < 0:
+        shared.entered.release()
+        shared.gate.wait(60)
+    return x
+"""
+
+
+def test_a_call_that_never_comes_back_is_answered(
+    load: Load, shared: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At its timeout its request fails, a new lane takes over, and the others go on."""
+    app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=200ms)\n"
+               "export flow b: int -> int = p.f(timeout=200ms) ?? 7")  # fmt: skip
+    shared.gate.clear()
+    with caplog.at_level(logging.ERROR, "flowlang"):
+        start_s = time.monotonic()
+        stuck = app["a"].submit(-1)
+        assert shared.entered.acquire(timeout=LONG_S)
+        assert isinstance(error_of(stuck), flowlang.DeadlineExceeded)
+        assert 0.15 < time.monotonic() - start_s < 5
+        assert list(app["a"].map(range(20), deadline_s=LONG_S)) == list(range(20))
+    assert "a call does not come back, and is left to itself" in caplog.text
+    assert app["b"](-1) == 7
+    assert [app["b"](i) for i in range(5)] == list(range(5))
+    start_s = time.monotonic()
+    assert app.close(5.0)
+    assert time.monotonic() - start_s < 5
+    shared.gate.set()
+
+
+def test_a_late_result_is_nobodys(load: Load, shared: ModuleType) -> None:
+    """What comes back after its timeout answers nothing, and its thread ends."""
+    app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=100ms)")
+    before = set(threading.enumerate())
+    shared.gate.clear()
+    assert isinstance(error_of(app.submit(-1)), flowlang.DeadlineExceeded)
+    assert app(1) == 1
+    shared.gate.set()
+    assert list(app.map(range(10))) == list(range(10))
+    end_s = time.monotonic() + LONG_S
+    while len(set(threading.enumerate()) - before) > 1 and time.monotonic() < end_s:
+        time.sleep(0.01)
+    names = [t.name for t in threading.enumerate() if t.name.startswith("flowlang-p.f")]
+    assert len(names) == 1
+
+
+def test_many_stuck_calls_are_bounded(load: Load, shared: ModuleType) -> None:
+    """After so many that never came back a stage takes no more threads: its requests time out."""
+    app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=50ms)")
+    shared.gate.clear()
+    try:
+        futures = [app.submit(-1) for _ in range(MAX_ABANDONED + 3)]
+        done, left = wait(futures, LONG_S)
+        assert not left
+        assert {type(f.exception()) for f in done} == {flowlang.DeadlineExceeded}
+        names = [t.name for t in threading.enumerate() if t.name.startswith("flowlang-p.f")]
+        assert len(names) <= MAX_ABANDONED + 1
+    finally:
+        shared.gate.set()
+
+
+def test_a_deadline_leaves_the_call_alone(load: Load, shared: ModuleType) -> None:
+    """Who gives up waiting takes no lane away: the call goes on, and then the next one's."""
+    app = load(STUCK.format(shared.__name__), "export flow a = p.f")
+    shared.gate.clear()
+    future = app.submit(-1, deadline_s=0.1)
+    assert shared.entered.acquire(timeout=LONG_S)
+    assert isinstance(error_of(future), flowlang.DeadlineExceeded)
+    names = [t.name for t in threading.enumerate() if t.name.startswith("flowlang-p.f")]
+    assert len(names) == 1
+    shared.gate.set()
+    assert app(1) == 1

@@ -1,0 +1,121 @@
+"""`flowlang serve` with every protocol at once: one set of flows, one start, one end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import thriftpy2
+import tritonclient.grpc as triton
+from thriftpy2.rpc import client_context
+
+import flowlang
+from tests.pictures import photographs
+from tests.serve.faces import write_types
+from tests.serve.server import PATIENCE_S, serving, wait_until, write
+
+PICTURE = photographs(1)[0]
+IDL = thriftpy2.load(
+    str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_thrift"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, `all.flow` and `types.flow`."""
+    folder = tmp_path_factory.mktemp("flows")
+    write_types(folder)
+    return folder
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def _sent(data: bytes) -> list[triton.InferInput]:
+    found = triton.InferInput("input", [1], "BYTES")
+    found.set_data_from_numpy(np.array([data], object))
+    return [found]
+
+
+def test_one_process_speaks_them_all(folder: Path) -> None:
+    """HTTP, gRPC and Thrift answer from the same flows; SIGTERM ends all, losing nothing."""
+    grpc_port, thrift_port = _free_port(), _free_port()
+    options = ["--grpc-port", str(grpc_port), "--thrift-port", str(thrift_port)]
+    files = [str(folder / "all.flow"), str(folder / "types.flow")]
+    with (
+        serving(folder, *options, "--thrift-flow", "classify", *files) as server,
+        triton.InferenceServerClient(f"127.0.0.1:{grpc_port}") as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        server.wait_ready()
+        label = server.client.post("/flows/classify", content=PICTURE).json()[0]
+        assert client.infer("classify", _sent(PICTURE)).as_numpy("output").shape == (1,)
+        service = IDL.InferenceService
+        with client_context(service, "127.0.0.1", thrift_port, socket_timeout=30_000) as thrift:
+            found = thrift.infer_batch(IDL.InferenceParams(uuid="a", data=PICTURE))
+            assert found.label == label["label"]
+        (counted,) = client.get_inference_statistics("classify").model_stats
+        assert counted.inference_count == 1
+        over_grpc = pool.submit(client.infer, "slow", _sent(b"x"))
+        over_http = pool.submit(server.client.post, "/flows/slow", content=b"x")
+        time.sleep(0.2)
+        server.signal(signal.SIGTERM)
+        wait_until(lambda: server.client.get("/v2/health/ready").status_code == 503)
+        assert over_grpc.result(PATIENCE_S).as_numpy("output").tolist() == [b"x"]
+        assert over_http.result(PATIENCE_S).content == b"x"
+        assert server.wait() == 0
+        assert "Traceback" not in server.errors
+
+
+@pytest.mark.parametrize("face", ["grpc", "thrift"])
+def test_a_port_in_use_ends_the_server(folder: Path, face: str) -> None:
+    """A face that cannot listen is told, and nothing is served without it."""
+    path = write(folder / "echo.flow", "pass\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        options = ["--port", "0", f"--{face}-port", str(port)]
+        done = subprocess.run(
+            [sys.executable, "-m", "flowlang", "serve", *options, str(path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert str(port) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("face", "package"), [("grpc", "grpc"), ("thrift", "thriftpy2")])
+def test_a_missing_package_is_named(folder: Path, face: str, package: str) -> None:
+    """Without the extra, the option says which one to install."""
+    path = write(folder / "echo.flow", "pass\n")
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from flowlang.cli import main; "
+        f"main(['serve', '--{face}-port', '0', {str(path)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"pip install 'flowlang[{face}]'" in done.stderr
+
+
+def test_a_flow_that_thrift_cannot_mean(folder: Path) -> None:
+    """`--thrift-flow` names one of the flows, or nothing is served."""
+    path = write(folder / "echo.flow", "pass\n")
+    options = ["--thrift-port", "0", "--thrift-flow", "other"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flowlang", "serve", *options, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "there is no flow `other`" in done.stderr
