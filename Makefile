@@ -41,7 +41,7 @@ serve: $(MODELS)/.done
 	$(BIN)/flowlang serve $(EXAMPLE) $(ARGS)
 
 test: $(MODELS)/.done $(VENV)/.dali
-	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+	$(BIN)/python -m pytest -m 'not gpu' -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.done
 	$(BIN)/ruff format --check .

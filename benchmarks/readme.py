@@ -56,9 +56,9 @@ def cpu_table() -> str:
     noise = " Other programs were at work on it." if jobs["classify"]["is_noisy"] else ""
     head = (
         f"On {machine['cores']} cores of an {machine['processor']} (Python {machine['python']}, "
-        f"ONNX Runtime {machine['onnxruntime']}, OpenCV {machine['opencv-python-headless']}), closed "
-        "loops of C requests; `make bench` repeats it. The ratios are of one round each: median, "
-        f"least and most.{noise}"
+        f"ONNX Runtime {machine['onnxruntime']}, OpenCV {machine['opencv-python-headless']}), "
+        "closed loops of C requests; `make bench` repeats it. The ratios are of one round each: "
+        f"median, least and most.{noise}"
     )
     table = _table(("job", "C", "a second", "p50 ms"), rows)
     return f"{head}\n\n{table}\n\n" + "\n".join(said)

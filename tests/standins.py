@@ -44,7 +44,8 @@ MODELS: dict[str, tuple[list[Port], list[Port]]] = {
         [("score", "f32", ("N", 1))],
     ),
     "yolov8n.onnx": (
-        [("images", "f32", ("N", 3, 640, 640))], [("output0", "f32", ("N", 84, 8400))],
+        [("images", "f32", ("N", 3, 640, 640))],
+        [("output0", "f32", ("N", 84, 8400))],
     ),
     "rec.onnx": ([("x", "f32", ("N", 1, 32, 512))], [("steps", "f32", ("N", 64, 97))]),
 }

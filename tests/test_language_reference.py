@@ -48,8 +48,8 @@ def test_the_operators_in_python_are_operators(tmp_path: Path) -> None:
 export flow far: bytes -> { far: float, look: tensor<f32, 3> } {
   let picture = in -> decode -> rgb
   let look = picture -> shown.embed
-  return { far: { a: look, b: look } -> shown.distance, look, light: picture -> shown.brightness(scale=2) }
-    -> { far: .far, look: .look }
+  let light = picture -> shown.brightness(scale=2)
+  return { far: { a: look, b: look } -> shown.distance, look, light } -> { far: .far, look: .look }
 }
 """
     (tmp_path / "app.flow").write_text(text)

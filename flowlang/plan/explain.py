@@ -202,13 +202,7 @@ def node_text(node: Node) -> str:
     if node.op == graph.CUT_OUT:
         return "crop(upright)" if node.params["upright"] else "crop"
     if node.op == graph.PYTHON:
-        function = node.params["function"]
-        given = {n: v for n, v in node.params.items() if n != "function" and n in node.param_spans}
-        parts = [
-            f"{n}={_span_text(node, n) if isinstance(v, Live) else _written(v)}"
-            for n, v in given.items()
-        ]
-        return f"{function.shown}({', '.join(parts)})" if parts else str(function.shown)
+        return _python_text(node)
     op = OPS.get(node.op)
     if op is None:
         return node.op
@@ -218,6 +212,16 @@ def node_text(node: Node) -> str:
         if node.params.get(p.name) is not None and node.params[p.name] != p.default
     ]
     return f"{op.name}({', '.join(parts)})" if parts else op.name
+
+
+def _python_text(node: Node) -> str:
+    function = node.params["function"]
+    given = {n: v for n, v in node.params.items() if n != "function" and n in node.param_spans}
+    parts = [
+        f"{n}={_span_text(node, n) if isinstance(v, Live) else _written(v)}"
+        for n, v in given.items()
+    ]
+    return f"{function.shown}({', '.join(parts)})" if parts else str(function.shown)
 
 
 def _argument(node: Node, param: Param) -> str:
