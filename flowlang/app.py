@@ -79,7 +79,7 @@ class Flow:
         )
         self._last_loop: tuple[weakref.ref[asyncio.AbstractEventLoop], LoopReply] | None = None
 
-    def __call__(self, item: Any, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+    def __call__(self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any) -> Any:
         """The answer for one item, waiting for it. `parameters` are those the flow declares.
 
         Raises BadRequest, Overloaded, DeadlineExceeded, StageFailed or Draining.
@@ -93,7 +93,7 @@ class Flow:
             raise
 
     def submit(
-        self, item: Any, *, deadline_s: float | None = None, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any
     ) -> Future[Any]:
         """A Future of the answer. Cancelling it takes the request out of the queue."""
         future: Future[Any] = Future()
@@ -125,6 +125,7 @@ class Flow:
     def map(
         self,
         items: Iterable[Any],
+        /,
         *,
         errors: Literal["raise", "return"] = "raise",
         ahead: int | None = None,
@@ -252,12 +253,12 @@ class App:
             raise FlowError(f"there is no flow `{name}`; there is {names}")
         return self.flows[name]
 
-    def __call__(self, item: Any, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+    def __call__(self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any) -> Any:
         """See Flow.__call__."""
         return self.flow()(item, deadline_s=deadline_s, **parameters)
 
     def submit(
-        self, item: Any, *, deadline_s: float | None = None, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any
     ) -> Future[Any]:
         """See Flow.submit."""
         return self.flow().submit(item, deadline_s=deadline_s, **parameters)
@@ -269,6 +270,7 @@ class App:
     def map(
         self,
         items: Iterable[Any],
+        /,
         *,
         errors: Literal["raise", "return"] = "raise",
         ahead: int | None = None,

@@ -36,6 +36,7 @@ class Choices:
     opener: Opener | None = None
 
 
+CALLERS = frozenset({"deadline_s", "errors", "ahead"})  # what App and Flow take themselves
 MAIN = "main"  # the flow that a bare pipeline is
 PARAM_TYPES = ("int", "float", "str", "bool", "path", "duration", "size")
 _EXAMPLES = {"int": "1", "float": "0.5", "bool": "false", "duration": "5ms", "size": "64MiB"}
@@ -225,6 +226,14 @@ class _Reader:
                     f"`{flow.name}` has two parameters named `{given.name}`",
                     given.span,
                     secondary=(Label(seen[given.name], "first here"),),
+                )
+            if given.name in CALLERS:
+                self.error(
+                    "reserved-word",
+                    f"`{given.name}` is a word of those who call flows, so a parameter cannot be "
+                    "named so",
+                    Span(given.span.source, given.span.start, given.span.start + len(given.name)),
+                    help=f"{given.name}_",
                 )
             seen[given.name] = given.span
         self.module.flows[flow.name] = flow

@@ -100,6 +100,7 @@ class PythonInstance:
     def close(self) -> None: ...
 
     def _call(self, item: Any, given: Mapping[str, Any]) -> Any:
+        item = _locked(item)
         try:
             if self._wanted.fields:
                 return self._conform(
@@ -126,6 +127,7 @@ class PythonInstance:
         return outcomes
 
     def _try_batch(self, items: list[Any], told: Mapping[str, Any]) -> list[Any]:
+        items = [_locked(item) for item in items]
         try:
             results = list(self._batch(items, told))
             if len(results) != len(items):
@@ -154,3 +156,14 @@ class PythonInstance:
         log.error("`%s` failed (%s)", shown, self._place, exc_info=error)
         message = f"`{shown}` failed: {type(error).__name__}: {error}"
         return StageFailed(message, stage=shown, place=self._place)
+
+
+def _locked(value: Any) -> Any:
+    """An item whose arrays cannot be written to: other branches of the flow see the same ones."""
+    if isinstance(value, dict):
+        return {name: _locked(part) for name, part in value.items()}
+    if not hasattr(value, "setflags"):
+        return value
+    view = value[...]
+    view.setflags(write=False)
+    return view

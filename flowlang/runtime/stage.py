@@ -83,6 +83,7 @@ class Lane(threading.Thread):
         self.items: list[Item] = []  # the batch being worked on
         self.number = number
         self.is_abandoned = False  # nobody waits for it any more: another lane has its place
+        self._began_s = 0.0  # when the batch being worked on was begun
         self._bell = threading.Lock()
         self._bell.acquire()
 
@@ -111,23 +112,25 @@ class Lane(threading.Thread):
 
     @property
     def is_stuck(self) -> bool:
-        """Whether foreign code keeps this lane although all it works on has missed its timeout."""
-        items = self.items
-        is_foreign = self.stage.plan.nodes[0].op == graph.PYTHON
-        return is_foreign and bool(items) and all(item.is_over for item in items)
+        """Whether foreign code has worked on a batch for longer than the stage's whole timeout."""
+        plan, items = self.stage.plan, self.items
+        if plan.nodes[0].op != graph.PYTHON or plan.timeout_s is None or not items:
+            return False
+        is_late = self.scheduler.clock() - self._began_s >= plan.timeout_s
+        return is_late and all(item.is_over for item in items)
 
     def _feed(self, instance: Instance) -> None:
         """Batch after batch, each done before the next is taken, until the scheduler is closed."""
         while not self.is_abandoned and (items := self._next_batch()) is not None:
+            self._began_s = self.scheduler.clock()
             self.items = items
-            began_s = self.scheduler.clock()
             try:
                 outcomes = instance.run([item.value for item in items])
             except InstanceLost:
                 raise
             except Exception as error:
                 outcomes = self._all_failed(items, error)
-            self._finish(items, outcomes, self.scheduler.clock() - began_s)
+            self._finish(items, outcomes, self.scheduler.clock() - self._began_s)
             items = outcomes = []  # hold no picture while waiting
 
     def _feed_overlapping(self, instance: Overlapping) -> None:
@@ -283,11 +286,13 @@ class Lanes:
 
         A thread cannot be ended from outside: it is left to itself, and ends if it comes back.
         """
+        came_back = [lane for lane in self.all if lane.is_abandoned and not lane.is_alive()]
+        for lane in came_back:
+            self.all.remove(lane)
         for lane in [lane for lane in self.all if lane.is_stuck and not lane.is_abandoned]:
             name = lane.stage.plan.name
             gone = sum(other.is_abandoned for other in self.all if other.stage is lane.stage)
             if gone >= MAX_ABANDONED:
-                log.error("stage `%s`: %d calls never came back; this one's lane stays", name, gone)
                 continue
             log.error("stage `%s`: a call does not come back, and is left to itself", name)
             lane.is_abandoned = True

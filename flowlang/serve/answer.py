@@ -18,7 +18,7 @@ from typing import Any
 
 from flowlang.diagnostics import BadRequest, RequestError, StageFailed
 from flowlang.items import plain
-from flowlang.plan.types import Image, Record, Scalar, Tensor, Type, Unknown
+from flowlang.plan.types import ANY_ARRAY, Image, Record, Scalar, Tensor, Type, Unknown
 from flowlang.runtime.ort import numpy_dtype
 
 JSON, OCTETS = b"application/json", b"application/octet-stream"
@@ -163,7 +163,7 @@ def _item(value: Any, kind: Type) -> Any:
     if isinstance(kind, Record) and isinstance(value, dict):
         fields = dict(kind.fields)
         return {n: _item(v, fields[n]) if n in fields else v for n, v in value.items()}
-    if isinstance(kind, (Tensor, Image)):
+    if isinstance(kind, (Tensor, Image)) and kind != ANY_ARRAY:
         import numpy as np
 
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from flowlang.diagnostics import Draining, FlowError, RequestError, StageFailed
+from flowlang.diagnostics import BadRequest, Draining, FlowError, RequestError, StageFailed
 from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES
@@ -197,6 +197,8 @@ class Service:
             items: list[Part] = []
             if is_form(found.get(b"content-type")):
                 given, items = door.parameters.of_form(parts_of(found[b"content-type"], body))
+                if twice := parameters.keys() & given.keys():
+                    raise BadRequest(f"`{min(twice)}` is given in the query and in the form")
                 parameters |= given
                 body = only_item(items, given)
 

@@ -18,6 +18,7 @@ import pytest
 
 import flowlang
 from flowlang.runtime.stage import MAX_ABANDONED
+from tests.pictures import photographs
 
 LONG_S = 20.0  # far beyond what anything here takes
 HEAD = """
@@ -482,3 +483,33 @@ def test_a_deadline_leaves_the_call_alone(load: Load, shared: ModuleType) -> Non
     assert len(names) == 1
     shared.gate.set()
     assert app(1) == 1
+
+
+def test_what_an_operator_writes_into_is_not_anothers(load: Load) -> None:
+    """An array that other branches hold too cannot be written to, and the writer is told."""
+    app = load(
+        "def spoil(image: np.ndarray) -> float:\n    image[:] = 0\n    return 0.0\n"
+        "def mean(image: np.ndarray) -> float:\n    return float(image.mean())\n",
+        """export flow f {
+          let picture = in -> decode
+          return { spoilt: picture -> (p.spoil ?? 1.0), mean: picture -> p.mean }
+        }""",
+    )
+    answer = app(photographs(1)[0])
+    assert answer["spoilt"] == 1.0
+    assert answer["mean"] > 1
+
+
+def test_a_call_that_waited_long_keeps_its_lane(load: Load) -> None:
+    """What ran out of time in the queue is no reason to give up the call that has just begun."""
+    app = load(
+        "inside = []\nmost = [0]\n"
+        "def slow(item: bytes) -> int:\n    inside.append(1)\n"
+        "    most[0] = max(most[0], len(inside))\n"
+        "    time.sleep(0.3)\n    inside.pop()\n    return most[0]\n",
+        "export flow f = p.slow\nschedule { f(timeout=1s) }",
+    )
+    for _ in range(2):
+        futures = [app.submit(b"x") for _ in range(5)]
+        wait(futures, LONG_S)
+    assert app(b"x") == 1
