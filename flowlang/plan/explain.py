@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import Diagnostic, Span
 from flowlang.plan import graph
@@ -17,9 +17,11 @@ from flowlang.plan.check import Plan
 from flowlang.plan.expression import Expression
 from flowlang.plan.graph import FlowPlan, Live, Node, Parameter
 from flowlang.plan.ops import OPS, Param
-from flowlang.plan.physical import PhysicalPlan, StagePlan, Steps, decodes_on_gpu
 from flowlang.plan.rewrite import rewrite
 from flowlang.plan.values import seconds, shown
+
+if TYPE_CHECKING:  # what is not needed to explain a plan is not loaded for it
+    from flowlang.plan.physical import PhysicalPlan, StagePlan, Steps
 
 
 def explain_plan(plan: Plan) -> str:
@@ -138,6 +140,8 @@ def _graph(
 
 
 def _stage(stage: StagePlan) -> Iterable[str]:
+    from flowlang.plan.physical import decodes_on_gpu
+
     low, best, most = stage.batch
     batch = f"{low}..{most}" if best == most else f"{low}..{best}..{most}"
     head = f"stage {stage.index + 1} {stage.name}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from flowlang.runtime.request import Request
+from flowlang.runtime.request import UNANSWERED, Request
 
 if TYPE_CHECKING:
     from flowlang.runtime.walk import Walk
@@ -40,9 +40,10 @@ class Item:
     @property
     def is_wanted(self) -> bool:
         """Whether anybody still waits for its outcome."""
-        if self.is_over or self.request.is_answered:
+        if self.is_over or self.request.outcome is not UNANSWERED:
             return False
-        return self.walk is None or not self.walk.is_given_up
+        walk = self.walk
+        return walk is None or not walk.is_given_up
 
 
 class Batcher:
@@ -90,11 +91,18 @@ class Batcher:
         batch: list[Item] = []
         while waiting and len(batch) < size:
             item = waiting.popleft()
-            if item.is_wanted:
+            is_plain = item.walk is None and item.request.outcome is UNANSWERED
+            if (is_plain and not item.is_over) or item.is_wanted:
                 batch.append(item)
         return batch
 
     def _drop_unwanted(self) -> None:
         waiting = self.waiting
-        while waiting and not waiting[0].is_wanted:
+        while waiting:
+            first = waiting[0]
+            # Most items are of one stage and wanted: that is told without a call.
+            if first.walk is None and not first.is_over and first.request.outcome is UNANSWERED:
+                return
+            if first.is_wanted:
+                return
             waiting.popleft()

@@ -37,16 +37,33 @@ class Histogram:
 
 
 class FlowCounts:
-    """The requests of one flow: `outcomes` by error code or `ok`, refused ones too."""
+    """The requests of one flow: those answered with a result, and the others by error code."""
 
-    __slots__ = ("latency_s", "outcomes")
+    __slots__ = ("failures", "latency_s", "successes")
 
     def __init__(self) -> None:
-        self.outcomes: dict[str, int] = {}
+        self.successes = 0
+        self.failures: dict[str, int] = {}
         self.latency_s = Histogram(LATENCY_S)
 
-    def count(self, code: str) -> None:
-        self.outcomes[code] = self.outcomes.get(code, 0) + 1
+    def answer(self, code: str | None, latency_s: float) -> None:
+        """Count a request that has been let in, `code` None for one with a result."""
+        if code is None:
+            self.successes += 1
+        else:
+            self.fail(code)
+        latencies = self.latency_s  # its `add`, without the call: this is done for every request
+        latencies.counts[bisect_left(LATENCY_S, latency_s)] += 1
+        latencies.sum += latency_s
+
+    def fail(self, code: str) -> None:
+        """Count one that was refused at the entrance, or failed."""
+        self.failures[code] = self.failures.get(code, 0) + 1
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """All of them by error code, or `ok`."""
+        return {OK: self.successes, **self.failures}
 
 
 class StageCounts:

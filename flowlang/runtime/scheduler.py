@@ -26,7 +26,7 @@ from flowlang.diagnostics import (
 )
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, StagePlan
 from flowlang.runtime.batcher import Batcher, Item
-from flowlang.runtime.metrics import OK, FlowCounts, StageCounts
+from flowlang.runtime.metrics import FlowCounts, StageCounts
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
 from flowlang.runtime.walk import Ended, Track, Work, arrive, begin
 
@@ -142,7 +142,9 @@ class Scheduler:
                 self._admit(entrance)
                 entrance.under_way += 1
                 request.is_under_way = True
-                bell = entrance.door.put(Item(request, 0, self._single(entrance, value), now))
+                # The parameters of such a flow are used by nothing.
+                only = value[0] if entrance.has_parameters else value
+                bell = entrance.door.put(Item(request, 0, only, now))
             if bell is not None:
                 bell()
             return request
@@ -239,7 +241,10 @@ class Scheduler:
                     stage = self._stage_of(item)
                     outcome = _as_request_error(outcome, stage.plan.name)
                     stage.counts.count_failure(outcome.code)
-                self._settle(item, outcome, now, after)
+                if item.walk is None:
+                    self._answer(item.request, outcome, now, after)
+                else:
+                    self._go_on(arrive(item.walk, item.unit, outcome), now, after)
         after.run()
 
     def lose_instance(self, stage: Stage) -> None:
@@ -336,10 +341,10 @@ class Scheduler:
     def _admit(self, entrance: Entrance) -> None:
         """Count a request in. Raises where there is no place for it."""
         if self._is_draining:
-            entrance.counts.count(Draining.code)
+            entrance.counts.fail(Draining.code)
             raise Draining("the app is stopping and takes no more requests")
         if entrance.outstanding >= entrance.limit:
-            entrance.counts.count(Overloaded.code)
+            entrance.counts.fail(Overloaded.code)
             raise Overloaded(
                 f"the queue of flow `{entrance.program.name}` is full "
                 f"({entrance.outstanding} requests)"
@@ -384,11 +389,6 @@ class Scheduler:
         values = given if entrance.has_parameters else (given,)
         self._go_on(begin(request, entrance.track, values), now, after)
 
-    @staticmethod
-    def _single(entrance: Entrance, value: Any) -> Any:
-        """The item of a flow that is one stage, whose parameters nothing uses."""
-        return value[0] if entrance.has_parameters else value
-
     def _settle(self, item: Item, outcome: Any, now: float, after: _Afterwards) -> None:
         """A stage's outcome, which may be an error, reaches the request it is for."""
         if item.walk is None:
@@ -423,8 +423,8 @@ class Scheduler:
         after.settled.append(request)
         request.value = None
         entrance = request.entrance
-        entrance.counts.count(outcome.code if isinstance(outcome, RequestError) else OK)
-        entrance.counts.latency_s.add(now - request.arrived_s)
+        code = outcome.code if isinstance(outcome, RequestError) else None
+        entrance.counts.answer(code, now - request.arrived_s)
         entrance.outstanding -= 1
         entrance.under_way -= request.is_under_way
         while entrance.backlog and entrance.under_way < entrance.width:

@@ -59,7 +59,7 @@ def _of_flows(apps: Sequence[App]) -> Iterator[Metric]:
         "flowlang_requests_limit", "Requests that may be inside at once.", labels=["flow"]
     )
     for name, entrance in (pair for app in apps for pair in app.scheduler.entrances.items()):
-        for code, count in entrance.counts.outcomes.copy().items():
+        for code, count in entrance.counts.outcomes.items():
             requests.add_metric([name, code], count)
         _add(seconds, [name], entrance.counts.latency_s)
         inside.add_metric([name], entrance.outstanding)
