@@ -4,8 +4,8 @@
 
 First what both read, on every page of `tests.pages`: lines that are equal, and the character error
 rate between the two, the edit distance over the number of characters. Then how many pages a second,
-from the first request to the last answer, the variants taking turns as in `benchmarks.cpu`. Needs `pip install --no-deps rapidocr` and the
-`bench` extra.
+from the first request to the last answer, the variants taking turns as in `benchmarks.cpu`. Needs
+`pip install --no-deps rapidocr` and the `bench` extra.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowlang.diagnostics import StageFailed
 from flowlang.runtime.frame import Frame
+from flowlang.runtime.text_boxes import on_page
 from flowlang.runtime.vision import suppress
 
 if TYPE_CHECKING:
@@ -377,11 +378,11 @@ def text_lines(
         return [{"quad": q.astype(np.float64).tolist(), "score": float(s)} for q, s in quads]
     scale = (frame.width / size[1], frame.height / size[0])
     points = np.concatenate([quad for quad, _ in quads]).astype(np.float64) * scale
-    limits = (frame.decoded_width, frame.decoded_height)
-    placed = np.clip(frame.to_decoded(points), 0, limits).reshape(-1, 4, 2)
+    placed = frame.to_decoded(points).reshape(-1, 4, 2)
+    carried = zip(placed, (score for _, score in quads), strict=True)
     return [
-        {"quad": quad, "score": float(score)}
-        for quad, (_, score) in zip(placed.tolist(), quads, strict=True)
+        {"quad": quad.tolist(), "score": float(score)}
+        for quad, score in on_page(carried, frame.decoded_height, frame.decoded_width)
     ]
 
 
