@@ -363,8 +363,8 @@ def test_results_are_plain_python() -> None:
 def test_quads_are_scaled_from_their_map() -> None:
     """A map a quarter as large as the model's input covers the same picture."""
     frame = Frame.of(200, 400).resized(160, 320)
-    quad = np.asarray([[10, 5], [40, 5], [40, 12], [10, 50]], np.float32)
+    quad = np.asarray([[10, 5], [40, 5], [40, 12], [10, 12]], np.float32)
     (line,) = boxes.text_lines([(quad, 0.75)], (40, 80), frame)
-    assert line == {"quad": [[50, 25], [200, 25], [200, 60], [50, 200]], "score": 0.75}
+    assert line == {"quad": [[50, 25], [200, 25], [200, 60], [50, 60]], "score": 0.75}
     (bare,) = boxes.text_lines([(quad, 0.75)], (40, 80), None)
     assert bare["quad"] == quad.tolist()
