@@ -49,8 +49,15 @@ lint: $(VENV)/.done
 	$(BIN)/mypy
 	$(BIN)/flowlang fmt --check examples/*.flow
 
-bench: $(MODELS)/.done
+# What rapidocr's own pipeline needs, to be measured beside ours.
+$(VENV)/.bench: $(VENV)/.done
+	$(PIP) --editable '.[bench]'
+	touch $@
+
+bench: $(MODELS)/.done $(VENV)/.bench
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
+	$(BIN)/python -m benchmarks.read_text
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) $(MODELS) examples/pictures .pytest_cache .mypy_cache .ruff_cache
