@@ -81,9 +81,9 @@ def text_table() -> str:
     )
     head = (
         "`examples/read_text.flow` against rapidocr's own pipeline on the same models, on 2 cores: "
-        f"the two differ in {errors:.2%} of the characters of 21 pages, and flowlang reads {alone:.2f} "
-        f"times as many pages a second as rapidocr called in a loop, {best:.2f} times as many as "
-        "eight threads that share it, which use both cores as well."
+        f"the two differ in {errors:.2%} of the characters of 21 pages, and flowlang reads "
+        f"{alone:.2f} times as many pages a second as rapidocr called in a loop, {best:.2f} times "
+        "as many as eight threads that share it, which use both cores as well."
     )
     table = _table(("reading pages, 8 outstanding", "pages a second"), rows)
     return f"{head}\n\n{table}"
