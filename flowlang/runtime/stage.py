@@ -111,13 +111,14 @@ class Lane(threading.Thread):
         self._close(instance)
 
     @property
-    def is_stuck(self) -> bool:
-        """Whether foreign code has worked on a batch for longer than the stage's whole timeout."""
+    def stuck_at_s(self) -> float | None:
+        """When foreign code will have worked on a batch that nobody waits for any more for as long
+        as the whole of the stage's timeout; None where it does no such thing.
+        """
         plan, items = self.stage.plan, self.items
         if plan.nodes[0].op != graph.PYTHON or plan.timeout_s is None or not items:
-            return False
-        is_late = self.scheduler.clock() - self._began_s >= plan.timeout_s
-        return is_late and all(item.is_over for item in items)
+            return None
+        return self._began_s + plan.timeout_s if all(item.is_over for item in items) else None
 
     def _feed(self, instance: Instance) -> None:
         """Batch after batch, each done before the next is taken, until the scheduler is closed."""
@@ -281,45 +282,57 @@ class Lanes:
         make = functools.partial(self._make, stage.plan, number)
         return Lane(self._scheduler, stage, number, make)
 
-    def replace_stuck(self) -> None:
-        """Give the place of each stuck lane to a new one. Called by the watch over deadlines.
+    def replace_stuck(self) -> float | None:
+        """Give the place of each stuck lane to a new one. Returns when the next one may be.
 
-        A thread cannot be ended from outside: it is left to itself, and ends if it comes back.
+        Called by the watch over deadlines. A thread cannot be ended from outside: it is left to
+        itself, and ends if it comes back.
         """
         came_back = [lane for lane in self.all if lane.is_abandoned and not lane.is_alive()]
         for lane in came_back:
             self.all.remove(lane)
-        for lane in [lane for lane in self.all if lane.is_stuck and not lane.is_abandoned]:
+        now, following_s = self._scheduler.clock(), None
+        for lane in [lane for lane in self.all if not lane.is_abandoned]:
+            stuck_at_s = lane.stuck_at_s
             name = lane.stage.plan.name
             gone = sum(other.is_abandoned for other in self.all if other.stage is lane.stage)
-            if gone >= MAX_ABANDONED:
+            if stuck_at_s is None or gone >= MAX_ABANDONED:
+                continue
+            if stuck_at_s > now:
+                following_s = min(stuck_at_s, following_s or stuck_at_s)
                 continue
             log.error("stage `%s`: a call does not come back, and is left to itself", name)
             lane.is_abandoned = True
             replacement = self._lane(lane.stage, lane.number)
             self.all.append(replacement)
             replacement.start()
+        return following_s
 
 
 class Watch(threading.Thread):
-    """The thread that answers requests at their deadline."""
+    """The thread that answers requests at their deadline.
 
-    def __init__(self, scheduler: Scheduler, on_expired: Callable[[], None]) -> None:
+    `look` is called each time, and says when it wants to be called again.
+    """
+
+    def __init__(self, scheduler: Scheduler, look: Callable[[], float | None]) -> None:
         super().__init__(name="flowlang-deadlines", daemon=True)
         self.scheduler = scheduler
-        self.on_expired = on_expired
+        self.look = look
         self._moved = threading.Event()
         scheduler.on_expiry = self._moved.set
 
     def run(self) -> None:
+        look_s: float | None = None
         while not self.scheduler.is_closed:
-            when_s = self.scheduler.next_expiry_s()
+            times = [t for t in (self.scheduler.next_expiry_s(), look_s) if t is not None]
+            when_s = min(times, default=None)
             patience_s = None if when_s is None else when_s - self.scheduler.clock()
             if patience_s is None or patience_s > 0:
                 self._moved.wait(patience_s)
                 self._moved.clear()
             self.scheduler.expire()
-            self.on_expired()
+            look_s = self.look()
 
     def stop(self) -> None:
         self._moved.set()
