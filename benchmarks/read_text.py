@@ -53,7 +53,7 @@ def engine(threads: int | None = None) -> Read:
     """rapidocr on the example's models: as it comes, or with this many threads a model.
 
     Where threads are given, lines are also read one by one, not padded to the longest of six, and
-    ONNX Runtime keeps its memory: on one thread both save work (18.2 to 15.8 s of CPU for a lap).
+    ONNX Runtime keeps its memory: on one thread both save work.
     """
     from rapidocr import RapidOCR
 
