@@ -23,22 +23,14 @@ from flowlang.plan.types import (
     Type,
     without_null,
 )
-
-_PLAIN: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (float, int),
-    "str": (str,),
-    "bool": (bool,),
-    "path": (str,),
-    "duration": (float, int),
-}
+from flowlang.runtime.conform import PLAIN
 
 
 def acceptor(kind: Type) -> Callable[[Any], Any]:
     """What checks an item at the door, before anything waits for it. It raises BadRequest."""
     if isinstance(kind, Scalar) and kind.name == "bytes":
         return _accept_bytes
-    if isinstance(kind, Scalar) and kind.name in _PLAIN:
+    if isinstance(kind, Scalar) and kind.name in PLAIN:
         return lambda item: _accept_plain(item, kind)
     if isinstance(kind, (Image, Tensor)):
         return lambda item: _accept_array(item, kind)
@@ -87,7 +79,7 @@ def _accept_bytes(item: Any) -> Any:
 def _accept_plain(item: Any, kind: Scalar) -> Any:
     found: Any = item.item() if getattr(item, "shape", None) == () else item  # numpy's number
     # To Python True is a number; to whoever sends it, it is not.
-    wanted = _PLAIN[kind.name]
+    wanted = PLAIN[kind.name]
     is_kind = isinstance(found, wanted) and isinstance(found, bool) == (kind.name == "bool")
     if not is_kind:
         raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}")

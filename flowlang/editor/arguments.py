@@ -17,7 +17,7 @@ from flowlang.syntax.format import format_type
 
 def arguments(place: Place) -> Iterator[Completion]:
     frame = place.cursor.frame
-    op, flow = place.operator(frame.callee), place.flow(frame.callee)
+    op, flow = place.document.operator(frame.callee), place.flow(frame.callee)
     if op is not None:
         yield from _parameters(place, op)
         if any(p.is_body or p.kind == "value" for p in op.params if not p.is_named):
@@ -64,7 +64,7 @@ def _setting(setting: Setting) -> Completion:
 def values(place: Place) -> Iterator[Completion]:
     """Behind `name=` in a call."""
     frame = place.cursor.frame
-    op = place.operator(frame.callee)
+    op = place.document.operator(frame.callee)
     param = op.param(frame.argument) if op else None
     if op and frame.argument in op.settings:
         yield from setting_values(place)

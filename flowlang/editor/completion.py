@@ -116,7 +116,7 @@ def _type_arguments(place: Place) -> Iterator[Completion]:
 
 
 def _type_members(place: Place) -> Iterator[Completion]:
-    used = place.used(place.cursor.owner)
+    used = place.document.used(place.cursor.owner)
     if isinstance(used, PythonFile):
         for name, kind in used.types.items():
             yield Completion(name, "type", str(kind))
@@ -200,7 +200,7 @@ def _suffixes(place: Place) -> tuple[str, ...]:
     frame = place.cursor.frame
     if frame.kind == "file" and frame.naming == "use":
         return _SUFFIXES["use"]
-    op = place.operator(frame.callee) if frame.kind == "call" else None
+    op = place.document.operator(frame.callee) if frame.kind == "call" else None
     if op is None:
         return ()
     named = op.param(frame.argument) if frame.argument else None

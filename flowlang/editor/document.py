@@ -25,6 +25,8 @@ from flowlang.plan.inspect import (
     changed,
     inspect,
 )
+from flowlang.plan.module import Module, PythonFile
+from flowlang.plan.ops import OPS, Op
 from flowlang.plan.types import Type
 from flowlang.syntax import tree
 
@@ -124,6 +126,27 @@ class Document:
             if not isinstance(item, tree.Schedule) and item.name == name:
                 return item, start
         return None
+
+    def used(self, alias: str) -> Module | PythonFile | None:
+        """The file that a name stands for, once it was checked."""
+        module = self.findings.module
+        return module.uses.get(alias) if module else None
+
+    def operator(self, name: str) -> Op | None:
+        """The operator of a name, one of the language or of a Python file."""
+        alias, _, rest = name.rpartition(".")
+        used = self.used(alias) if alias else None
+        return used.operators.get(rest) if isinstance(used, PythonFile) else OPS.get(name)
+
+    def flow(self, name: str, but: Part | None = None) -> tree.Flow | None:
+        """The flow of a name, of this file or of one that it uses."""
+        alias, _, rest = name.rpartition(".")
+        used = self.used(alias) if alias else None
+        if isinstance(used, Module):
+            return used.flows.get(rest)
+        declared = self.declared(name, but)
+        item = declared[0] if declared else None
+        return item if isinstance(item, tree.Flow) else None
 
 
 def choices() -> Choices:

@@ -203,7 +203,7 @@ class Spot:
         if len(self.nodes) < 4 or not isinstance(self.nodes[-3], tree.Arg):
             return None
         call = self.nodes[-4]
-        op = self.operator(str(call.path)) if isinstance(call, tree.Call) else None
+        op = self.document.operator(str(call.path)) if isinstance(call, tree.Call) else None
         param = op.param_of_word(word) if op else None
         return Flag(op, param, word) if op and param and not self._is_param(word) else None
 
@@ -213,7 +213,7 @@ class Spot:
 
     def _member(self, path: tree.Path) -> Target | None:
         alias, name = path.names[0], path.names[-1]
-        used = self.used(alias)
+        used = self.document.used(alias)
         if self.offset <= path.span.start + len(alias) or used is None:
             return self._top(alias)
         if isinstance(used, PythonFile):
@@ -229,11 +229,11 @@ class Spot:
             return SETTINGS.get(arg.name)
         if not isinstance(owner, tree.Call):
             return None
-        op = self.operator(str(owner.path))
+        op = self.document.operator(str(owner.path))
         if op is not None:
             what = op.param(arg.name) or SETTINGS.get(arg.name)
             return Argument(op, what) if what else None
-        flow = self.flow(str(owner.path))
+        flow = self.document.flow(str(owner.path))
         given = next((i for i in flow.inputs if i.name == arg.name), None) if flow else None
         return Argument(flow, given) if flow and given else None
 
@@ -250,25 +250,6 @@ class Spot:
         if not text or not text.isprintable():
             return None
         return File(self.document.folder / text, text.endswith((".onnx", ".encrypted")))
-
-    # What the checker knows
-
-    def used(self, alias: str) -> Module | PythonFile | None:
-        module = self.document.findings.module
-        return module.uses.get(alias) if module else None
-
-    def operator(self, name: str) -> Op | None:
-        alias, _, rest = name.rpartition(".")
-        used = self.used(alias) if alias else None
-        return used.operators.get(rest) if isinstance(used, PythonFile) else OPS.get(name)
-
-    def flow(self, name: str) -> tree.Flow | None:
-        alias, _, rest = name.rpartition(".")
-        used = self.used(alias) if alias else None
-        if isinstance(used, Module):
-            return used.flows.get(rest)
-        found = self._top(name)
-        return found.item if found and isinstance(found.item, tree.Flow) else None
 
     def types(self, span: Span) -> tuple[Type, ...]:
         """Every type that an expression of this part gives."""

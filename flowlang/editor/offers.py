@@ -68,28 +68,9 @@ class Place:
         """The declarations of the file but for the one that is being typed in."""
         return (item for item, _ in self.document.declarations(but=self.part))
 
-    @property
-    def module(self) -> Module | None:
-        return self.document.findings.module
-
-    def used(self, alias: str) -> Module | PythonFile | None:
-        return self.module.uses.get(alias) if self.module else None
-
-    def operator(self, name: str) -> Op | None:
-        """The operator of a name, one of the language or of a Python file."""
-        alias, _, rest = name.rpartition(".")
-        used = self.used(alias) if alias else None
-        return used.operators.get(rest) if isinstance(used, PythonFile) else OPS.get(name)
-
     def flow(self, name: str) -> tree.Flow | None:
-        """The flow of a name, of this file or of one that it uses."""
-        alias, _, rest = name.rpartition(".")
-        used = self.used(alias) if alias else None
-        if isinstance(used, Module):
-            return used.flows.get(rest)
-        declared = self.document.declared(name, but=self.part)
-        item = declared[0] if declared else None
-        return item if isinstance(item, tree.Flow) else None
+        """The flow of a name, but for one that is being typed in."""
+        return self.document.flow(name, but=self.part)
 
 
 # Stages and values
@@ -174,7 +155,7 @@ def aliases(place: Place) -> Iterator[Completion]:
 
 def fields(place: Place) -> Iterator[Completion]:
     owner = place.cursor.owner
-    used = place.used(owner) if owner not in place.cursor.names else None
+    used = place.document.used(owner) if owner not in place.cursor.names else None
     if isinstance(used, PythonFile):
         for name, op in used.operators.items():
             yield replace(operator_offer(op, f"{owner}.{name}"), label=name, insert="")

@@ -26,7 +26,8 @@ from flowlang.runtime.ort import numpy_dtype
 
 Conform: TypeAlias = Callable[[Any], Any]
 
-_PLAIN: Mapping[str, tuple[type, ...]] = {
+# What a plain scalar may be in Python. To Python True is a number too: whoever asks checks that.
+PLAIN: Mapping[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (float, int),
     "str": (str,),
@@ -34,8 +35,6 @@ _PLAIN: Mapping[str, tuple[type, ...]] = {
     "bool": (bool,),
     "duration": (float, int),
 }
-
-
 _PLACES: Mapping[str, tuple[tuple[int, ...], str]] = {
     "box": ((4,), "left, top, right and bottom"),
     "quad": ((4, 2), "four points"),
@@ -59,7 +58,7 @@ def conforming(kind: Type) -> Conform:
         return _array(kind)
     if isinstance(kind, Scalar) and kind.name == "bytes":
         return _bytes
-    if isinstance(kind, Scalar) and kind.name in _PLAIN:
+    if isinstance(kind, Scalar) and kind.name in PLAIN:
         return _scalar(kind)
     if isinstance(kind, Scalar) and kind.name in _PLACES:
         return _place(kind)
@@ -80,7 +79,7 @@ def _bytes(value: Any) -> Any:
 
 
 def _scalar(kind: Scalar) -> Conform:
-    wanted = _PLAIN[kind.name]
+    wanted = PLAIN[kind.name]
     to: Conform = float if float in wanted else lambda value: value
 
     def conform(value: Any) -> Any:

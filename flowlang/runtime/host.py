@@ -375,14 +375,6 @@ def _size(node: Node, settings: Mapping[str, Any]) -> Work:
     return lambda image: {"height": int(image.shape[0]), "width": int(image.shape[1])}
 
 
-def _height(node: Node, settings: Mapping[str, Any]) -> Work:
-    return lambda image: int(image.shape[0])
-
-
-def _width(node: Node, settings: Mapping[str, Any]) -> Work:
-    return lambda image: int(image.shape[1])
-
-
 # Images to what models take
 
 
@@ -445,8 +437,6 @@ _MAKERS: dict[str, results.Maker] = {
     "cut": _cut,
     graph.CUT_OUT: _crop_box,
     "size": _size,
-    "height": _height,
-    "width": _width,
     "normalize": _normalize,
     graph.PACK: _pack,
     "pass": _pass,

@@ -241,10 +241,7 @@ class Scheduler:
                     stage = self._stage_of(item)
                     outcome = _as_request_error(outcome, stage.plan.name)
                     stage.counts.count_failure(outcome.code)
-                if item.walk is None:
-                    self._answer(item.request, outcome, now, after)
-                else:
-                    self._go_on(arrive(item.walk, item.unit, outcome), now, after)
+                self._settle(item, outcome, now, after)
         after.run()
 
     def lose_instance(self, stage: Stage) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.serve.answer import Refusal
-from flowlang.serve.inference import VERSION, Inference, Model, Request
+from flowlang.serve.inference import VERSION, Inference, Model, Request, emptied
 from flowlang.serve.proto import Method, Protocol, read_protocol
 from flowlang.serve.tensor import (
     BYTES,
@@ -99,11 +99,7 @@ class GrpcServer:
 
         Nothing new is let in once `inference` refuses it, which is told to who asks until the end.
         """
-        clock = asyncio.get_running_loop().time
-        until_s = clock() + grace_s
-        while self._under_way and clock() < until_s:
-            await asyncio.sleep(0.01)
-        in_time = not self._under_way
+        in_time = await emptied(lambda: self._under_way, grace_s)
         if self._server is not None:
             await self._server.stop(LINGER_S)
         return in_time

@@ -18,6 +18,7 @@ from flowlang import __version__
 from flowlang.diagnostics import BadRequest, Draining, RequestError, StageFailed
 from flowlang.plan.graph import Parameter
 from flowlang.plan.types import Optional, Scalar, without_null
+from flowlang.runtime.conform import PLAIN
 from flowlang.serve.answer import Refusal, told
 from flowlang.serve.form import ParameterReader
 from flowlang.serve.port import Port, Ports, port_of
@@ -37,7 +38,7 @@ RESERVED = frozenset(
     )
 )
 RESERVED_START = "triton_"
-_PLAIN = frozenset(Scalar(name) for name in ("int", "float", "str", "bool", "path", "duration"))
+_PLAIN = frozenset(Scalar(name) for name in PLAIN)
 
 log = logging.getLogger("flowlang.serve")
 Carried = TypeVar("Carried")
@@ -446,6 +447,15 @@ class Inference:
             if error.code != Draining.code or successor is model or not self.is_ready:
                 raise
             return await successor.run(successor.read(request))
+
+
+async def emptied(under_way: Callable[[], int], grace_s: float) -> bool:
+    """Wait until nothing is under way, at most `grace_s`. Returns whether that was in time."""
+    clock = asyncio.get_running_loop().time
+    until_s = clock() + grace_s
+    while under_way() and clock() < until_s:
+        await asyncio.sleep(0.01)
+    return not under_way()
 
 
 class _Clock:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 from flowlang.diagnostics import BadRequest, Draining, FlowError, RequestError, StageFailed
 from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
-from flowlang.plan.physical import MAX_BYTES
+from flowlang.plan.physical import MAX_BYTES, FlowProgram, PhysicalPlan
 from flowlang.serve.answer import (
     HTML,
     SVG,
@@ -97,7 +97,7 @@ class Service:
         self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
         self._apps: Sequence[App] = ()
-        self._drawings: dict[str, bytes] = {}
+        self._drawn: dict[str, tuple[PhysicalPlan, FlowProgram]] = {}  # by path of the drawing
         self._listing = b""
         self._reading: dict[asyncio.Task[Any], bool] = {}  # True once it is cut off
         self._page = resources.files(__package__).joinpath("page.html").read_bytes()
@@ -112,8 +112,8 @@ class Service:
                 raise FlowError(f"two flows are named `{flow.name}`: give one another name")
             doors[path] = _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
         self.names = [door.flow.name for door in doors.values()]
-        self._drawings = {
-            f"/flows/{program.name}/plan.svg": plan_svg(app.physical, program).encode()
+        self._drawn = {
+            f"/flows/{program.name}/plan.svg": (app.physical, program)
             for app in self._apps
             for program in app.physical.programs
         }
@@ -310,8 +310,8 @@ class Service:
         try:
             if path in looks and method in ("GET", "HEAD"):
                 return looks[path]()
-            if path in self._drawings and method in ("GET", "HEAD"):
-                return Answer(200, self._drawings[path], SVG)
+            if path in self._drawn and method in ("GET", "HEAD"):
+                return Answer(200, plan_svg(*self._drawn[path]).encode(), SVG)
             if path == "/" and method != "POST":
                 raise _wrong_method(method, "GET, HEAD, POST")
             if path in looks and path != "/":

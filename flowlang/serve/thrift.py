@@ -21,7 +21,7 @@ from flowlang.diagnostics import BadRequest, RequestError, StageFailed
 from flowlang.items import plain
 from flowlang.plan.types import ListOf, Record, Tensor, Type
 from flowlang.serve.answer import takes_bytes, to_json
-from flowlang.serve.inference import Inference, Unanswered
+from flowlang.serve.inference import Inference, Unanswered, emptied
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
 
 if TYPE_CHECKING:
@@ -95,11 +95,7 @@ class ThriftServer:
 
         Nothing new is let in once `inference` refuses it, which is told to who asks until the end.
         """
-        clock = asyncio.get_running_loop().time
-        until_s = clock() + grace_s
-        while self.under_way and clock() < until_s:
-            await asyncio.sleep(0.01)
-        in_time = not self.under_way
+        in_time = await emptied(lambda: self.under_way, grace_s)
         if self._server is not None:
             self._server.close()
         for connection in list(self.connections):
