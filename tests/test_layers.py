@@ -36,7 +36,7 @@ HOMES = {
     "prometheus_client": {"serve.metrics"},
     "python_multipart": {"serve.form"},
     "uvicorn": {"serve.http"},
-    "click": {"cli", "rows"},
+    "click": {"cli", "cli.options", "cli.serve", "rows"},
     "pygls": {"editor.server"},
     "lsprotocol": {"editor.server"},
     "pygments": {"highlight"},

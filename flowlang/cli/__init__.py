@@ -8,16 +8,23 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from flowlang import __version__
+from flowlang.cli.options import (
+    FILE,
+    device_option,
+    engines_option,
+    named_values,
+    opener_of,
+    plan_options,
+)
+from flowlang.cli.serve import serve
 from flowlang.diagnostics import (
     BadRequest,
     CompileError,
@@ -30,14 +37,9 @@ from flowlang.rows import shown
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
-    from flowlang.plan.check import Plan
-    from flowlang.plan.physical import PhysicalPlan
     from flowlang.runtime.seal import Key
-    from flowlang.serve.http import Face
-    from flowlang.serve.inference import Inference
 
 FAILED, INTERRUPTED = 1, 130
-KEY_VARIABLE = "FLOWLANG_KEY"
 _STYLES = {"error": "red", "warning": "yellow", "hint": "cyan"}
 
 
@@ -100,85 +102,6 @@ class _Commands(click.Group):
             os._exit(INTERRUPTED)
 
 
-def _values(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
-    values = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.strip():
-            raise click.BadParameter(f"it takes NAME=VALUE, not {pair!r}")
-        values[name.strip()] = value
-    return values
-
-
-def _checked_device(ctx: click.Context, param: click.Parameter, device: str | None) -> str | None:
-    if device is not None and not re.fullmatch("cpu|gpu(:[0-9]+)?", device):
-        raise click.BadParameter(f"{device!r} is none of cpu, gpu and gpu:NUMBER")
-    return device
-
-
-def _read_key(ctx: click.Context, param: click.Parameter, file: str | None) -> Key | None:
-    if file is None and not os.environ.get(KEY_VARIABLE):
-        return None
-    from flowlang.runtime import seal
-
-    return seal.read_key(environment_variable=None if file else KEY_VARIABLE, file=file)
-
-
-def _opener(key: Key | None) -> Callable[[Path], bytes]:
-    """What opens encrypted models; most programs have none, and spare themselves the import."""
-
-    def open_model(path: Path) -> bytes:
-        from flowlang.runtime import seal
-
-        return seal.model_opener(key.secret if key else None)(path)
-
-    return open_model
-
-
-_FILE = click.Path(exists=True, dir_okay=False)
-
-
-def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every command that plans a flow."""
-    for option in (
-        click.option(
-            "--set",
-            "values",
-            multiple=True,
-            metavar="NAME=VALUE",
-            callback=_values,
-            help="Override a param.",
-        ),
-        click.option(
-            "--schedule", metavar="NAME", help="Lay a named schedule over the unnamed one."
-        ),
-        click.option(
-            "--key-file",
-            "key",
-            type=_FILE,
-            callback=_read_key,
-            help=f"What opens encrypted models. The default is in {KEY_VARIABLE}.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-_device = click.option(
-    "--device",
-    metavar="DEVICE",
-    callback=_checked_device,
-    help="Where to run: cpu, gpu or gpu:NUMBER. The default is the GPU where there is one.",
-)
-
-
-_engines = click.option(
-    "--engines",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="The folder of built TensorRT engines, in place of the user's cache.",
-)
-
-
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="flowlang")
 def main() -> None:
@@ -186,9 +109,9 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("files", nargs=-1, required=True, type=_FILE)
+@click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
-@_plan_options
+@plan_options
 def check(
     files: tuple[str, ...],
     form: str,
@@ -200,7 +123,7 @@ def check(
     _collect_no_garbage()
     from flowlang.plan.files import check as check_file
 
-    opener = _opener(key)
+    opener = opener_of(key)
     found = {
         file: check_file(file, values=values, schedule=schedule, opener=opener) for file in files
     }
@@ -218,7 +141,7 @@ def check(
 
 
 @main.command()
-@click.argument("files", nargs=-1, required=True, type=_FILE)
+@click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option(
     "--check", "only_check", is_flag=True, help="Write nothing; fail if a file would change."
 )
@@ -260,12 +183,12 @@ def _replace(path: Path, text: str) -> None:
 
 
 @main.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 @click.option(
     "--physical", is_flag=True, help="Print the stages too: where, how many, how batched."
 )
-@_device
-@_plan_options
+@device_option
+@plan_options
 def explain(
     file: str,
     physical: bool,
@@ -281,7 +204,7 @@ def explain(
     from flowlang.plan.physical import lower
     from flowlang.runtime.machine import this_machine
 
-    plan = compile_file(file, values=values, schedule=schedule, opener=_opener(key))
+    plan = compile_file(file, values=values, schedule=schedule, opener=opener_of(key))
     if physical:
         click.echo(explain_physical(plan, lower(plan, this_machine(device))), nl=False)
     else:
@@ -289,9 +212,9 @@ def explain(
 
 
 @main.command()
-@click.argument("file", required=False, type=_FILE)
+@click.argument("file", required=False, type=FILE)
 @click.option("--format", "form", type=click.Choice(["text", "markdown"]), default="text")
-@_plan_options
+@plan_options
 def doc(
     file: str | None, form: str, values: dict[str, str], schedule: str | None, key: Key | None
 ) -> None:
@@ -306,7 +229,7 @@ def doc(
             tables = [pages.operators_markdown, pages.settings_markdown]
         click.echo("\n".join(table() for table in tables), nl=False)
         return
-    program, plan = inspect_file(file, values=values, schedule=schedule, opener=_opener(key))
+    program, plan = inspect_file(file, values=values, schedule=schedule, opener=opener_of(key))
     page = pages.file_text if is_text else pages.file_markdown
     click.echo(page(program, plan), nl=False)
 
@@ -355,7 +278,7 @@ def explain_error(slug: str | None) -> None:
 
 
 @main.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object a line: path, result or error."
@@ -366,12 +289,12 @@ def explain_error(slug: str | None) -> None:
     "parameters",
     multiple=True,
     metavar="NAME=VALUE",
-    callback=_values,
+    callback=named_values,
     help="A parameter of the flow, as a request would bring it.",
 )
-@_device
-@_engines
-@_plan_options
+@device_option
+@engines_option
+@plan_options
 def run(
     file: str,
     pictures: tuple[Path, ...],
@@ -442,14 +365,14 @@ def _parameters(flow: Flow, texts: dict[str, str]) -> dict[str, Any]:
 
 
 @main.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     help="The folder to put the engines in, for --engines; the default is the user's cache.",
 )
-@_device
-@_plan_options
+@device_option
+@plan_options
 def build(
     file: str,
     output: Path | None,
@@ -466,7 +389,7 @@ def build(
     from flowlang.runtime.machine import this_machine
 
     machine = this_machine(device or "gpu")
-    plan = compile_file(file, values=values, schedule=schedule, opener=_opener(key))
+    plan = compile_file(file, values=values, schedule=schedule, opener=opener_of(key))
     start_s = time.monotonic()
 
     def progress(model: str, step: str) -> None:
@@ -478,113 +401,4 @@ def build(
         click.echo(f"{built.model}: {how}, {shown(built.path)}")
 
 
-@main.command()
-@click.argument("files", nargs=-1, required=True, type=_FILE)
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
-@click.option(
-    "--watch",
-    "watches",
-    is_flag=True,
-    help="Load the flows again when their files change; the old ones stay if the new do not check.",
-)
-@click.option(
-    "--grpc-port",
-    type=click.IntRange(0, 65535),
-    help="Serve the Open Inference Protocol over gRPC there too; Triton's port is 8001.",
-)
-@click.option(
-    "--thrift-port",
-    type=click.IntRange(0, 65535),
-    help="Serve InferenceService over Thrift there too; its clients look at 8888.",
-)
-@click.option("--thrift-flow", metavar="NAME", help="The flow that Thrift means if it names none.")
-@_device
-@_engines
-@_plan_options
-def serve(
-    files: tuple[str, ...],
-    host: str,
-    port: int,
-    watches: bool,
-    grpc_port: int | None,
-    thrift_port: int | None,
-    thrift_flow: str | None,
-    device: str | None,
-    engines: Path | None,
-    values: dict[str, str],
-    schedule: str | None,
-    key: Key | None,
-) -> None:
-    """Serve the flows of FILES over HTTP: POST a picture, get JSON."""
-    from flowlang.app import App
-    from flowlang.plan.files import compile_file
-    from flowlang.plan.physical import lower
-    from flowlang.runtime.machine import this_machine
-    from flowlang.serve.http import serve as serve_http
-
-    machine = this_machine(device)
-    opener = _opener(key)
-
-    def compiled() -> list[tuple[Plan, PhysicalPlan]]:
-        plans = [
-            compile_file(file, values=values, schedule=schedule, opener=opener) for file in files
-        ]
-        _check_names(plans)
-        return [(plan, lower(plan, machine)) for plan in plans]
-
-    first = [compiled()]  # what is wrong now is told before anything listens
-    names = [flow.name for plan, _ in first[0] for flow in plan.flows]
-    if thrift_flow is not None and thrift_flow not in names:
-        there = ", ".join(f"`{name}`" for name in names)
-        raise FlowError(f"--thrift-flow: there is no flow `{thrift_flow}`; there is {there}")
-
-    def load() -> list[App]:
-        stages = first.pop() if first else compiled()
-        return [App(*stage, engines=engines, key=key) for stage in stages]
-
-    faces = _faces(host, grpc_port, thrift_port, thrift_flow)
-    sys.exit(serve_http(load, host, port, watches=watches, faces=faces))
-
-
-def _faces(
-    host: str, grpc_port: int | None, thrift_port: int | None, thrift_flow: str | None
-) -> list[Callable[[Inference], Face]]:
-    """The protocols to serve besides HTTP. Raises FlowError where their package is not there."""
-    from flowlang.serve.grpc import GrpcServer
-    from flowlang.serve.routes import MAX_BODY_BYTES
-    from flowlang.serve.thrift import ThriftServer
-
-    faces: list[Callable[[Inference], Face]] = []
-    if grpc_port is not None:
-        _check_installed("grpc", "grpc")
-        faces.append(
-            lambda inference: GrpcServer(inference, host, grpc_port, max_body_bytes=MAX_BODY_BYTES)
-        )
-    if thrift_port is not None:
-        _check_installed("thriftpy2", "thrift")
-        faces.append(
-            lambda inference: ThriftServer(
-                inference, host, thrift_port, max_body_bytes=MAX_BODY_BYTES, flow=thrift_flow
-            )
-        )
-    return faces
-
-
-def _check_installed(package: str, extra: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise FlowError(f"{extra} needs the package {package}: pip install 'flowlang[{extra}]'")
-
-
-def _check_names(plans: Sequence[Plan]) -> None:
-    """Every served flow has its own name. Raises FlowError."""
-    owners: dict[str, str] = {}
-    for plan in plans:
-        for flow in plan.flows:
-            file = plan.source.name
-            if flow.name in owners:
-                both = f"{shown(owners[flow.name])} and {shown(file)}"
-                raise FlowError(f"{both} both serve a flow named `{flow.name}`: rename one")
-            owners[flow.name] = file
+main.add_command(serve)

@@ -1,0 +1,137 @@
+"""The command `serve`: what to serve, by which protocols, and where.
+
+Layer 4.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from flowlang.cli.options import FILE, device_option, engines_option, opener_of, plan_options
+from flowlang.diagnostics import FlowError
+from flowlang.rows import shown
+
+if TYPE_CHECKING:
+    from flowlang.app import App
+    from flowlang.plan.check import Plan
+    from flowlang.plan.physical import PhysicalPlan
+    from flowlang.runtime.seal import Key
+    from flowlang.serve.http import Face
+    from flowlang.serve.inference import Inference
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=FILE)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option(
+    "--watch",
+    "watches",
+    is_flag=True,
+    help="Load the flows again when their files change; the old ones stay if the new do not check.",
+)
+@click.option(
+    "--grpc-port",
+    type=click.IntRange(0, 65535),
+    help="Serve the Open Inference Protocol over gRPC there too; Triton's port is 8001.",
+)
+@click.option(
+    "--thrift-port",
+    type=click.IntRange(0, 65535),
+    help="Serve InferenceService over Thrift there too; its clients look at 8888.",
+)
+@click.option("--thrift-flow", metavar="NAME", help="The flow that Thrift means if it names none.")
+@device_option
+@engines_option
+@plan_options
+def serve(
+    files: tuple[str, ...],
+    host: str,
+    port: int,
+    watches: bool,
+    grpc_port: int | None,
+    thrift_port: int | None,
+    thrift_flow: str | None,
+    device: str | None,
+    engines: Path | None,
+    values: dict[str, str],
+    schedule: str | None,
+    key: Key | None,
+) -> None:
+    """Serve the flows of FILES over HTTP: POST a picture, get JSON."""
+    from flowlang.app import App
+    from flowlang.plan.files import compile_file
+    from flowlang.plan.physical import lower
+    from flowlang.runtime.machine import this_machine
+    from flowlang.serve.http import serve as serve_http
+
+    machine = this_machine(device)
+    opener = opener_of(key)
+
+    def compiled() -> list[tuple[Plan, PhysicalPlan]]:
+        plans = [
+            compile_file(file, values=values, schedule=schedule, opener=opener) for file in files
+        ]
+        _check_names(plans)
+        return [(plan, lower(plan, machine)) for plan in plans]
+
+    first = [compiled()]  # what is wrong now is told before anything listens
+    names = [flow.name for plan, _ in first[0] for flow in plan.flows]
+    if thrift_flow is not None and thrift_flow not in names:
+        there = ", ".join(f"`{name}`" for name in names)
+        raise FlowError(f"--thrift-flow: there is no flow `{thrift_flow}`; there is {there}")
+
+    def load() -> list[App]:
+        stages = first.pop() if first else compiled()
+        return [App(*stage, engines=engines, key=key) for stage in stages]
+
+    faces = _faces(host, grpc_port, thrift_port, thrift_flow)
+    sys.exit(serve_http(load, host, port, watches=watches, faces=faces))
+
+
+def _faces(
+    host: str, grpc_port: int | None, thrift_port: int | None, thrift_flow: str | None
+) -> list[Callable[[Inference], Face]]:
+    """The protocols to serve besides HTTP. Raises FlowError where their package is not there."""
+    from flowlang.serve.grpc import GrpcServer
+    from flowlang.serve.routes import MAX_BODY_BYTES
+    from flowlang.serve.thrift import ThriftServer
+
+    faces: list[Callable[[Inference], Face]] = []
+    if grpc_port is not None:
+        _check_installed("grpc", "grpc")
+        faces.append(
+            lambda inference: GrpcServer(inference, host, grpc_port, max_body_bytes=MAX_BODY_BYTES)
+        )
+    if thrift_port is not None:
+        _check_installed("thriftpy2", "thrift")
+        faces.append(
+            lambda inference: ThriftServer(
+                inference, host, thrift_port, max_body_bytes=MAX_BODY_BYTES, flow=thrift_flow
+            )
+        )
+    return faces
+
+
+def _check_installed(package: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise FlowError(f"{extra} needs the package {package}: pip install 'flowlang[{extra}]'")
+
+
+def _check_names(plans: Sequence[Plan]) -> None:
+    """Every served flow has its own name. Raises FlowError."""
+    owners: dict[str, str] = {}
+    for plan in plans:
+        for flow in plan.flows:
+            file = plan.source.name
+            if flow.name in owners:
+                both = f"{shown(owners[flow.name])} and {shown(file)}"
+                raise FlowError(f"{both} both serve a flow named `{flow.name}`: rename one")
+            owners[flow.name] = file
