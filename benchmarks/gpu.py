@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 from benchmarks.load import Result, Sampler, asyncio_clients, table, thread_clients
 from examples.models import resnet
 from flowlang import load
+from flowlang.plan.physical import GPU_LANES
 from flowlang.runtime import cuda, dali, host, trt, vision
 from flowlang.runtime.engine_store import EngineStore, default_directory
 from flowlang.runtime.rework import Prologue
@@ -175,15 +177,10 @@ def ceilings(run: Run) -> None:
             context.close()
     run.found["engine"] = found
     print("engine", found, flush=True)
-    decoding = dali.choose_decoding(0, 3, vision.sample_pictures(8) * 7)
-    print(dali.describe(decoding), flush=True)
-    run.found["decoding"] = {
-        "engines": decoding.uses_engines,
-        "hardware_load": decoding.hardware_load,
-        "threads": decoding.threads,
-        "rate": round(decoding.rate),
-    }
-    run.found["decode"] = _decode_rates(run, decoding)
+    decodings = dali.choose_decodings(0, GPU_LANES, vision.sample_pictures(8) * 7)
+    print(dali.describe(decodings), flush=True)
+    run.found["decoding"] = asdict(decodings)
+    run.found["decode"] = _decode_rates(run, decodings.large)
     print("decode", run.found["decode"], flush=True)
 
 
@@ -195,7 +192,6 @@ def _decode_rates(run: Run, decoding: dali.Decoding) -> dict[str, int]:
     path.write_text("decode -> resize(224) -> rgb\n")
     flow = rewrite(compile_file(path).flows[0])
     nodes = [n for n in flow.nodes() if n is not flow.input]
-    arrays = [np.frombuffer(p, np.uint8) for p in run.pictures]
     found = {}
     for size, pipelines in (
         (1, 1),
@@ -215,8 +211,8 @@ def _decode_rates(run: Run, decoding: dali.Decoding) -> dict[str, int]:
         def once(
             index: int, size: int = size, regions: Any = regions, streams: Any = streams
         ) -> int:
-            at = int(time.perf_counter() * 1e6) % (len(arrays) - size)
-            result = regions[index].run(arrays[at : at + size], streams[index].handle)
+            at = int(time.perf_counter() * 1e6) % (len(run.pictures) - size)
+            result = regions[index].run(run.pictures[at : at + size], streams[index].handle)
             streams[index].wait()
             del result
             return size
@@ -401,7 +397,7 @@ def _decode_differences(run: Run) -> dict[str, float]:
     region, stream = dali.Region(nodes, 8, 0, dali.Decoding()), cuda.Stream()
     counts = np.zeros(256, np.int64)
     for picture in run.pictures:
-        result = region.run([np.frombuffer(picture, np.uint8)], stream.handle)
+        result = region.run([picture], stream.handle)
         stream.wait()
         value: Any = picture
         for work in works:
