@@ -24,7 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.load import Result, Sampler, asyncio_clients, table, thread_clients
+from benchmarks.load import (
+    Result,
+    Sampler,
+    asyncio_clients,
+    map_client,
+    table,
+    thread_clients,
+)
 from examples.models import resnet
 from flowlang import load
 from flowlang.plan.physical import GPU_LANES
@@ -269,37 +276,39 @@ def pure_tensorrt(run: Run) -> None:
 
 
 def flowlang_flow(
-    run: Run, label: str, path: Path, counts: Sequence[int], *, threads: Sequence[int] = ()
+    run: Run,
+    label: str,
+    path: Path,
+    counts: Sequence[int],
+    *,
+    maps: Sequence[int] = (),
+    threads: Sequence[int] = (),
 ) -> None:
     with load(path, device="gpu", engines=run.engines) as app:
         flow = next(iter(app.flows.values()))
-        for clients in counts:
-            run.note(
-                asyncio_clients(
-                    f"{label}, asyncio", flow.acall, run.pictures, clients, run.seconds,
-                    sampler=GpuSampler,
-                )
-            )  # fmt: skip
-        for clients in threads:
-            run.note(
-                thread_clients(
-                    f"{label}, threads",
-                    flow,
-                    run.pictures,
-                    clients,
-                    run.seconds,
-                    sampler=GpuSampler,
-                )
-            )
         stage = app.scheduler.stages[-1]
-        print("batches", dict(sorted(stage.counts.sizes.items())), flush=True)
+        kinds: tuple[tuple[str, Any, Any, Sequence[int]], ...] = (
+            ("asyncio", asyncio_clients, flow.acall, counts),
+            ("map", map_client, flow, maps),
+            ("threads", thread_clients, flow, threads),
+        )
+        for kind, measure, call, numbers in kinds:
+            for clients in numbers:
+                stage.counts.sizes.clear()
+                what = f"{label}, {kind}"
+                result = measure(what, call, run.pictures, clients, run.seconds, sampler=GpuSampler)
+                batches = sum(stage.counts.sizes.values())
+                mean = sum(k * n for k, n in stage.counts.sizes.items()) / max(1, batches)
+                result.usage["batch"] = round(mean, 1)
+                run.note(result)
 
 
 ALL = (1, 10, 20, 64, 256)
 
 
 def on_gpu(run: Run) -> None:
-    flowlang_flow(run, "flowlang, GPU decode", run.flow("gpu"), ALL, threads=(1, 10, 20, 64))
+    path = run.flow("gpu")
+    flowlang_flow(run, "flowlang, GPU decode", path, ALL, maps=ALL, threads=(1, 10, 20, 64))
 
 
 def on_cpu(run: Run) -> None:
@@ -429,7 +438,7 @@ def share(run: Run) -> None:
     """Share of the run's own ceiling at saturation."""
     decode = max(run.found.get("decode", {}).values(), default=0)
     engine = max(run.found.get("engine", {}).values(), default=0)
-    ours = max((r.qps for r in run.results if "GPU decode, asyncio" in r.what), default=0.0)
+    ours = max((r.qps for r in run.results if "GPU decode" in r.what), default=0.0)
     if decode and engine and ours:
         run.found["share_of_ceiling"] = round(ours / min(decode, engine), 3)
         print(
