@@ -83,6 +83,12 @@ async def _pair(folder: Path) -> tuple[Listener, Teller, Teller]:
     return listener, answering, asking
 
 
+async def _part(listener: Listener, answering: Teller, asking: Teller) -> None:
+    asking.channel.close()
+    await _until(lambda: answering.is_lost.is_set() and asking.is_lost.is_set())
+    listener.close()
+
+
 async def _until(condition: Any) -> None:
     for _ in range(2000):
         if condition():
@@ -112,9 +118,7 @@ def test_messages_of_all_sizes_come_back(tmp_path: Path, monkeypatch: pytest.Mon
         assert {r.within_s for r, _ in answering.heard} == {0.5}
         assert not all(r.is_in_ring for r, _ in answering.heard)
         assert sum(r.is_in_ring for r, _ in answering.heard) > 100
-        asking.channel.close()
-        await _until(answering.is_lost.is_set)
-        listener.close()
+        await _part(listener, answering, asking)
 
     asyncio.run(go())
 
@@ -134,7 +138,7 @@ def test_a_side_that_only_listens_frees_the_ring(
                 await _until(lambda n=number: len(answering.heard) >= n - 20)
         await _until(lambda: len(answering.heard) == 1000)
         assert all(record.is_in_ring for record, _ in answering.heard)
-        listener.close()
+        await _part(listener, answering, asking)
 
     asyncio.run(go())
 
@@ -148,10 +152,10 @@ async def _is_cut_off(link: socket.socket) -> bool:
 
 
 def test_strangers_are_turned_away(tmp_path: Path) -> None:
-    """Who does not bring a ring is cut off, and others are served; the path is its owner's alone."""
+    """Who brings no ring is cut off, and others are served; the path is its owner's alone."""
 
     async def go() -> None:
-        listener, _, asking = await _pair(tmp_path)
+        listener, answering, asking = await _pair(tmp_path)
         path = tmp_path / "engine"
         assert path.stat().st_mode & 0o777 == 0o600
         for hello in (b"GET / HTTP/1.1\r\n\r\n", b"flowlang ring 1", b""):
@@ -171,6 +175,6 @@ def test_strangers_are_turned_away(tmp_path: Path) -> None:
         asking.channel.send(1, 1, b"still there")
         await _until(lambda: asking.heard)
         assert asking.heard[0][1] == b"ereht llits"
-        listener.close()
+        await _part(listener, answering, asking)
 
     asyncio.run(go())
