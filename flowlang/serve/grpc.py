@@ -28,6 +28,7 @@ from flowlang.serve.tensor import (
     from_raw,
     to_raw,
 )
+from flowlang.serve.tls import Certificate
 
 Message: TypeAlias = Any  # of a class made from a .proto file
 Call: TypeAlias = Any  # grpc.aio.ServicerContext
@@ -54,9 +55,17 @@ _WORD = re.compile("(?<!^)(?=[A-Z])")  # where a word of a name begins, but for 
 class GrpcServer:
     """Serves the models of `inference` over gRPC, in the event loop that starts it."""
 
-    scheme = "grpc"
-
-    def __init__(self, inference: Inference, host: str, port: int, *, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        inference: Inference,
+        host: str,
+        port: int,
+        *,
+        max_body_bytes: int,
+        certificate: Certificate | None = None,
+    ) -> None:
+        self.scheme = "grpcs" if certificate else "grpc"
+        self._certificate = certificate
         self._inference = inference
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._max_body_bytes = max_body_bytes
@@ -85,7 +94,7 @@ class GrpcServer:
             )
         )
         try:
-            port: int = server.add_insecure_port(self._address)
+            port = self._add_port(server)
         except RuntimeError:
             port = 0
         if not port:
@@ -103,6 +112,15 @@ class GrpcServer:
         if self._server is not None:
             await self._server.stop(LINGER_S)
         return in_time
+
+    def _add_port(self, server: Any) -> int:
+        import grpc
+
+        if self._certificate is None:
+            return int(server.add_insecure_port(self._address))
+        pair = (self._certificate.key, self._certificate.chain)
+        credentials = grpc.ssl_server_credentials([pair])  # of TLS 1.2 or later
+        return int(server.add_secure_port(self._address, credentials))
 
     def _service(self, protocol: Protocol, answers: Any) -> Any:
         """The methods of a service, each of them a method of `answers`: ModelInfer, model_infer."""
