@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flowlang.cli.options import FILE, device_option, engines_option, opener_of, plan_options
+from flowlang.cli.options import (
+    FILE,
+    device_option,
+    engines_option,
+    opener_of,
+    plan_options,
+    token_option,
+)
 from flowlang.diagnostics import FlowError
 from flowlang.rows import shown
 
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from flowlang.serve.http import Face
     from flowlang.serve.inference import Inference
     from flowlang.serve.tls import Certificate
+    from flowlang.serve.token import Token
 
 
 @click.command()
@@ -53,6 +61,7 @@ if TYPE_CHECKING:
     help="Speak TLS at every port, with this certificate and those that vouch for it, in PEM.",
 )
 @click.option("--tls-key", type=FILE, help="The private key of that certificate, in PEM.")
+@token_option
 @device_option
 @engines_option
 @plan_options
@@ -66,6 +75,7 @@ def serve(
     thrift_flow: str | None,
     tls_cert: str | None,
     tls_key: str | None,
+    token: Token | None,
     device: str | None,
     engines: Path | None,
     values: dict[str, str],
@@ -80,7 +90,7 @@ def serve(
     from flowlang.serve.http import serve as serve_http
 
     certificate = _certificate(tls_cert, tls_key)
-    faces = _faces(host, grpc_port, thrift_port, thrift_flow, certificate)
+    faces = _faces(host, grpc_port, thrift_port, thrift_flow, certificate, token)
     machine = this_machine(device)
     opener = opener_of(key)
 
@@ -101,7 +111,11 @@ def serve(
         stages = first.pop() if first else compiled()
         return [App(*stage, engines=engines, key=key) for stage in stages]
 
-    sys.exit(serve_http(load, host, port, watches=watches, faces=faces, certificate=certificate))
+    sys.exit(
+        serve_http(
+            load, host, port, watches=watches, faces=faces, certificate=certificate, token=token
+        )
+    )
 
 
 def _certificate(chain: str | None, key: str | None) -> Certificate | None:
@@ -124,8 +138,9 @@ def _faces(
     thrift_port: int | None,
     thrift_flow: str | None,
     certificate: Certificate | None,
+    token: Token | None,
 ) -> list[Callable[[Inference], Face]]:
-    """The protocols to serve besides HTTP. Raises FlowError where their package is not there."""
+    """The protocols to serve besides HTTP. Raises FlowError where one of them cannot be."""
     from flowlang.serve.grpc import GrpcServer
     from flowlang.serve.routes import MAX_BODY_BYTES
     from flowlang.serve.thrift import ThriftServer
@@ -135,10 +150,20 @@ def _faces(
         _check_installed("grpc", "grpc")
         faces.append(
             lambda inference: GrpcServer(
-                inference, host, grpc_port, max_body_bytes=MAX_BODY_BYTES, certificate=certificate
+                inference,
+                host,
+                grpc_port,
+                max_body_bytes=MAX_BODY_BYTES,
+                certificate=certificate,
+                token=token,
             )
         )
     if thrift_port is not None:
+        if token is not None:
+            raise FlowError(
+                "--thrift-port would let in everybody, for Thrift has no place for a token: "
+                "leave one of the two out"
+            )
         _check_installed("thriftpy2", "thrift")
         faces.append(
             lambda inference: ThriftServer(

@@ -51,6 +51,11 @@ class BodyReader:
             return first
         return await self._read_rest(first, receive)
 
+    def is_bounded(self, found: dict[bytes, bytes]) -> bool:
+        """Whether a body that nobody reads is known to end, so that it can be passed over."""
+        length = int(found.get(b"content-length", b"0"))
+        return b"transfer-encoding" not in found and length <= self._max_bytes
+
     def cut_all(self) -> None:
         """Wait no longer for bodies on their way."""
         for task in self._reading:

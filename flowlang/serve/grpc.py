@@ -29,6 +29,7 @@ from flowlang.serve.tensor import (
     to_raw,
 )
 from flowlang.serve.tls import Certificate
+from flowlang.serve.token import Token
 
 Message: TypeAlias = Any  # of a class made from a .proto file
 Call: TypeAlias = Any  # grpc.aio.ServicerContext
@@ -38,8 +39,9 @@ WINDOW = 64  # requests of one stream under way at once
 LINGER_S = 0.2  # once all is answered: for answers still on their way
 KEEP_ALIVE_MS = 60_000  # a connection that is idle for so long is asked whether it still stands
 CODES: Mapping[int, str] = {
-    400: "INVALID_ARGUMENT", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 413: "INVALID_ARGUMENT",
-    429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
+    400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
+    413: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
 }  # fmt: skip
 _CONTENTS: Mapping[str, str] = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents",
@@ -49,6 +51,14 @@ _CONTENTS: Mapping[str, str] = {
 }  # fmt: skip
 
 
+# What is answered without a token: to health checks nobody can give one.
+OPEN = frozenset(
+    (
+        "/inference.GRPCInferenceService/ServerLive",
+        "/inference.GRPCInferenceService/ServerReady",
+        "/grpc.health.v1.Health/Check",
+    )
+)
 _WORD = re.compile("(?<!^)(?=[A-Z])")  # where a word of a name begins, but for the first
 
 
@@ -63,9 +73,11 @@ class GrpcServer:
         *,
         max_body_bytes: int,
         certificate: Certificate | None = None,
+        token: Token | None = None,
     ) -> None:
         self.scheme = "grpcs" if certificate else "grpc"
         self._certificate = certificate
+        self._token = token
         self._inference = inference
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._max_body_bytes = max_body_bytes
@@ -79,12 +91,13 @@ class GrpcServer:
         inference = read_protocol("inference.proto")
         health = read_protocol("health.proto")
         server = grpc.aio.server(
+            interceptors=() if self._token is None else (_guard(self._token),),
             options=(
                 ("grpc.max_receive_message_length", self._max_body_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # or two servers would share a port unnoticed
                 ("grpc.keepalive_time_ms", KEEP_ALIVE_MS),
-            )
+            ),
         )
         answers = _Answers(self._inference, inference.messages)
         server.add_generic_rpc_handlers(
@@ -202,6 +215,30 @@ class GrpcServer:
                     unfinished.cancel()
 
         return call
+
+
+def _guard(token: Token) -> Any:
+    """What turns away calls without the token, before any of their messages is read."""
+    import grpc
+
+    class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+        async def intercept_service(self, proceed: Any, call: Any) -> Any:
+            if call.method in OPEN:
+                return await proceed(call)
+            given = dict(call.invocation_metadata).get("authorization")
+            try:
+                token.check(None if given is None else str(given).encode())
+            except RequestError as error:
+                return _refusal(error)
+            return await proceed(call)
+
+    def _refusal(error: RequestError) -> Any:
+        async def turn_away(bodies: AsyncIterator[bytes], context: Call) -> None:
+            await _refuse(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(turn_away)  # whose messages may go unread
+
+    return Guard()
 
 
 def _watching(

@@ -25,6 +25,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from flowlang.diagnostics import CompileError, FlowError
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
 from flowlang.serve.tls import Certificate
+from flowlang.serve.token import Token
 from flowlang.serve.watch import reload_on_change
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def serve(
     watches: bool = False,
     faces: Sequence[Callable[[Inference], Face]] = (),
     certificate: Certificate | None = None,
+    token: Token | None = None,
 ) -> int:
     """Serve flows until SIGTERM or SIGINT. Returns the exit status.
 
@@ -80,8 +82,8 @@ def serve(
     take over while the old ones answer what they have. Where it fails the old ones stay.
 
     `faces` are other protocols to serve the same flows by, made of what they answer with; the URL
-    told is then a list of them, HTTP's the last. With a `certificate` HTTP is spoken over TLS; the
-    faces are made with one by whoever makes them.
+    told is then a list of them, HTTP's the last. With a `certificate` HTTP is spoken over TLS, and
+    with a `token` only who has it is let in; whoever makes the faces gives them theirs.
     """
     try:
         listener = _listen(host, port)
@@ -89,7 +91,7 @@ def serve(
         print(f"flowlang: cannot listen on {host}:{port}: {error.strerror}", file=sys.stderr)
         return 1
     _allow_many_connections()
-    service = Service(max_body_bytes=max_body_bytes)
+    service = Service(max_body_bytes=max_body_bytes, token=token)
     server = _Server(
         service,
         load,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES, FlowProgram, PhysicalPlan
 from flowlang.serve.answer import (
+    CLOSE,
     HTML,
     SVG,
     WANTED,
@@ -36,7 +37,8 @@ from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts
 from flowlang.serve.inference import Inference
 from flowlang.serve.metrics import KIND as METRICS
 from flowlang.serve.metrics import metrics_text
-from flowlang.serve.v2 import InferenceRoutes, is_below, refused
+from flowlang.serve.token import Token
+from flowlang.serve.v2 import InferenceRoutes, is_below, is_health, refused
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = MAX_BYTES + (64 << 10)  # the largest picture, and room for what wraps it
 BODY_S = 120.0  # a body that takes longer is cut off
 STALLED_S = 5.0  # when stopping, a body that takes longer is cut off
+# What is looked at without a token: health, by who cannot have one, and a page without any data.
+OPEN = frozenset(("/", "/health/live", "/health/ready"))
 
 _PAGE_HEADERS = (
     (
@@ -75,12 +79,19 @@ class _Door:
 class Service:
     """The application. It begins without flows, `loading`; all methods belong to one event loop."""
 
-    def __init__(self, *, max_body_bytes: int = MAX_BODY_BYTES, body_s: float = BODY_S) -> None:
+    def __init__(
+        self,
+        *,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        body_s: float = BODY_S,
+        token: Token | None = None,
+    ) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.under_way = 0
         self.inference = Inference()
         self._inference_routes = InferenceRoutes(self.inference, max_body_bytes)
         self._bodies = BodyReader(max_body_bytes, body_s)
+        self._token = token
         self._doors: dict[str, _Door] = {}  # by path
         self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
@@ -135,6 +146,12 @@ class Service:
         found = {name: value for name, value in scope["headers"] if name in WANTED}
         request_id = request_id_of(found.get(b"x-request-id"))
         method, path = scope["method"], scope["path"]
+        if self._token is not None and not _is_open(method, path):
+            try:
+                self._token.check(found.get(b"authorization"))
+            except Refusal as error:
+                await self._send(send, self._turn_away(path, found, error, request_id), request_id)
+                return
         door = self._open.get(path) if method == "POST" else None
         if door is None and not self._inference_routes.is_inference(method, path):
             answer = self._answer_elsewhere(method, path, request_id)
@@ -162,9 +179,18 @@ class Service:
             *answer.headers,
         ]
         if self.state == "draining":
-            headers.append((b"connection", b"close"))
+            headers.append(CLOSE)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
+
+    def _turn_away(
+        self, path: str, found: dict[bytes, bytes], error: Refusal, request_id: bytes
+    ) -> Answer:
+        """The answer to who has not the token, whose body is not read."""
+        answer = refused(error) if is_below(path) else error_answer(error, None, request_id)
+        if self._bodies.is_bounded(found):
+            return answer
+        return replace(answer, headers=(*answer.headers, CLOSE))
 
     # Flows
 
@@ -280,6 +306,11 @@ class Service:
     def _tell_ready(self) -> Answer:
         body = to_json({"status": self.state, "requests": self.under_way})
         return Answer(200 if self.state == "ready" else 503, body)
+
+
+def _is_open(method: str, path: str) -> bool:
+    """Whether a request is answered without a token."""
+    return method in ("GET", "HEAD") and (path in OPEN or is_health(path))
 
 
 async def _call_each(
