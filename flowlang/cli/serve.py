@@ -56,6 +56,11 @@ if TYPE_CHECKING:
 )
 @click.option("--thrift-flow", metavar="NAME", help="The flow that Thrift means if it names none.")
 @click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Tell /metrics there too, and nothing else, to everybody; Triton's port is 8002.",
+)
+@click.option(
     "--tls-cert",
     type=FILE,
     help="Speak TLS at every port, with this certificate and those that vouch for it, in PEM.",
@@ -73,6 +78,7 @@ def serve(
     grpc_port: int | None,
     thrift_port: int | None,
     thrift_flow: str | None,
+    metrics_port: int | None,
     tls_cert: str | None,
     tls_key: str | None,
     token: Token | None,
@@ -113,7 +119,14 @@ def serve(
 
     sys.exit(
         serve_http(
-            load, host, port, watches=watches, faces=faces, certificate=certificate, token=token
+            load,
+            host,
+            port,
+            watches=watches,
+            faces=faces,
+            certificate=certificate,
+            token=token,
+            metrics_port=metrics_port,
         )
     )
 

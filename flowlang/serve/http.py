@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import uvicorn
@@ -30,6 +30,7 @@ from flowlang.serve.watch import reload_on_change
 
 if TYPE_CHECKING:
     from flowlang.app import App
+    from flowlang.serve.body import Receive, Scope, Send
     from flowlang.serve.inference import Inference
 
 GRACE_S = 30.0
@@ -66,6 +67,7 @@ def serve(
     faces: Sequence[Callable[[Inference], Face]] = (),
     certificate: Certificate | None = None,
     token: Token | None = None,
+    metrics_port: int | None = None,
 ) -> int:
     """Serve flows until SIGTERM or SIGINT. Returns the exit status.
 
@@ -84,11 +86,13 @@ def serve(
     `faces` are other protocols to serve the same flows by, made of what they answer with; the URL
     told is then a list of them, HTTP's the last. With a `certificate` HTTP is spoken over TLS, and
     with a `token` only who has it is let in; whoever makes the faces gives them theirs.
+    At `metrics_port` /metrics is told to everybody, and nothing else.
     """
     try:
         listener = _listen(host, port)
-    except OSError as error:
-        print(f"flowlang: cannot listen on {host}:{port}: {error.strerror}", file=sys.stderr)
+        metrics_listener = None if metrics_port is None else _listen(host, metrics_port)
+    except FlowError as error:
+        _report(error)
         return 1
     _allow_many_connections()
     service = Service(max_body_bytes=max_body_bytes, token=token)
@@ -103,6 +107,7 @@ def serve(
         watches=watches,
         faces=[make(service.inference) for make in faces],
         certificate=certificate,
+        metrics_listener=metrics_listener,
     )
     uvloop.run(server.serve())
     if server.is_cut_short:
@@ -112,10 +117,16 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, _, _, _, address = found[0]
-    both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
+    """A socket that listens there. Raises FlowError where that cannot be."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(
+            address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both
+        )
+    except OSError as error:
+        raise FlowError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def _url(scheme: str, host: str, port: int) -> str:
@@ -189,6 +200,24 @@ class _Protocol(HttpToolsProtocol):
                 ours.shutdown(socket.SHUT_RD)
 
 
+def _config(application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> uvicorn.Config:
+    return uvicorn.Config(
+        application,
+        loop="uvloop",
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        log_level="error",  # malformed requests are none of the operator's mistakes
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        backlog=BACKLOG,
+    )
+
+
 class _Server(uvicorn.Server):
     """uvicorn, loading the flows once it listens, and emptying them before it stops."""
 
@@ -205,24 +234,9 @@ class _Server(uvicorn.Server):
         watches: bool = False,
         faces: Sequence[Face] = (),
         certificate: Certificate | None = None,
+        metrics_listener: socket.socket | None = None,
     ) -> None:
-        super().__init__(
-            uvicorn.Config(
-                service,
-                loop="uvloop",
-                http=_Protocol,
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                log_level="error",  # malformed requests are none of the operator's mistakes
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                backlog=BACKLOG,
-            )
-        )
+        super().__init__(_config(service))
         self.status = 0
         self.is_cut_short = False  # stopped with threads left inside a model's code
         self._service = service
@@ -230,7 +244,9 @@ class _Server(uvicorn.Server):
         self._grace_s = grace_s
         self._host = host
         self._listener = listener
-        self._url = _url("https" if certificate else "http", host, listener.getsockname()[1])
+        self._metrics_listener = metrics_listener
+        self._scheme = "https" if certificate else "http"
+        self._url = _url(self._scheme, host, listener.getsockname()[1])
         self._context = certificate.context if certificate else None
         self._listening: list[asyncio.Server] = []
         self._faces = faces
@@ -263,6 +279,8 @@ class _Server(uvicorn.Server):
         try:
             await self._listen(self._listener, self.config)
             urls = [_url(face.scheme, self._host, await face.start()) for face in self._faces]
+            if self._metrics_listener is not None:
+                urls.append(await self._listen_for_metrics(self._metrics_listener))
         except OSError as error:
             _report(error)
             self.status = 1
@@ -288,6 +306,13 @@ class _Server(uvicorn.Server):
                 ssl_handshake_timeout=handshake_s,
             )
         )
+
+    async def _listen_for_metrics(self, listener: socket.socket) -> str:
+        """Tell metrics at a port of their own. Returns their URL."""
+        config = _config(self._service.tell_metrics)
+        config.load()
+        await self._listen(listener, config)
+        return f"{_url(self._scheme, self._host, listener.getsockname()[1])}/metrics"
 
     # Loading
 

@@ -183,6 +183,23 @@ class Service:
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
 
+    async def tell_metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application of a port for metrics alone, where nobody is asked for a token."""
+        if scope["type"] != "http":
+            await _decline(scope, receive, send)
+            return
+        method, path = scope["method"], scope["path"]
+        request_id = request_id_of(dict(scope["headers"]).get(b"x-request-id"))
+        try:
+            if path != "/metrics":
+                raise Refusal("not-found", 404, "this port has /metrics, and nothing else")
+            if method not in ("GET", "HEAD"):
+                raise _wrong_method(method, "GET, HEAD")
+            answer = self._show_metrics()
+        except Refusal as error:
+            answer = error_answer(error, None, request_id)
+        await self._send(send, answer, request_id)
+
     def _turn_away(
         self, path: str, found: dict[bytes, bytes], error: Refusal, request_id: bytes
     ) -> Answer:
