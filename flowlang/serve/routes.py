@@ -37,6 +37,7 @@ from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts
 from flowlang.serve.inference import Inference
 from flowlang.serve.metrics import KIND as METRICS
 from flowlang.serve.metrics import metrics_text
+from flowlang.serve.openapi import document
 from flowlang.serve.token import Token
 from flowlang.serve.v2 import InferenceRoutes, is_below, is_health, refused
 
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = MAX_BYTES + (64 << 10)  # the largest picture, and room for what wraps it
 BODY_S = 120.0  # a body that takes longer is cut off
 STALLED_S = 5.0  # when stopping, a body that takes longer is cut off
-# What is looked at without a token: health, by who cannot have one, and a page without any data.
-OPEN = frozenset(("/", "/health/live", "/health/ready"))
+# What is looked at without a token: health, by who cannot have one, and pages without any data.
+OPEN = frozenset(("/", "/docs", "/health/live", "/health/ready"))
 
 _PAGE_HEADERS = (
     (
@@ -98,7 +99,11 @@ class Service:
         self._apps: Sequence[App] = ()
         self._drawn: dict[str, tuple[PhysicalPlan, FlowProgram]] = {}  # by path of the drawing
         self._listing = b""
-        self._page = resources.files(__package__).joinpath("page.html").read_bytes()
+        self._described = b""
+        self._page, self._docs = (
+            resources.files(__package__).joinpath(name).read_bytes()
+            for name in ("page.html", "docs.html")
+        )
 
     def let_in(self, apps: Iterable[App]) -> None:
         """Take requests for these flows. Raises FlowError if two have one name."""
@@ -116,6 +121,12 @@ class Service:
             for program in app.physical.programs
         }
         self._listing = to_json({"flows": [_listed(path, d) for path, d in doors.items()]})
+        self._described = to_json(
+            document(
+                [door.flow for door in doors.values()],
+                free=None if self._token is None else OPEN,
+            )
+        )
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
         self._doors = self._open = doors
@@ -277,8 +288,10 @@ class Service:
         if is_below(path):
             return self._inference_routes.look(method, path)
         looks = {
-            "/": self._show_page,
-            "/flows": self._list_flows,
+            "/": lambda: Answer(200, self._page, HTML, _PAGE_HEADERS),
+            "/docs": lambda: Answer(200, self._docs, HTML, _PAGE_HEADERS),
+            "/openapi.json": lambda: self._once_loaded(self._described),
+            "/flows": lambda: self._once_loaded(self._listing),
             "/health/live": lambda: Answer(200, b'{"status":"live"}'),
             "/health/ready": self._tell_ready,
             "/metrics": self._show_metrics,
@@ -309,13 +322,10 @@ class Service:
         hint = f"; flows take POST at {known}" if known else ""
         return Refusal("not-found", 404, f"there is nothing at this path{hint}")
 
-    def _show_page(self) -> Answer:
-        return Answer(200, self._page, HTML, _PAGE_HEADERS)
-
-    def _list_flows(self) -> Answer:
+    def _once_loaded(self, body: bytes) -> Answer:
         if self.state == "loading":
             raise Refusal("loading", 503, "the flows are not loaded yet")
-        return Answer(200, self._listing)
+        return Answer(200, body)
 
     def _show_metrics(self) -> Answer:
         return Answer(200, metrics_text(self._apps, self.state), METRICS)
@@ -367,7 +377,7 @@ def _listed(path: str, door: _Door) -> dict[str, Any]:
         "path": path,
         "takes": "bytes" if door.read is None else "json",
         "parameters": [
-            {"name": p.name, "type": str(p.type), "required": p.default is None}
+            {"name": p.name, "type": str(p.type), "required": p.is_required}
             for p in flow.parameters
         ],
     }
