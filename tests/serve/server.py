@@ -81,12 +81,13 @@ class Server:
         self._guard = threading.Timer(PATIENCE_S * 2, self.process.kill)
         self._guard.daemon = True
         self._guard.start()
-        self.urls = self._line("loading, on ").removeprefix("loading, on ").strip().split(", ")
+        self.urls = self.line("loading, on ").removeprefix("loading, on ").strip().split(", ")
         self.url = self.urls[-1]
         self.port = int(self.url.rpartition(":")[2])
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S, verify=trust or True)
 
-    def _line(self, start: str) -> str:
+    def line(self, start: str) -> str:
+        """The next line it prints, which begins with `start`."""
         stdout = self.process.stdout
         assert stdout is not None
         line = stdout.readline()
@@ -94,7 +95,7 @@ class Server:
         return line
 
     def wait_ready(self) -> Server:
-        self._line("serving ")
+        self.line("serving ")
         return self
 
     @property
