@@ -20,7 +20,7 @@ from thriftpy2.rpc import client_context
 import flowlang
 from tests.pictures import photographs
 from tests.serve.certificates import Pair, make_pair
-from tests.serve.server import PATIENCE_S, Server, refused, serving, write, write_flows
+from tests.serve.server import PATIENCE_S, Server, head, refused, serving, write, write_flows
 
 PICTURE = photographs(1)[0]
 IDL = thriftpy2.load(
@@ -145,6 +145,24 @@ def test_a_stop_does_not_wait_for_idle_connections(
         assert server.wait() == 0
         assert time.monotonic() - start_s < 5
         assert server.errors == ""
+
+
+def test_a_stop_loses_no_answer_on_its_way(folder: Path, pair: Pair, trust: ssl.SSLContext) -> None:
+    """An answer that a slow client has not taken yet when the server stops comes whole."""
+    body = bytes(20 << 20)  # more than the system's buffers hold
+    with (
+        serving(folder, *pair.options, str(folder / "echo.flow"), trust=trust) as server,
+        socket.create_connection(("127.0.0.1", server.wait_ready().port), PATIENCE_S) as plain,
+        trust.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+    ):
+        connection.sendall(head("/", len(body)).encode() + body)
+        received = connection.recv(1 << 16)
+        server.signal(signal.SIGTERM)
+        time.sleep(1)  # it has long closed the connections that it may close
+        while more := connection.recv(1 << 20):
+            received += more
+        assert received.partition(b"\r\n\r\n")[2] == body
+        assert server.wait() == 0
 
 
 @pytest.mark.parametrize(("given", "missing"), [("cert", "key"), ("key", "cert")])
