@@ -146,7 +146,7 @@ def test_the_page_asks_for_the_token(chromium: Browser, folder: Path) -> None:
         assert not chromium.evaluate(shown)
         assert "label" in ask(chromium, "classify", folder / "0.jpg")[0]
         assert '-H "Authorization: Bearer $FLOWLANG_TOKEN"' in chromium.evaluate(COMMAND)
-        chromium.evaluate("location.reload()")
+        chromium.open(server.url)
         chromium.wait_for("typeof flows != 'undefined' && flows.length > 1")
         assert "open-sesame" not in chromium.evaluate("document.documentElement.outerHTML")
         assert chromium.evaluate("localStorage.length") == 0
