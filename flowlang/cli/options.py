@@ -15,6 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from flowlang.runtime.seal import Key
+    from flowlang.serve.token import Token
 
 KEY_VARIABLE = "FLOWLANG_KEY"
 
@@ -43,6 +44,12 @@ def _read_key(ctx: click.Context, param: click.Parameter, file: str | None) -> K
     from flowlang.runtime import seal
 
     return seal.read_key(environment_variable=None if file else KEY_VARIABLE, file=file)
+
+
+def _read_token(ctx: click.Context, param: click.Parameter, file: str | None) -> Token | None:
+    from flowlang.serve.token import read_token
+
+    return read_token(None if file is None else Path(file))
 
 
 def opener_of(key: Key | None) -> Callable[[Path], bytes]:
@@ -97,4 +104,13 @@ engines_option = click.option(
     "--engines",
     type=click.Path(file_okay=False, path_type=Path),
     help="The folder of built TensorRT engines, in place of the user's cache.",
+)
+
+
+token_option = click.option(
+    "--token-file",
+    "token",
+    type=FILE,
+    callback=_read_token,
+    help="Let in who has the token in this file's first line. The default is in FLOWLANG_TOKEN.",
 )

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flowlang.cli.options import FILE, device_option, engines_option, opener_of, plan_options
+from flowlang.cli.options import (
+    FILE,
+    device_option,
+    engines_option,
+    opener_of,
+    plan_options,
+    token_option,
+)
 from flowlang.diagnostics import FlowError
 from flowlang.rows import shown
 
@@ -23,6 +30,8 @@ if TYPE_CHECKING:
     from flowlang.runtime.seal import Key
     from flowlang.serve.http import Face
     from flowlang.serve.inference import Inference
+    from flowlang.serve.tls import Certificate
+    from flowlang.serve.token import Token
 
 
 @click.command()
@@ -46,6 +55,18 @@ if TYPE_CHECKING:
     help="Serve InferenceService over Thrift there too; its clients look at 8888.",
 )
 @click.option("--thrift-flow", metavar="NAME", help="The flow that Thrift means if it names none.")
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Tell /metrics there too, and nothing else, to everybody; Triton's port is 8002.",
+)
+@click.option(
+    "--tls-cert",
+    type=FILE,
+    help="Speak TLS at every port, with this certificate and those that vouch for it, in PEM.",
+)
+@click.option("--tls-key", type=FILE, help="The private key of that certificate, in PEM.")
+@token_option
 @device_option
 @engines_option
 @plan_options
@@ -57,6 +78,10 @@ def serve(
     grpc_port: int | None,
     thrift_port: int | None,
     thrift_flow: str | None,
+    metrics_port: int | None,
+    tls_cert: str | None,
+    tls_key: str | None,
+    token: Token | None,
     device: str | None,
     engines: Path | None,
     values: dict[str, str],
@@ -70,6 +95,8 @@ def serve(
     from flowlang.runtime.machine import this_machine
     from flowlang.serve.http import serve as serve_http
 
+    certificate = _certificate(tls_cert, tls_key)
+    faces = _faces(host, grpc_port, thrift_port, thrift_flow, certificate, token)
     machine = this_machine(device)
     opener = opener_of(key)
 
@@ -90,14 +117,43 @@ def serve(
         stages = first.pop() if first else compiled()
         return [App(*stage, engines=engines, key=key) for stage in stages]
 
-    faces = _faces(host, grpc_port, thrift_port, thrift_flow)
-    sys.exit(serve_http(load, host, port, watches=watches, faces=faces))
+    sys.exit(
+        serve_http(
+            load,
+            host,
+            port,
+            watches=watches,
+            faces=faces,
+            certificate=certificate,
+            token=token,
+            metrics_port=metrics_port,
+        )
+    )
+
+
+def _certificate(chain: str | None, key: str | None) -> Certificate | None:
+    """The certificate to show. Raises FlowError for one that cannot be used."""
+    if (chain is None) != (key is None):
+        given, missing = (
+            ("--tls-key", "--tls-cert") if chain is None else ("--tls-cert", "--tls-key")
+        )
+        raise click.UsageError(f"{given} needs {missing} beside it")
+    if chain is None or key is None:
+        return None
+    from flowlang.serve.tls import read_certificate
+
+    return read_certificate(Path(chain), Path(key))
 
 
 def _faces(
-    host: str, grpc_port: int | None, thrift_port: int | None, thrift_flow: str | None
+    host: str,
+    grpc_port: int | None,
+    thrift_port: int | None,
+    thrift_flow: str | None,
+    certificate: Certificate | None,
+    token: Token | None,
 ) -> list[Callable[[Inference], Face]]:
-    """The protocols to serve besides HTTP. Raises FlowError where their package is not there."""
+    """The protocols to serve besides HTTP. Raises FlowError where one of them cannot be."""
     from flowlang.serve.grpc import GrpcServer
     from flowlang.serve.routes import MAX_BODY_BYTES
     from flowlang.serve.thrift import ThriftServer
@@ -106,13 +162,30 @@ def _faces(
     if grpc_port is not None:
         _check_installed("grpc", "grpc")
         faces.append(
-            lambda inference: GrpcServer(inference, host, grpc_port, max_body_bytes=MAX_BODY_BYTES)
+            lambda inference: GrpcServer(
+                inference,
+                host,
+                grpc_port,
+                max_body_bytes=MAX_BODY_BYTES,
+                certificate=certificate,
+                token=token,
+            )
         )
     if thrift_port is not None:
+        if token is not None:
+            raise FlowError(
+                "--thrift-port would let in everybody, for Thrift has no place for a token: "
+                "leave one of the two out"
+            )
         _check_installed("thriftpy2", "thrift")
         faces.append(
             lambda inference: ThriftServer(
-                inference, host, thrift_port, max_body_bytes=MAX_BODY_BYTES, flow=thrift_flow
+                inference,
+                host,
+                thrift_port,
+                max_body_bytes=MAX_BODY_BYTES,
+                flow=thrift_flow,
+                certificate=certificate,
             )
         )
     return faces

@@ -11,7 +11,7 @@ from typing import Any
 
 from flowlang.diagnostics import InternalError, Span
 from flowlang.plan.onnx import Model
-from flowlang.plan.types import Type
+from flowlang.plan.types import Optional, Type
 
 # Nodes the checker makes itself; every other `op` is a row of the operator table.
 INPUT, PACK, CUT_OUT, SELECT, PYTHON = "input", "pack", "crop_box", "select", "python"
@@ -92,6 +92,10 @@ class Parameter:
     name: str
     type: Type
     default: Node | None = None
+
+    @property
+    def is_required(self) -> bool:
+        return self.default is None and not isinstance(self.type, Optional)
 
 
 @dataclass(frozen=True, slots=True)

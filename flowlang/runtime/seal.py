@@ -2,7 +2,7 @@
 
 Layer 3; the only file importing cryptography, and only when something is sealed or opened.
 AES-256-GCM protects a file at rest (a disk, a backup, a bucket), not the memory of a running
-program. Nothing here touches the disk except to read a key file.
+program. Nothing here touches the disk but for the key file.
 
 A sealed file, numbers big-endian::
 
@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from flowlang.diagnostics import EngineError
+from flowlang.diagnostics import EngineError, FlowError
+from flowlang.runtime.secret import read_secret
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -147,21 +148,9 @@ def _key(value: object, origin: str) -> Key:
 def _from_file(path: Path) -> Key:
     """The key in a file that only its owner, who is the user, can read."""
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_uid != os.geteuid():
-                raise EngineError(
-                    f"the key file {path} belongs to user {status.st_uid}, "
-                    f"flowlang runs as user {os.geteuid()}: give it a file of its own"
-                )
-            if status.st_mode & 0o077:
-                raise EngineError(
-                    f"the key file {path} has mode {status.st_mode & 0o777:04o}, so others can "
-                    f"use it: chmod 600 {path}"
-                )
-            content = file.read(4096)
-    except OSError as error:
-        raise EngineError(f"cannot read the key file {path}: {error.strerror}") from error
+        content = read_secret(path, "key file")
+    except FlowError as error:
+        raise EngineError(str(error)) from error
     return _key(content.decode("ascii", errors="replace"), f"the key file {path}")
 
 

@@ -26,10 +26,11 @@ HTML, SVG = b"text/html; charset=utf-8", b"image/svg+xml"
 WANTED = frozenset(
     (
         *(b"content-length", b"content-encoding", b"content-type", b"authorization"),
-        *(b"x-deadline-ms", b"x-request-id"),
+        *(b"x-deadline-ms", b"x-request-id", b"transfer-encoding"),
     )
 )
 RETRY_S = b"1"
+CLOSE = (b"connection", b"close")
 
 _ID = re.compile(rb"[\x20-\x7e]{1,128}")
 _MILLISECONDS = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,6})?")
@@ -61,7 +62,7 @@ class Refusal(RequestError):
         super().__init__(message)
         self.code = code
         self.http_status = http_status
-        self.headers = (*headers, (b"connection", b"close")) if is_last else headers
+        self.headers = (*headers, CLOSE) if is_last else headers
 
 
 def encode(result: Any) -> tuple[bytes, bytes]:

@@ -28,6 +28,8 @@ from flowlang.serve.tensor import (
     from_raw,
     to_raw,
 )
+from flowlang.serve.tls import Certificate
+from flowlang.serve.token import Token
 
 Message: TypeAlias = Any  # of a class made from a .proto file
 Call: TypeAlias = Any  # grpc.aio.ServicerContext
@@ -37,8 +39,9 @@ WINDOW = 64  # requests of one stream under way at once
 LINGER_S = 0.2  # once all is answered: for answers still on their way
 KEEP_ALIVE_MS = 60_000  # a connection that is idle for so long is asked whether it still stands
 CODES: Mapping[int, str] = {
-    400: "INVALID_ARGUMENT", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 413: "INVALID_ARGUMENT",
-    429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
+    400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
+    413: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
 }  # fmt: skip
 _CONTENTS: Mapping[str, str] = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents",
@@ -48,15 +51,33 @@ _CONTENTS: Mapping[str, str] = {
 }  # fmt: skip
 
 
+# What is answered without a token: to health checks nobody can give one.
+OPEN = frozenset(
+    (
+        "/inference.GRPCInferenceService/ServerLive",
+        "/inference.GRPCInferenceService/ServerReady",
+        "/grpc.health.v1.Health/Check",
+    )
+)
 _WORD = re.compile("(?<!^)(?=[A-Z])")  # where a word of a name begins, but for the first
 
 
 class GrpcServer:
     """Serves the models of `inference` over gRPC, in the event loop that starts it."""
 
-    scheme = "grpc"
-
-    def __init__(self, inference: Inference, host: str, port: int, *, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        inference: Inference,
+        host: str,
+        port: int,
+        *,
+        max_body_bytes: int,
+        certificate: Certificate | None = None,
+        token: Token | None = None,
+    ) -> None:
+        self.scheme = "grpcs" if certificate else "grpc"
+        self._certificate = certificate
+        self._token = token
         self._inference = inference
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._max_body_bytes = max_body_bytes
@@ -70,12 +91,13 @@ class GrpcServer:
         inference = read_protocol("inference.proto")
         health = read_protocol("health.proto")
         server = grpc.aio.server(
+            interceptors=() if self._token is None else (_guard(self._token),),
             options=(
                 ("grpc.max_receive_message_length", self._max_body_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # or two servers would share a port unnoticed
                 ("grpc.keepalive_time_ms", KEEP_ALIVE_MS),
-            )
+            ),
         )
         answers = _Answers(self._inference, inference.messages)
         server.add_generic_rpc_handlers(
@@ -85,7 +107,7 @@ class GrpcServer:
             )
         )
         try:
-            port: int = server.add_insecure_port(self._address)
+            port = self._add_port(server)
         except RuntimeError:
             port = 0
         if not port:
@@ -103,6 +125,15 @@ class GrpcServer:
         if self._server is not None:
             await self._server.stop(LINGER_S)
         return in_time
+
+    def _add_port(self, server: Any) -> int:
+        import grpc
+
+        if self._certificate is None:
+            return int(server.add_insecure_port(self._address))
+        pair = (self._certificate.key, self._certificate.chain)
+        credentials = grpc.ssl_server_credentials([pair])  # of TLS 1.2 or later
+        return int(server.add_secure_port(self._address, credentials))
 
     def _service(self, protocol: Protocol, answers: Any) -> Any:
         """The methods of a service, each of them a method of `answers`: ModelInfer, model_infer."""
@@ -184,6 +215,30 @@ class GrpcServer:
                     unfinished.cancel()
 
         return call
+
+
+def _guard(token: Token) -> Any:
+    """What turns away calls without the token, before any of their messages is read."""
+    import grpc
+
+    class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+        async def intercept_service(self, proceed: Any, call: Any) -> Any:
+            if call.method in OPEN:
+                return await proceed(call)
+            given = dict(call.invocation_metadata).get("authorization")
+            try:
+                token.check(None if given is None else str(given).encode())
+            except RequestError as error:
+                return _refusal(error)
+            return await proceed(call)
+
+    def _refusal(error: RequestError) -> Any:
+        async def turn_away(bodies: AsyncIterator[bytes], context: Call) -> None:
+            await _refuse(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(turn_away)  # whose messages may go unread
+
+    return Guard()
 
 
 def _watching(

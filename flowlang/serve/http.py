@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import uvicorn
@@ -24,15 +24,19 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flowlang.diagnostics import CompileError, FlowError
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
+from flowlang.serve.tls import Certificate
+from flowlang.serve.token import Token
 from flowlang.serve.watch import reload_on_change
 
 if TYPE_CHECKING:
     from flowlang.app import App
+    from flowlang.serve.body import Receive, Scope, Send
     from flowlang.serve.inference import Inference
 
 GRACE_S = 30.0
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # longer than clients and balancers keep an idle connection
+HANDSHAKE_S = 20.0  # of TLS
 LINGER_S = 0.2  # once all is answered: so that who writes just now is told, and not cut off
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -61,6 +65,9 @@ def serve(
     max_body_bytes: int = MAX_BODY_BYTES,
     watches: bool = False,
     faces: Sequence[Callable[[Inference], Face]] = (),
+    certificate: Certificate | None = None,
+    token: Token | None = None,
+    metrics_port: int | None = None,
 ) -> int:
     """Serve flows until SIGTERM or SIGINT. Returns the exit status.
 
@@ -77,26 +84,32 @@ def serve(
     take over while the old ones answer what they have. Where it fails the old ones stay.
 
     `faces` are other protocols to serve the same flows by, made of what they answer with; the URL
-    told is then a list of them, HTTP's the last.
+    told is then a list of them, HTTP's the last. With a `certificate` HTTP is spoken over TLS, and
+    with a `token` only who has it is let in; whoever makes the faces gives them theirs.
+    At `metrics_port` /metrics is told to everybody, and nothing else.
     """
     try:
         listener = _listen(host, port)
-    except OSError as error:
-        print(f"flowlang: cannot listen on {host}:{port}: {error.strerror}", file=sys.stderr)
+        metrics_listener = None if metrics_port is None else _listen(host, metrics_port)
+    except FlowError as error:
+        _report(error)
         return 1
     _allow_many_connections()
-    service = Service(max_body_bytes=max_body_bytes)
+    service = Service(max_body_bytes=max_body_bytes, token=token)
     server = _Server(
         service,
         load,
         grace_s,
-        _url(host, listener),
+        host,
+        listener,
         on_listen or (lambda url: _say(f"loading, on {url}")),
         on_ready or (lambda url: _say(f"serving {', '.join(service.names)} on {url}")),
         watches=watches,
         faces=[make(service.inference) for make in faces],
+        certificate=certificate,
+        metrics_listener=metrics_listener,
     )
-    uvloop.run(server.serve(sockets=[listener]))
+    uvloop.run(server.serve())
     if server.is_cut_short:
         # A thread inside ONNX Runtime aborts the process if the interpreter ends around it.
         _end(server.status)
@@ -104,14 +117,20 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, _, _, _, address = found[0]
-    both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
+    """A socket that listens there. Raises FlowError where that cannot be."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(
+            address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both
+        )
+    except OSError as error:
+        raise FlowError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
-def _url(host: str, listener: socket.socket) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _allow_many_connections() -> None:
@@ -168,6 +187,36 @@ class _Protocol(HttpToolsProtocol):
         self._in_head = False
         super().on_headers_complete()
 
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.scheme == "https" and self.transport.is_closing():
+            # TLS ends with a goodbye from both, and a client that is idle does not look for ours.
+            # So its own is taken as said; what is still to be sent to it is sent all the same.
+            connected = self.transport.get_extra_info("socket")
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(fileno=os.dup(connected.fileno())) as ours,
+            ):
+                ours.shutdown(socket.SHUT_RD)
+
+
+def _config(application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> uvicorn.Config:
+    return uvicorn.Config(
+        application,
+        loop="uvloop",
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        log_level="error",  # malformed requests are none of the operator's mistakes
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        backlog=BACKLOG,
+    )
+
 
 class _Server(uvicorn.Server):
     """uvicorn, loading the flows once it listens, and emptying them before it stops."""
@@ -177,36 +226,29 @@ class _Server(uvicorn.Server):
         service: Service,
         load: Callable[[], Sequence[App]],
         grace_s: float,
-        url: str,
+        host: str,
+        listener: socket.socket,
         on_listen: Callable[[str], None],
         on_ready: Callable[[str], None],
         *,
         watches: bool = False,
         faces: Sequence[Face] = (),
+        certificate: Certificate | None = None,
+        metrics_listener: socket.socket | None = None,
     ) -> None:
-        super().__init__(
-            uvicorn.Config(
-                service,
-                loop="uvloop",
-                http=_Protocol,
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                log_level="error",  # malformed requests are none of the operator's mistakes
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                backlog=BACKLOG,
-            )
-        )
+        super().__init__(_config(service))
         self.status = 0
         self.is_cut_short = False  # stopped with threads left inside a model's code
         self._service = service
         self._load = load
         self._grace_s = grace_s
-        self._url = url
+        self._host = host
+        self._listener = listener
+        self._metrics_listener = metrics_listener
+        self._scheme = "https" if certificate else "http"
+        self._url = _url(self._scheme, host, listener.getsockname()[1])
+        self._context = certificate.context if certificate else None
+        self._listening: list[asyncio.Server] = []
         self._faces = faces
         self._on_listen = on_listen
         self._on_ready = on_ready
@@ -233,10 +275,12 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
-        host = self._url.removeprefix("http://").rpartition(":")[0]
+        await super().startup(sockets=[])
         try:
-            urls = [f"{face.scheme}://{host}:{await face.start()}" for face in self._faces]
+            await self._listen(self._listener, self.config)
+            urls = [_url(face.scheme, self._host, await face.start()) for face in self._faces]
+            if self._metrics_listener is not None:
+                urls.append(await self._listen_for_metrics(self._metrics_listener))
         except OSError as error:
             _report(error)
             self.status = 1
@@ -245,6 +289,30 @@ class _Server(uvicorn.Server):
         self._url = ", ".join([*urls, self._url])
         self._on_listen(self._url)
         self._loader.start()
+
+    async def _listen(self, listener: socket.socket, config: uvicorn.Config) -> None:
+        """Take connections. uvicorn itself would wait at the end for handshakes under way."""
+
+        def connect() -> _Protocol:
+            return _Protocol(config, self.server_state, app_state={}, _loop=self._loop)
+
+        handshake_s = HANDSHAKE_S if self._context is not None else None
+        self._listening.append(
+            await self._loop.create_server(
+                connect,
+                sock=listener,
+                ssl=self._context,
+                backlog=BACKLOG,
+                ssl_handshake_timeout=handshake_s,
+            )
+        )
+
+    async def _listen_for_metrics(self, listener: socket.socket) -> str:
+        """Tell metrics at a port of their own. Returns their URL."""
+        config = _config(self._service.tell_metrics)
+        config.load()
+        await self._listen(listener, config)
+        return f"{_url(self._scheme, self._host, listener.getsockname()[1])}/metrics"
 
     # Loading
 
@@ -316,7 +384,7 @@ class _Server(uvicorn.Server):
                 asyncio.to_thread(app.close, max(0.0, until_s - clock())) for app in self._apps
             ]
             in_time = all(await asyncio.gather(*closing, *self._closing)) and in_time
-            for listening in self.servers:
+            for listening in self._listening:
                 listening.close()
             await asyncio.sleep(LINGER_S)
         finally:

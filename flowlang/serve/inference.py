@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flowlang import __version__
 from flowlang.diagnostics import BadRequest, Draining, RequestError, StageFailed
-from flowlang.plan.graph import Parameter
-from flowlang.plan.types import Optional, Scalar, without_null
+from flowlang.plan.types import Scalar, without_null
 from flowlang.runtime.conform import PLAIN
 from flowlang.serve.answer import Refusal, told
 from flowlang.serve.form import ParameterReader
@@ -152,7 +151,7 @@ class Model:
         self._texts = ParameterReader(flow.parameters)
         # Parameters of a kind that the protocol's own parameters cannot hold are tensors.
         self._arguments = {
-            p.name: port_of(p.name, without_null(p.type), is_optional=_may_be_left_out(p))
+            p.name: port_of(p.name, without_null(p.type), is_optional=not p.is_required)
             for p in flow.parameters
             if without_null(p.type) not in _PLAIN and p.name not in self.inputs.by_name
         }
@@ -267,10 +266,6 @@ class Model:
             return {**found, **self._texts.of_texts(texts)}
         except BadRequest as error:
             raise BadRequest(f"parameters: {error.message}") from None
-
-
-def _may_be_left_out(parameter: Parameter) -> bool:
-    return parameter.default is not None or isinstance(parameter.type, Optional)
 
 
 async def _all(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from flowlang.diagnostics import BadRequest, Draining, FlowError, RequestError, StageFailed
 from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES, FlowProgram, PhysicalPlan
 from flowlang.serve.answer import (
+    CLOSE,
     HTML,
     SVG,
     WANTED,
@@ -31,26 +32,23 @@ from flowlang.serve.answer import (
     to_json,
     told,
 )
+from flowlang.serve.body import BodyReader, HungUp, Receive, Scope, Send, unless_hung_up
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
 from flowlang.serve.inference import Inference
 from flowlang.serve.metrics import KIND as METRICS
 from flowlang.serve.metrics import metrics_text
-from flowlang.serve.v2 import InferenceRoutes, is_below, refused
+from flowlang.serve.openapi import document
+from flowlang.serve.token import Token
+from flowlang.serve.v2 import InferenceRoutes, is_below, is_health, refused
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
 
-Scope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-
-Result = TypeVar("Result")
-
 MAX_BODY_BYTES = MAX_BYTES + (64 << 10)  # the largest picture, and room for what wraps it
 BODY_S = 120.0  # a body that takes longer is cut off
 STALLED_S = 5.0  # when stopping, a body that takes longer is cut off
-WATCH_AFTER_S = 0.05  # a client is watched for hanging up once its answer takes longer
+# What is looked at without a token: health, by who cannot have one, and pages without any data.
+OPEN = frozenset(("/", "/docs", "/health/live", "/health/ready"))
 
 _PAGE_HEADERS = (
     (
@@ -64,10 +62,6 @@ _PAGE_HEADERS = (
 )
 
 log = logging.getLogger("flowlang.serve")
-
-
-class _HungUp(Exception):
-    """The client is gone: there is nobody to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +80,30 @@ class _Door:
 class Service:
     """The application. It begins without flows, `loading`; all methods belong to one event loop."""
 
-    def __init__(self, *, max_body_bytes: int = MAX_BODY_BYTES, body_s: float = BODY_S) -> None:
+    def __init__(
+        self,
+        *,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        body_s: float = BODY_S,
+        token: Token | None = None,
+    ) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.under_way = 0
         self.inference = Inference()
         self._inference_routes = InferenceRoutes(self.inference, max_body_bytes)
-        self._max_body_bytes = max_body_bytes
-        self._body_s = body_s
+        self._bodies = BodyReader(max_body_bytes, body_s)
+        self._token = token
         self._doors: dict[str, _Door] = {}  # by path
         self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
         self._apps: Sequence[App] = ()
         self._drawn: dict[str, tuple[PhysicalPlan, FlowProgram]] = {}  # by path of the drawing
         self._listing = b""
-        self._reading: dict[asyncio.Task[Any], bool] = {}  # True once it is cut off
-        self._page = resources.files(__package__).joinpath("page.html").read_bytes()
+        self._described = b""
+        self._page, self._docs = (
+            resources.files(__package__).joinpath(name).read_bytes()
+            for name in ("page.html", "docs.html")
+        )
 
     def let_in(self, apps: Iterable[App]) -> None:
         """Take requests for these flows. Raises FlowError if two have one name."""
@@ -118,6 +121,12 @@ class Service:
             for program in app.physical.programs
         }
         self._listing = to_json({"flows": [_listed(path, d) for path, d in doors.items()]})
+        self._described = to_json(
+            document(
+                [door.flow for door in doors.values()],
+                free=None if self._token is None else OPEN,
+            )
+        )
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
         self._doors = self._open = doors
@@ -127,6 +136,7 @@ class Service:
     def refuse(self) -> None:
         """Let no request in any more. Those inside go on."""
         self.state = "draining"
+        self._bodies.is_draining = True
         self._open = {}
         self.inference.refuse()
 
@@ -136,8 +146,7 @@ class Service:
         start_s = clock()
         while self.under_way and clock() < start_s + within_s:
             if clock() > start_s + min(STALLED_S, within_s / 2):
-                for task in self._reading:
-                    self._cut(task)
+                self._bodies.cut_all()
             await asyncio.sleep(0.01)
         return not self.under_way
 
@@ -148,6 +157,12 @@ class Service:
         found = {name: value for name, value in scope["headers"] if name in WANTED}
         request_id = request_id_of(found.get(b"x-request-id"))
         method, path = scope["method"], scope["path"]
+        if self._token is not None and not _is_open(method, path):
+            try:
+                self._token.check(found.get(b"authorization"))
+            except Refusal as error:
+                await self._send(send, self._turn_away(path, found, error, request_id), request_id)
+                return
         door = self._open.get(path) if method == "POST" else None
         if door is None and not self._inference_routes.is_inference(method, path):
             answer = self._answer_elsewhere(method, path, request_id)
@@ -162,7 +177,7 @@ class Service:
                     door, scope["query_string"], found, request_id, receive
                 )
             await self._send(send, answer, request_id)
-        except _HungUp:
+        except HungUp:
             pass
         finally:
             self.under_way -= 1
@@ -175,9 +190,35 @@ class Service:
             *answer.headers,
         ]
         if self.state == "draining":
-            headers.append((b"connection", b"close"))
+            headers.append(CLOSE)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
+
+    async def tell_metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application of a port for metrics alone, where nobody is asked for a token."""
+        if scope["type"] != "http":
+            await _decline(scope, receive, send)
+            return
+        method, path = scope["method"], scope["path"]
+        request_id = request_id_of(dict(scope["headers"]).get(b"x-request-id"))
+        try:
+            if path != "/metrics":
+                raise Refusal("not-found", 404, "this port has /metrics, and nothing else")
+            if method not in ("GET", "HEAD"):
+                raise _wrong_method(method, "GET, HEAD")
+            answer = self._show_metrics()
+        except Refusal as error:
+            answer = error_answer(error, None, request_id)
+        await self._send(send, answer, request_id)
+
+    def _turn_away(
+        self, path: str, found: dict[bytes, bytes], error: Refusal, request_id: bytes
+    ) -> Answer:
+        """The answer to who has not the token, whose body is not read."""
+        answer = refused(error) if is_below(path) else error_answer(error, None, request_id)
+        if self._bodies.is_bounded(found):
+            return answer
+        return replace(answer, headers=(*answer.headers, CLOSE))
 
     # Flows
 
@@ -193,7 +234,7 @@ class Service:
         try:
             deadline_s = deadline_of(found.get(b"x-deadline-ms"))
             parameters = door.parameters.of_query(query) if query else {}
-            body = await self._read_body(found, receive)
+            body = await self._bodies.read(found, receive)
             items: list[Part] = []
             if is_form(found.get(b"content-type")):
                 given, items = door.parameters.of_form(parts_of(found[b"content-type"], body))
@@ -207,13 +248,13 @@ class Service:
                     return _call_each(door, items, deadline_s, parameters, request_id)
                 return door.flow.acall(door.item(body), deadline_s=deadline_s, **parameters)
 
-            kind, encoded = encode(await _unless_hung_up(self._call(door, call), receive))
+            kind, encoded = encode(await unless_hung_up(self._call(door, call), receive))
             return Answer(200, encoded, kind)
         except RequestError as error:
             level = logging.WARNING if isinstance(error, StageFailed) else logging.INFO
             log.log(level, "request %s of flow `%s`: %s", request_id.decode(), flow.name, error)
             return error_answer(error, flow.name, request_id)
-        except _HungUp:
+        except HungUp:
             raise
         except Exception:
             log.exception("request %s of flow `%s` failed", request_id.decode(), flow.name)
@@ -224,11 +265,11 @@ class Service:
     ) -> Answer:
         found.pop(b"content-encoding", None)  # undone by the protocol, once the body is there
         try:
-            body = await self._read_body(found, receive)
+            body = await self._bodies.read(found, receive)
         except RequestError as error:
             return refused(error)
         answer = self._inference_routes.infer(scope["path"], dict(scope["headers"]), body)
-        return await _unless_hung_up(answer, receive)
+        return await unless_hung_up(answer, receive)
 
     async def _call(self, door: _Door, call: Callable[[_Door], Awaitable[Any]]) -> Any:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""
@@ -240,60 +281,6 @@ class Service:
                 raise
             return await call(successor)
 
-    async def _read_body(self, found: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body. Raises Refusal for one that is too long, or too slow."""
-        if found.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise Refusal("unsupported-encoding", 415, "send the body without Content-Encoding")
-        if int(found.get(b"content-length", b"0")) > self._max_body_bytes:
-            raise self._too_large(is_last=False)  # its end is known: the rest is passed over
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _HungUp
-        first: bytes = message.get("body", b"")
-        if not message.get("more_body", False):
-            if len(first) > self._max_body_bytes:
-                raise self._too_large(is_last=False)
-            return first
-        return await self._read_rest(first, receive)
-
-    async def _read_rest(self, first: bytes, receive: Receive) -> bytes:
-        loop, task = asyncio.get_running_loop(), _this_task()
-        chunks, size, more = [first], len(first), True
-        self._reading[task] = False
-        timer = loop.call_later(self._body_s, self._cut, task)
-        try:
-            while more:
-                if size > self._max_body_bytes:
-                    raise self._too_large(is_last=True)
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise _HungUp
-                chunks.append(message.get("body", b""))
-                size += len(chunks[-1])
-                more = message.get("more_body", False)
-        except asyncio.CancelledError:
-            if not self._reading[task]:
-                raise
-            if self.state == "draining":
-                raise Draining("the app is stopping, and not all of the body is there") from None
-            late = f"not all of the body was there within {self._body_s:g} s"
-            raise Refusal("body-timeout", 408, late, is_last=True) from None
-        finally:
-            timer.cancel()
-            del self._reading[task]
-        if size > self._max_body_bytes:
-            raise self._too_large(is_last=False)
-        return b"".join(chunks)
-
-    def _cut(self, task: asyncio.Task[Any]) -> None:
-        if not self._reading.get(task, True):
-            self._reading[task] = True
-            task.cancel()
-
-    def _too_large(self, *, is_last: bool) -> Refusal:
-        message = f"the body is larger than {self._max_body_bytes:,} bytes"
-        return Refusal("too-large", 413, message, is_last=is_last)
-
     # Everything else
 
     def _answer_elsewhere(self, method: str, path: str, request_id: bytes) -> Answer:
@@ -301,8 +288,10 @@ class Service:
         if is_below(path):
             return self._inference_routes.look(method, path)
         looks = {
-            "/": self._show_page,
-            "/flows": self._list_flows,
+            "/": lambda: Answer(200, self._page, HTML, _PAGE_HEADERS),
+            "/docs": lambda: Answer(200, self._docs, HTML, _PAGE_HEADERS),
+            "/openapi.json": lambda: self._once_loaded(self._described),
+            "/flows": lambda: self._once_loaded(self._listing),
             "/health/live": lambda: Answer(200, b'{"status":"live"}'),
             "/health/ready": self._tell_ready,
             "/metrics": self._show_metrics,
@@ -333,13 +322,10 @@ class Service:
         hint = f"; flows take POST at {known}" if known else ""
         return Refusal("not-found", 404, f"there is nothing at this path{hint}")
 
-    def _show_page(self) -> Answer:
-        return Answer(200, self._page, HTML, _PAGE_HEADERS)
-
-    def _list_flows(self) -> Answer:
+    def _once_loaded(self, body: bytes) -> Answer:
         if self.state == "loading":
             raise Refusal("loading", 503, "the flows are not loaded yet")
-        return Answer(200, self._listing)
+        return Answer(200, body)
 
     def _show_metrics(self) -> Answer:
         return Answer(200, metrics_text(self._apps, self.state), METRICS)
@@ -349,17 +335,9 @@ class Service:
         return Answer(200 if self.state == "ready" else 503, body)
 
 
-async def _unless_hung_up(call: Awaitable[Result], receive: Receive) -> Result:
-    """The result of a call. Raises _HungUp once nobody is there to be told."""
-    watch = _Watch(receive)
-    try:
-        return await call
-    except asyncio.CancelledError:
-        if watch.hung_up:
-            raise _HungUp from None
-        raise
-    finally:
-        watch.stop()
+def _is_open(method: str, path: str) -> bool:
+    """Whether a request is answered without a token."""
+    return method in ("GET", "HEAD") and (path in OPEN or is_health(path))
 
 
 async def _call_each(
@@ -384,43 +362,6 @@ async def _call_each(
     return {"results": await asyncio.gather(*(call(part) for part in items))}
 
 
-class _Watch:
-    """Cancels the task that made it when its client hangs up.
-
-    It begins once the answer is late: most answers come before, and then a timer is all it costs.
-    """
-
-    __slots__ = ("_receive", "_task", "_timer", "_watcher", "hung_up")
-
-    def __init__(self, receive: Receive) -> None:
-        self.hung_up = False
-        self._receive = receive
-        self._task = _this_task()
-        self._watcher: asyncio.Task[None] | None = None
-        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
-
-    def stop(self) -> None:
-        self._timer.cancel()
-        if self._watcher is not None:
-            self._watcher.cancel()
-
-    def _begin(self) -> None:
-        self._watcher = asyncio.get_running_loop().create_task(self._wait())
-
-    async def _wait(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.hung_up = True
-        self._task.cancel()
-
-
-def _this_task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    if task is None:
-        raise RuntimeError("the application must be called in a task")
-    return task
-
-
 def _wrong_method(method: str, allowed: str) -> Refusal:
     message = f"{method} is not possible at this path; {allowed} is"
     return Refusal("wrong-method", 405, message, headers=((b"allow", allowed.encode()),))
@@ -436,7 +377,7 @@ def _listed(path: str, door: _Door) -> dict[str, Any]:
         "path": path,
         "takes": "bytes" if door.read is None else "json",
         "parameters": [
-            {"name": p.name, "type": str(p.type), "required": p.default is None}
+            {"name": p.name, "type": str(p.type), "required": p.is_required}
             for p in flow.parameters
         ],
     }

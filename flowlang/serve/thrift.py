@@ -23,6 +23,7 @@ from flowlang.plan.types import ListOf, Record, Tensor, Type
 from flowlang.serve.answer import takes_bytes, to_json
 from flowlang.serve.inference import Inference, Unanswered, emptied
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
+from flowlang.serve.tls import Certificate
 
 if TYPE_CHECKING:
     from flowlang.app import Flow
@@ -60,8 +61,6 @@ class ThriftServer:
     bytes, or the only one of those that gives labels.
     """
 
-    scheme = "thrift"
-
     def __init__(
         self,
         inference: Inference,
@@ -70,7 +69,10 @@ class ThriftServer:
         *,
         max_body_bytes: int,
         flow: str | None = None,
+        certificate: Certificate | None = None,
     ) -> None:
+        self.scheme = "thrifts" if certificate else "thrift"
+        self._context = certificate.context if certificate else None
         self.max_body_bytes = max_body_bytes
         self.under_way = 0
         self.connections: set[_Connection] = set()
@@ -85,7 +87,7 @@ class ThriftServer:
         loop = asyncio.get_running_loop()
         host, port = self._address
         self._server = await loop.create_server(
-            lambda: _Connection(self), host, port, backlog=BACKLOG
+            lambda: _Connection(self), host, port, backlog=BACKLOG, ssl=self._context
         )
         found: int = self._server.sockets[0].getsockname()[1]
         return found

@@ -40,6 +40,11 @@ def is_below(path: str) -> bool:
     return path == START or path.startswith(f"{START}/")
 
 
+def is_health(path: str) -> bool:
+    """Whether a path is one of the protocol's health checks."""
+    return path.startswith(f"{START}/health/")
+
+
 class InferenceRoutes:
     """Everything below /v2."""
 

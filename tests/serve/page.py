@@ -109,6 +109,7 @@ PASTE = (  # a picture 77 pixels wide, as the clipboard would bring it
     " clipboardData.items.add(new File([blob], 'image.png', {type: 'image/png'}));"
     " document.dispatchEvent(new ClipboardEvent('paste', {clipboardData})); done(); }); })"
 )
+DENIED = "document.querySelector('#denied').textContent"
 COMMAND = "document.querySelector('#command code').textContent"
 # Any JSON, with much that is nearly, and some that is, what the page looks for.
 TOKENS = st.sampled_from(["box", "quad", "label", "text", "score", "index", "a", "__proto__"])

@@ -7,11 +7,12 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,25 @@ def write(path: Path, text: str) -> Path:
 
 
 class Server:
-    """A server process. `url` is where it listens; `client` speaks to it."""
+    """A server process. `url` is where it listens; `client` speaks to it.
 
-    def __init__(self, arguments: list[str], errors: Path) -> None:
+    `trust` is what the client believes a certificate by, `environment` what the process finds there
+    besides the usual.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        errors: Path,
+        trust: ssl.SSLContext | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._errors = errors
         with errors.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
+                env={**os.environ, **(environment or {})},
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
@@ -69,11 +81,13 @@ class Server:
         self._guard = threading.Timer(PATIENCE_S * 2, self.process.kill)
         self._guard.daemon = True
         self._guard.start()
-        self.url = self._line("loading, on ").rpartition(" ")[2].strip()
+        self.urls = self.line("loading, on ").removeprefix("loading, on ").strip().split(", ")
+        self.url = self.urls[-1]
         self.port = int(self.url.rpartition(":")[2])
-        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S, verify=trust or True)
 
-    def _line(self, start: str) -> str:
+    def line(self, start: str) -> str:
+        """The next line it prints, which begins with `start`."""
         stdout = self.process.stdout
         assert stdout is not None
         line = stdout.readline()
@@ -81,7 +95,7 @@ class Server:
         return line
 
     def wait_ready(self) -> Server:
-        self._line("serving ")
+        self.line("serving ")
         return self
 
     @property
@@ -117,16 +131,44 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[Server]:
+def serving(
+    folder: Path,
+    *arguments: str,
+    trust: ssl.SSLContext | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """`flowlang serve` on a free port; killed at the end if it still runs."""
-    with running(folder, "-m", "flowlang", "serve", "--port", "0", *arguments) as server:
+    command = ("-m", "flowlang", "serve", "--port", "0", *arguments)
+    with running(folder, *command, trust=trust, environment=environment) as server:
         yield server
 
 
+def refused(*arguments: str, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """The status and the words with which `flowlang serve` ends where it cannot serve."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flowlang", "serve", "--port", "0", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert "loading" not in done.stdout, "it listened"
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
 @contextmanager
-def running(folder: Path, *arguments: str) -> Iterator[Server]:
+def running(
+    folder: Path,
+    *arguments: str,
+    trust: ssl.SSLContext | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """A Python program that serves."""
-    server = Server(list(arguments), folder / f"stderr-{time.monotonic_ns()}")
+    errors = folder / f"stderr-{time.monotonic_ns()}"
+    server = Server(list(arguments), errors, trust, environment)
     try:
         yield server
     finally:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 from collections.abc import Iterator
+from pathlib import Path
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowlang.runtime.metrics import Histogram
 from tests.pictures import photographs
-from tests.serve.server import Server, serving, write_flows
+from tests.serve.certificates import make_pair
+from tests.serve.server import Server, refused, serving, write_flows
 
 PICTURE = photographs(1)[0]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and `all.flow`."""
     folder = tmp_path_factory.mktemp("metrics")
-    with serving(folder, str(write_flows(folder)), "--device", "cpu") as server:
+    write_flows(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    with serving(folder, str(folder / "all.flow"), "--device", "cpu") as server:
         yield server.wait_ready()
 
 
@@ -65,6 +77,59 @@ def test_stages_tell_their_batches_and_their_work(server: Server) -> None:
     assert counted(server, "flowlang_stage_busy_seconds_total", stage=stage) > 0
     assert counted(server, "flowlang_stage_instances", stage=stage) >= 1
     assert counted(server, "flowlang_ready") == 1
+
+
+def test_metrics_have_a_port_of_their_own(folder: Path) -> None:
+    """Who scrapes there needs no token, and finds nothing but /metrics, the same as elsewhere."""
+    options = ["--metrics-port", "0", "--device", "cpu"]
+    token = {"FLOWLANG_TOKEN": "secret"}
+    with serving(folder, str(folder / "all.flow"), *options, environment=token) as server:
+        server.wait_ready()
+        (url,) = [url for url in server.urls if url.endswith("/metrics")]
+        there = httpx.get(url)
+        assert server.client.get("/metrics").status_code == 401
+        elsewhere = server.client.get("/metrics", headers={"Authorization": "Bearer secret"})
+        assert there.text == elsewhere.text
+        assert "flowlang_ready 1.0" in there.text
+        assert there.headers["content-type"] == elsewhere.headers["content-type"]
+        head = httpx.head(url)
+        assert (head.status_code, head.content) == (200, b"")
+        base = url.removesuffix("/metrics")
+        for method, path, status in (
+            ("POST", "/metrics", 405),
+            ("GET", "/", 404),
+            ("GET", "/flows", 404),
+            ("POST", "/flows/echo", 404),
+            ("GET", "/health/live", 404),
+            ("GET", "/v2/health/live", 404),
+        ):
+            response = httpx.request(method, base + path)
+            assert response.status_code == status
+            assert response.json()["error"]["code"] in ("wrong-method", "not-found")
+        server.signal()
+        assert server.wait() == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
+
+
+def test_metrics_are_told_over_tls(folder: Path) -> None:
+    """With a certificate their port speaks TLS as the others do."""
+    pair = make_pair(folder, "server")
+    trust = ssl.create_default_context(cafile=str(pair.cert))
+    options = [*pair.options, "--metrics-port", "0"]
+    with serving(folder, str(folder / "all.flow"), *options, trust=trust) as server:
+        (url,) = [url for url in server.urls if url.endswith("/metrics")]
+        assert url.startswith("https://")
+        assert httpx.get(url, verify=trust).status_code == 200
+
+
+def test_a_metrics_port_in_use_is_told(folder: Path) -> None:
+    """A port for metrics that another has ends the server with a sentence."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, told = refused("--metrics-port", str(port), str(folder / "all.flow"))
+    assert (status, len(told.splitlines())) == (1, 1)
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in told
 
 
 def test_a_histogram_counts_a_value_up_to_its_bound() -> None:

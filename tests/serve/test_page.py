@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 from flowlang.serve import asgi
 from tests.pictures import bad, good
@@ -23,6 +23,7 @@ from tests.serve.page import (
     CAPTIONS,
     CARDS,
     COMMAND,
+    DENIED,
     DRAWN,
     ERROR,
     LIT,
@@ -124,6 +125,32 @@ def test_a_picture_is_sent_and_its_answer_shown(
         "/flows/classify",
         page.evaluate("document.querySelector('#picture').src"),
     }
+
+
+def test_the_page_asks_for_the_token(chromium: Browser, folder: Path) -> None:
+    """Where the server asks for a token it is typed once, kept in the tab, and sent with all."""
+    shown = "!document.querySelector('#access').hidden"
+    with serving(
+        folder, str(folder / "page.flow"), environment={"FLOWLANG_TOKEN": "open-sesame"}
+    ) as server:
+        server.wait_ready()
+        chromium.open(server.url)
+        chromium.wait_for(shown)
+        assert chromium.nameless() == []
+        for token, told in (("no", "it is not the one sent"), ("open-sesame", "")):
+            chromium.type("#token", token)
+            chromium.click("#access button")
+            if told:
+                chromium.wait_for(f"{shown} && {DENIED} == {told!r}")
+        chromium.wait_for("!document.querySelector('#choice').hidden")
+        assert not chromium.evaluate(shown)
+        assert "label" in ask(chromium, "classify", folder / "0.jpg")[0]
+        assert '-H "Authorization: Bearer $FLOWLANG_TOKEN"' in chromium.evaluate(COMMAND)
+        chromium.open(server.url)
+        chromium.wait_for("typeof flows != 'undefined' && flows.length > 1")
+        assert "open-sesame" not in chromium.evaluate("document.documentElement.outerHTML")
+        assert chromium.evaluate("localStorage.length") == 0
+        assert {url for url in chromium.requested() if "open-sesame" in url} == set()
 
 
 def test_another_flow_gets_the_same_picture(page: Browser, folder: Path) -> None:
@@ -417,6 +444,7 @@ def test_whatever_a_flow_answers_is_shown(page: Browser, folder: Path) -> None:
 
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(ANYTHING)
+    @example([{}])
     def shows(value: Any) -> None:
         text = json.dumps(json.dumps(value))
         page.evaluate(f"settle(pictures[0], {{result: JSON.parse({text})}})")
