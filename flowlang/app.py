@@ -1,6 +1,6 @@
 """The Python face: load flows, call them, stop.
 
-Layer 4. `load` checks and plans a file, starts its stages and returns an App whose flows answer
+Layer 4. `load` checks and plans files, starts their stages and returns an App whose flows answer
 blocking calls, Futures, `await` and whole iterables.
 """
 
@@ -20,8 +20,7 @@ from typing import Any, Literal
 
 from flowlang.diagnostics import BadRequest, FlowError, Overloaded
 from flowlang.items import Arguments, acceptor
-from flowlang.plan.check import Plan
-from flowlang.plan.files import PathLike, compile_file
+from flowlang.plan.files import PathLike, compile_files
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
 from flowlang.runtime import seal
 from flowlang.runtime.instances import Instances
@@ -37,7 +36,7 @@ END_S = 10.0  # for a batch under way when the program ends
 
 def load(
     path: PathLike,
-    *,
+    *others: PathLike,
     device: str | None = None,
     values: Mapping[str, object] | None = None,
     schedule: str | None = None,
@@ -46,18 +45,22 @@ def load(
 ) -> App:
     """Check a flow file, load and warm its models, and return it ready to be called.
 
+    With `others` it is one app of all their flows: a model that two files name is loaded once, and
+    its batches are made of what is asked by either.
+
     `device` is `cpu`, `gpu`, `gpu:1`, or None for the GPU where there is one. `engines` is the
     folder of built TensorRT engines, in place of the user's cache. `key` opens encrypted models and
     encrypts the engines built from them: 32 bytes, their base64 text, or a callable that gives them
     (without it, the environment's FLOWLANG_KEY is asked when a model needs one).
-    Raises CompileError with every error of the file, EngineError where a model or a device cannot
-    be set up, OSError if the file cannot be read.
+    Raises CompileError with every error of the files, FlowError where two of them serve flows of
+    one name, EngineError where a model or a device cannot be set up, OSError if a file cannot be
+    read.
     """
     machine = this_machine(device)
     opener = seal.model_opener(key)
-    plan = compile_file(path, values=values, schedule=schedule, opener=opener)
+    plans = compile_files([path, *others], values=values, schedule=schedule, opener=opener)
     sealing = seal.read_key(key) if key is not None else None
-    return App(plan, lower(plan, machine), engines=engines, key=sealing)
+    return App(lower(plans, machine), engines=engines, key=sealing)
 
 
 class Flow:
@@ -196,20 +199,18 @@ def _outcome(future: Future[Any], errors: str) -> Any:
 
 
 class App:
-    """The flows of a file, running. Also a context manager, which closes it.
+    """The flows of a file or of several, running. Also a context manager, which closes it.
 
     Called itself, it stands for its only flow; of several, pick one: `app["name"]`.
     """
 
     def __init__(
         self,
-        plan: Plan,
         physical: PhysicalPlan,
         *,
         engines: PathLike | None = None,
         key: seal.Key | None = None,
     ) -> None:
-        self.plan = plan
         self.physical = physical
         self.scheduler = Scheduler(physical, time.monotonic)
         self.flows: Mapping[str, Flow] = {p.name: Flow(self, p) for p in physical.programs}

@@ -47,7 +47,7 @@ def write_models(folder: Path) -> Path:
 
 def plan_of(text: str, folder: Path, cores: int = 8) -> PhysicalPlan:
     """The physical plan of a flow's text, as if it stood in a file of `folder`."""
-    return lower(compile_source(Source(str(folder / "test.flow"), text)), Machine(cores))
+    return lower([compile_source(Source(str(folder / "test.flow"), text))], Machine(cores))
 
 
 class Clock:

@@ -54,6 +54,7 @@ TABLE: tuple[Setting, ...] = (
     Setting("queue", "int", "flow", "requests that may wait at the entrance", "256"),
 )
 SETTINGS: Mapping[str, Setting] = {s.name: s for s in TABLE}
+OF_REQUESTS = frozenset({"priority", "slo", "queue"})  # and not of the stages they go through
 COPIES = "x"  # `x4`: not a word of the language, so it cannot collide with a setting
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -333,12 +333,11 @@ class Inference:
         self.models: dict[str, Model] = {}
         self.on_change: list[Callable[[], object]] = []  # called when `state` has changed
 
-    def let_in(self, apps: Iterable[App]) -> None:
+    def let_in(self, app: App) -> None:
         """Take requests for these flows. The counts of those that were there before go on."""
         known = {name: model.statistics for name, model in self.models.items()}
         self.models = {
             name: Model(flow, app.scheduler.entrances[name].limit, known.get(name))
-            for app in apps
             for name, flow in app.flows.items()
         }
         self._become("ready")

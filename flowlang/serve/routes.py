@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from flowlang.diagnostics import BadRequest, Draining, FlowError, RequestError, StageFailed
+from flowlang.diagnostics import BadRequest, Draining, RequestError, StageFailed
 from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES, FlowProgram, PhysicalPlan
@@ -96,32 +96,29 @@ class Service:
         self._doors: dict[str, _Door] = {}  # by path
         self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
-        self._apps: Sequence[App] = ()
+        self._app: App | None = None
         self._drawn: dict[str, tuple[PhysicalPlan, FlowProgram]] = {}  # by path of the drawing
         self._listing = b""
         self._reading: dict[asyncio.Task[Any], bool] = {}  # True once it is cut off
         self._page = resources.files(__package__).joinpath("page.html").read_bytes()
 
-    def let_in(self, apps: Iterable[App]) -> None:
-        """Take requests for these flows. Raises FlowError if two have one name."""
-        self._apps = tuple(apps)
-        doors: dict[str, _Door] = {}
-        for flow in (flow for app in self._apps for flow in app.flows.values()):
-            path = f"/flows/{flow.name}"
-            if path in doors:
-                raise FlowError(f"two flows are named `{flow.name}`: give one another name")
-            doors[path] = _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
-        self.names = [door.flow.name for door in doors.values()]
+    def let_in(self, app: App) -> None:
+        """Take requests for these flows."""
+        self._app = app
+        doors = {
+            f"/flows/{name}": _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
+            for name, flow in app.flows.items()
+        }
+        self.names = list(app.flows)
         self._drawn = {
             f"/flows/{program.name}/plan.svg": (app.physical, program)
-            for app in self._apps
             for program in app.physical.programs
         }
         self._listing = to_json({"flows": [_listed(path, d) for path, d in doors.items()]})
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
         self._doors = self._open = doors
-        self.inference.let_in(self._apps)
+        self.inference.let_in(app)
         self.state = "ready"
 
     def refuse(self) -> None:
@@ -342,7 +339,7 @@ class Service:
         return Answer(200, self._listing)
 
     def _show_metrics(self) -> Answer:
-        return Answer(200, metrics_text(self._apps, self.state), METRICS)
+        return Answer(200, metrics_text(self._app, self.state), METRICS)
 
     def _tell_ready(self) -> Answer:
         body = to_json({"status": self.state, "requests": self.under_way})
@@ -453,11 +450,8 @@ async def _decline(scope: Scope, receive: Receive, send: Send) -> None:
             return
 
 
-def asgi(*apps: App, max_body_bytes: int = MAX_BODY_BYTES) -> Service:
-    """Running flows as an ASGI application. Whoever loaded the apps closes them.
-
-    Raises FlowError if two flows have one name.
-    """
+def asgi(app: App, *, max_body_bytes: int = MAX_BODY_BYTES) -> Service:
+    """Running flows as an ASGI application. Whoever loaded the app closes it."""
     service = Service(max_body_bytes=max_body_bytes)
-    service.let_in(apps)
+    service.let_in(app)
     return service

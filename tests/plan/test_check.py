@@ -53,7 +53,7 @@ def param_of(text: str, op: str, param: str, choices: Choices = NO_CHOICES) -> A
 
 
 def physical(text: str, choices: Choices = NO_CHOICES) -> PhysicalPlan:
-    return lower(plan(text, choices), Machine(8))
+    return lower([plan(text, choices)], Machine(8))
 
 
 # Errors
@@ -344,7 +344,7 @@ def test_an_image_among_several_inputs_is_packed(tmp_path: Path) -> None:
   return { picture, about: in -> .b } -> trt("both.onnx")
 }"""
     source = Source(str(tmp_path / "app.flow"), text)
-    region = lower(compile_source(source), Machine(1)).stages[0].region
+    region = lower([compile_source(source)], Machine(1)).stages[0].region
     assert [n.op for n in region] == ["decode", "resize", "rgb", "pack"]
 
 

@@ -613,7 +613,7 @@ def test_loading_and_draining(folder: Path) -> None:
 
     assert states() == [200, 503, 503, 503, 503]
     with flowlang.load(folder / "types.flow") as app:
-        service.let_in([app])
+        service.let_in(app)
         assert states() == [200, 200, 200, 200, 400]
         service.refuse()
         assert states() == [200, 503, 503, 200, 503]
@@ -716,7 +716,7 @@ def inference(folder: Path) -> Iterator[Inference]:
     """The models of `types.flow`, in this process."""
     with flowlang.load(folder / "types.flow") as app:
         inference = Inference()
-        inference.let_in([app])
+        inference.let_in(app)
         yield inference
 
 
