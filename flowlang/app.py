@@ -117,6 +117,19 @@ class Flow:
             self._scheduler.cancel(request)
             raise
 
+    async def atimed(
+        self, item: Any, *, deadline_s: float | None = None, **parameters: Any
+    ) -> tuple[Any, float]:
+        """The answer for one item, and how many seconds it waited with nothing at work on it."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        request = self._submit(item, self._reply_of(loop), future, deadline_s, parameters)
+        try:
+            return await future, request.queued_s
+        except asyncio.CancelledError:
+            self._scheduler.cancel(request)
+            raise
+
     def _reply_of(self, loop: asyncio.AbstractEventLoop) -> LoopReply:
         """The reply of an event loop; the last one used is found without a look-up."""
         reply = self._loops.get(loop)

@@ -35,11 +35,21 @@ class Reply(Protocol):
 
 
 class Request:
-    """One call of a flow. `outcome` is its result, or the exception it failed with."""
+    """One call of a flow. `outcome` is its result, or the exception it failed with.
+
+    `queued_s` is how long no instance was at work on it, once it has a result. The scheduler counts
+    it up for a request that walks: `at_work` are its items in instances, `idle_since_s` is when the
+    last of them was finished. One whose flow is one stage waits once, and needs neither.
+    """
 
     __slots__ = (
-        "arrived_s", "entrance", "is_under_way", "outcome", "reply", "token", "value",
+        "arrived_s", "at_work", "entrance", "idle_since_s", "is_under_way", "outcome", "queued_s",
+        "reply", "token", "value",
     )  # fmt: skip
+
+    at_work: int
+    idle_since_s: float
+    queued_s: float
 
     def __init__(
         self, entrance: Entrance, value: Any, reply: Reply, token: Any, arrived_s: float

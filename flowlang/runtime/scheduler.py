@@ -232,8 +232,10 @@ class Scheduler:
         with self._lock:
             now = self.clock()
             if items and busy_s:
-                self._stage_of(items[0]).counts.busy_s += busy_s
+                self._stage_of(items[0]).counts.count_work(len(items), busy_s)
             for item, outcome in zip(items, outcomes, strict=True):
+                if item.walk is not None:
+                    _end_work(item.request, now)
                 if item.request.outcome is not UNANSWERED or item.is_over:
                     continue
                 item.is_over = True
@@ -329,6 +331,11 @@ class Scheduler:
         """Answer items whose instance did not come back in time."""
         self.finish(items, [Draining("the app stopped before this was done") for _ in items])
 
+    def stages_of(self, flow: str) -> list[Stage]:
+        """The stages that a flow's requests may go through, each once."""
+        steps = self.entrances[flow].program.steps
+        return [self.stages[number] for number in dict.fromkeys(steps.stages())]
+
     @property
     def is_closed(self) -> bool:
         return self._is_closed
@@ -370,6 +377,12 @@ class Scheduler:
             size, counts = len(batch), stage.counts
             counts.sizes[size] = counts.sizes.get(size, 0) + 1
             counts.waited_s.add(now - batch[0].arrived_s)
+            for item in batch:
+                request = item.request
+                if item.walk is None:
+                    request.queued_s = now - request.arrived_s
+                else:
+                    _begin_work(request, now)
         return batch
 
     def _stage_of(self, item: Item) -> Stage:
@@ -382,6 +395,7 @@ class Scheduler:
     def _start(self, entrance: Entrance, request: Request, now: float, after: _Afterwards) -> None:
         entrance.under_way += 1
         request.is_under_way = True
+        request.at_work, request.queued_s, request.idle_since_s = 0, 0.0, request.arrived_s
         given, request.value = request.value, None
         values = given if entrance.has_parameters else (given,)
         self._go_on(begin(request, entrance.track, values), now, after)
@@ -435,6 +449,19 @@ class Scheduler:
 def _is_awaited(request: Request, item: Item | None) -> bool:
     """Whether a deadline still matters to anybody."""
     return not request.is_answered if item is None else item.is_wanted
+
+
+def _begin_work(request: Request, now: float) -> None:
+    """An item of a request has been taken. What waits beside others at work holds nothing up."""
+    if not request.at_work:
+        request.queued_s += now - request.idle_since_s
+    request.at_work += 1
+
+
+def _end_work(request: Request, now: float) -> None:
+    request.at_work -= 1
+    if not request.at_work:
+        request.idle_since_s = now
 
 
 def _as_request_error(error: Exception, stage: str) -> RequestError:

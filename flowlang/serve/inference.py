@@ -22,6 +22,7 @@ from flowlang.runtime.conform import PLAIN
 from flowlang.serve.answer import Refusal, told
 from flowlang.serve.form import ParameterReader
 from flowlang.serve.port import Port, Ports, port_of
+from flowlang.serve.statistics import Statistics
 from flowlang.serve.tensor import BYTES, Tensor
 
 if TYPE_CHECKING:
@@ -77,74 +78,14 @@ class Unanswered(RequestError):
         self.code, self.http_status = error.code, error.http_status
 
 
-@dataclass(slots=True)
-class Span:
-    """How often something happened, and how long it took together, in nanoseconds."""
-
-    count: int = 0
-    ns: int = 0
-
-    def add(self, ns: int) -> None:
-        self.count += 1
-        self.ns += ns
-
-    def as_json(self) -> dict[str, int]:
-        return {"count": self.count, "ns": self.ns}
-
-
-class Statistics:
-    """What the protocol tells of a model: requests, and the time they took.
-
-    The three parts of the time are told apart as a flow sees them: reading tensors, the flow with
-    its queues, and writing tensors.
-    """
-
-    NAMES = (
-        *("success", "fail", "queue", "compute_input", "compute_infer", "compute_output"),
-        *("cache_hit", "cache_miss"),
-    )
-
-    def __init__(self) -> None:
-        self.items = 0
-        self.last_ms = 0  # when the last request came, in milliseconds since 1970
-        self.spans = {name: Span() for name in self.NAMES}
-
-    def succeed(
-        self, items: int, input_ns: int, infer_ns: int, output_ns: int, queue_ns: int = 0
-    ) -> None:
-        """Count an answered request. `queue_ns` is a part of `infer_ns`."""
-        self.items += items
-        spans = self.spans
-        spans["success"].add(input_ns + infer_ns + output_ns)
-        spans["queue"].add(queue_ns)
-        spans["compute_input"].add(input_ns)
-        spans["compute_infer"].add(infer_ns - queue_ns)
-        spans["compute_output"].add(output_ns)
-
-    def fail(self, ns: int) -> None:
-        """Count a request that was not answered."""
-        self.spans["fail"].add(ns)
-
-    def as_json(self, name: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "version": VERSION,
-            "last_inference": self.last_ms,
-            "inference_count": self.items,
-            "execution_count": self.spans["success"].count,
-            "inference_stats": {name: span.as_json() for name, span in self.spans.items()},
-            "batch_stats": [],
-        }
-
-
 class Model:
     """A flow as a model. `limit` is how many items it takes at once."""
 
-    def __init__(self, flow: Flow, limit: int, statistics: Statistics | None = None) -> None:
+    def __init__(self, flow: Flow, limit: int, statistics: Statistics) -> None:
         self.name = flow.name
         self.flow = flow
         self.limit = limit
-        self.statistics = statistics or Statistics()
+        self.statistics = statistics
         taken = {p.name for p in flow.parameters}
         name = next(n for n in ("input", "item", "in") if n not in taken)
         self.inputs = Ports.of_input(flow.input, name)
@@ -201,18 +142,23 @@ class Model:
         deadline_s = _sooner(request.timeout_s, _timeout_s(request.parameters))
         return Work(items, given, wanted, deadline_s)
 
-    async def run(self, work: Work) -> list[Any]:
-        """The answers for all items. Raises Unanswered for the first that has none."""
+    async def run(self, work: Work) -> tuple[list[Any], float]:
+        """The answers for all items, and how many seconds they waited until one was worked on.
+
+        Raises Unanswered for the first that has no answer.
+        """
         calls = [
-            self.flow.acall(item, deadline_s=work.deadline_s, **parameters)
+            self.flow.atimed(item, deadline_s=work.deadline_s, **parameters)
             for item, parameters in zip(work.items, work.parameters, strict=True)
         ]
         if len(calls) > 1:
-            return await _all(calls)
+            timed = await _all(calls)
+            return [answer for answer, _ in timed], min(queued_s for _, queued_s in timed)
         try:
-            return [await calls[0]]
+            answer, queued_s = await calls[0]
         except RequestError as error:
             raise Unanswered(error) from error
+        return [answer], queued_s
 
     def _wanted(self, names: Sequence[str] | None) -> list[str]:
         known = self.outputs.by_name
@@ -337,9 +283,12 @@ class Inference:
         """Take requests for these flows. The counts of those that were there before go on."""
         known = {name: model.statistics for name, model in self.models.items()}
         self.models = {
-            name: Model(flow, app.scheduler.entrances[name].limit, known.get(name))
+            name: Model(flow, app.scheduler.entrances[name].limit, known.get(name) or Statistics())
             for name, flow in app.flows.items()
         }
+        for name, model in self.models.items():
+            stages = app.scheduler.stages_of(name)
+            model.statistics.follow([s for s in stages if s.plan.model is not None])
         self._become("ready")
 
     def refuse(self) -> None:
@@ -383,7 +332,11 @@ class Inference:
     def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
         """The statistics of one model, or of all. Raises Refusal where there is none such."""
         asked = [self.model(name, version)] if name else list(self.models.values())
-        return {"model_stats": [model.statistics.as_json(model.name) for model in asked]}
+        return {
+            "model_stats": [
+                {"name": m.name, "version": VERSION, **m.statistics.as_json()} for m in asked
+            ]
+        }
 
     def index(self, *, is_ready: bool = False) -> list[dict[str, str]]:
         """The models there are; with `is_ready` those that take requests."""
@@ -417,7 +370,7 @@ class Inference:
             request = read(model)
             work = model.read(request)
             clock.lap()
-            answers = await self._run(model, request, work)
+            answers, queued_s = await self._run(model, request, work)
             clock.lap()
             carried = write(model, request, model.outputs.columns(answers, work.wanted))
             clock.lap()
@@ -430,15 +383,17 @@ class Inference:
             log.exception("request %r of flow `%s` failed", request.id, name)
             raise Refusal("internal", 500, "internal error") from None
         else:
-            model.statistics.succeed(len(work.items), *clock.laps_ns)
+            input_ns, infer_ns, output_ns = clock.laps_ns
+            parts_ns = (round(queued_s * 1e9), input_ns, infer_ns, output_ns)
+            model.statistics.succeed(len(work.items), *parts_ns)
             return carried
         finally:
             self.under_way -= 1
             if len(clock.laps_ns) < 3:
                 model.statistics.fail(clock.total_ns)
 
-    async def _run(self, model: Model, request: Request, work: Work) -> list[Any]:
-        """The answers of a model; of the one that has taken over, where that happened meanwhile."""
+    async def _run(self, model: Model, request: Request, work: Work) -> tuple[list[Any], float]:
+        """What a model gives; or the one that has taken over, where that happened meanwhile."""
         try:
             return await model.run(work)
         except Unanswered as error:

@@ -320,6 +320,33 @@ def test_items_start_in_the_order_in_which_they_reached_their_stage(scenario: Sc
         assert started == sorted(started)
 
 
+def union_s(spans: list[tuple[float, float]], until_s: float) -> float:
+    """How long at least one of some spans of time lasts."""
+    total_s, reached_s = 0.0, 0.0
+    for start_s, end_s in sorted(spans):
+        start_s, end_s = max(start_s, reached_s), min(end_s, until_s)
+        total_s += max(0.0, end_s - start_s)
+        reached_s = max(reached_s, end_s)
+    return total_s
+
+
+@FEW
+@given(scenarios())
+def test_a_request_is_queued_while_no_instance_is_at_work_on_it(scenario: Scenario) -> None:
+    """From its arrival to its result, backlog included, a request is worked on or it waits."""
+    course = play(scenario)
+    spans: dict[Request, list[tuple[float, float]]] = {}
+    for batch in course.simulation.batches:
+        for item in batch.items:
+            spans.setdefault(item.request, []).append((batch.start_s, course.end_s(batch)))
+    for answer in course.simulation.answers:
+        request = answer.request
+        if not isinstance(answer.outcome, Exception):
+            worked_s = union_s(spans.get(request, []), answer.at_s)
+            waited_s = answer.at_s - request.arrived_s - worked_s
+            assert request.queued_s == pytest.approx(waited_s, abs=1e-9)
+
+
 def waiting(stage: Stage) -> list[Item]:
     return [i for i in stage.batcher.waiting if not i.request.is_answered and not i.is_over]
 
@@ -515,6 +542,21 @@ def test_a_burst_is_spread_over_all_instances() -> None:
     simulation.run()
     assert [(len(b.items), b.start_s) for b in simulation.batches] == [(2, 1.0)] * 3
     assert len({b.lane for b in simulation.batches}) == 3
+
+
+def test_what_is_worked_on_side_by_side_waits_once() -> None:
+    """A branch that waits while another is at work does not make its request wait longer."""
+    text = """
+        flow first = trt("net.onnx") x1
+        flow second = trt("net.onnx") x1
+        export flow f = first -> { a: second, b: first }"""
+    simulation = simulated(text, 0.0, 1.0)
+    one, other = simulation.submit("f"), simulation.submit("f")
+    simulation.run()
+    # `first` works on one, the other, one and the other; `second` on one from 1 s and the other
+    # from 2 s. So one's second turn in `first` waits from 1 s to 2 s, which is when `second` works.
+    assert [answer.at_s for answer in simulation.answers] == [3.0, 4.0]
+    assert (one.queued_s, other.queued_s) == (0.0, 1.0)
 
 
 def test_a_wait_holds_a_batch_back_until_it_is_due_or_complete() -> None:
