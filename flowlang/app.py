@@ -82,13 +82,18 @@ class Flow:
         )
         self._last_loop: tuple[weakref.ref[asyncio.AbstractEventLoop], LoopReply] | None = None
 
-    def __call__(self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+    def __call__(
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> Any:
         """The answer for one item, waiting for it. `parameters` are those the flow declares.
+
+        Of the requests that wait, those of priority 1 are served first, then those of 2, and so on;
+        0 is that of the flow, which is 2 if its schedule says nothing else.
 
         Raises BadRequest, Overloaded, DeadlineExceeded, StageFailed or Draining.
         """
         waiter = Waiter()
-        request = self._submit(item, waiter, None, deadline_s, parameters)
+        request = self._submit(item, waiter, None, deadline_s, priority, parameters)
         try:
             return waiter.wait(request)
         except BaseException:
@@ -96,21 +101,23 @@ class Flow:
             raise
 
     def submit(
-        self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Future[Any]:
         """A Future of the answer. Cancelling it takes the request out of the queue."""
         future: Future[Any] = Future()
-        request = self._submit(item, _FUTURES, future, deadline_s, parameters)
+        request = self._submit(item, _FUTURES, future, deadline_s, priority, parameters)
         future.add_done_callback(lambda f: f.cancelled() and self._scheduler.cancel(request))
         return future
 
-    async def acall(self, item: Any, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+    async def acall(
+        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> Any:
         """The answer for one item, without blocking the event loop."""
         loop = asyncio.get_running_loop()
         last = self._last_loop
         reply = last[1] if last is not None and last[0]() is loop else self._reply_of(loop)
         future = loop.create_future()
-        request = self._submit(item, reply, future, deadline_s, parameters)
+        request = self._submit(item, reply, future, deadline_s, priority, parameters)
         try:
             return await future
         except asyncio.CancelledError:
@@ -118,12 +125,12 @@ class Flow:
             raise
 
     async def atimed(
-        self, item: Any, *, deadline_s: float | None = None, **parameters: Any
+        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> tuple[Any, float]:
         """The answer for one item, and how many seconds it waited with nothing at work on it."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        request = self._submit(item, self._reply_of(loop), future, deadline_s, parameters)
+        request = self._submit(item, self._reply_of(loop), future, deadline_s, priority, parameters)
         try:
             return await future, request.queued_s
         except asyncio.CancelledError:
@@ -146,6 +153,7 @@ class Flow:
         errors: Literal["raise", "return"] = "raise",
         ahead: int | None = None,
         deadline_s: float | None = None,
+        priority: int = 0,
         **parameters: Any,
     ) -> Iterator[Any]:
         """The answers of many items, in order, at most `ahead` of them under way.
@@ -159,7 +167,7 @@ class Flow:
                 # The next item may be long in coming: what is there is given first.
                 while pending and (len(pending) >= ahead or pending[0].done()):
                     yield _outcome(pending.popleft(), errors)
-                while (future := self._try_submit(item, deadline_s, parameters)) is None:
+                while (future := self._try_submit(item, deadline_s, priority, parameters)) is None:
                     if pending:
                         yield _outcome(pending.popleft(), errors)
                     else:
@@ -172,11 +180,11 @@ class Flow:
                 left.cancel()
 
     def _try_submit(
-        self, item: Any, deadline_s: float | None, parameters: Mapping[str, Any]
+        self, item: Any, deadline_s: float | None, priority: int, parameters: Mapping[str, Any]
     ) -> Future[Any] | None:
         """A Future of the answer; None where others fill the queue, to take turns with them."""
         try:
-            return self.submit(item, deadline_s=deadline_s, **parameters)
+            return self.submit(item, deadline_s=deadline_s, priority=priority, **parameters)
         except Overloaded:
             return None
         except BadRequest as error:
@@ -190,12 +198,13 @@ class Flow:
         reply: Any,
         token: Any,
         deadline_s: float | None,
+        priority: int,
         parameters: Mapping[str, Any],
     ) -> Request:
         value = self._accept(item)
         if parameters or self.parameters:
             value = self._arguments.beside(value, parameters)
-        return self._scheduler.submit(self._entrance, value, reply, token, deadline_s)
+        return self._scheduler.submit(self._entrance, value, reply, token, deadline_s, priority)
 
     def __repr__(self) -> str:
         return f"<flow {self.name}: {self.input} -> {self.output}>"
@@ -267,19 +276,23 @@ class App:
             raise FlowError(f"there is no flow `{name}`; there is {names}")
         return self.flows[name]
 
-    def __call__(self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+    def __call__(
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> Any:
         """See Flow.__call__."""
-        return self.flow()(item, deadline_s=deadline_s, **parameters)
+        return self.flow()(item, deadline_s=deadline_s, priority=priority, **parameters)
 
     def submit(
-        self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Future[Any]:
         """See Flow.submit."""
-        return self.flow().submit(item, deadline_s=deadline_s, **parameters)
+        return self.flow().submit(item, deadline_s=deadline_s, priority=priority, **parameters)
 
-    async def acall(self, item: Any, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+    async def acall(
+        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> Any:
         """See Flow.acall."""
-        return await self.flow().acall(item, deadline_s=deadline_s, **parameters)
+        return await self.flow().acall(item, deadline_s=deadline_s, priority=priority, **parameters)
 
     def map(
         self,
@@ -289,11 +302,17 @@ class App:
         errors: Literal["raise", "return"] = "raise",
         ahead: int | None = None,
         deadline_s: float | None = None,
+        priority: int = 0,
         **parameters: Any,
     ) -> Iterator[Any]:
         """See Flow.map."""
         return self.flow().map(
-            items, errors=errors, ahead=ahead, deadline_s=deadline_s, **parameters
+            items,
+            errors=errors,
+            ahead=ahead,
+            deadline_s=deadline_s,
+            priority=priority,
+            **parameters,
         )
 
     def close(self, grace_s: float = GRACE_S) -> bool:

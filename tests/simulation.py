@@ -120,9 +120,11 @@ class Simulation:
         """The simulation is the reply of its requests."""
         self.answers.append(Answer(request, request.outcome, self.clock.now_s))
 
-    def submit(self, flow: str, value: Any = None, deadline_s: float | None = None) -> Request:
+    def submit(
+        self, flow: str, value: Any = None, deadline_s: float | None = None, priority: int = 0
+    ) -> Request:
         entrance = self.scheduler.entrances[flow]
-        return self.scheduler.submit(entrance, value, self, None, deadline_s)
+        return self.scheduler.submit(entrance, value, self, None, deadline_s, priority)
 
     def at(self, when_s: float, action: Callable[[], object]) -> None:
         heapq.heappush(self._events, (when_s, next(self._order), action))

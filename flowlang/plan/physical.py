@@ -29,7 +29,7 @@ from flowlang.plan.graph import Body, FlowPlan, Node, topological
 from flowlang.plan.onnx import Model
 from flowlang.plan.ops import OPS
 from flowlang.plan.rewrite import rewrite
-from flowlang.plan.schedule import COPIES
+from flowlang.plan.schedule import COPIES, PRIORITIES
 from flowlang.plan.sharing import ModelChain, Part, Shared, model_chain, parts_of
 from flowlang.plan.types import Type
 
@@ -144,6 +144,7 @@ class FlowProgram:
     steps: Steps
     queue: int
     slo_s: float | None
+    priority: int
     plan: FlowPlan
 
 
@@ -334,7 +335,7 @@ def _batch(batched: list[Node], settings: Mapping[str, Any], device: str) -> tup
 
 def _program(flow: FlowPlan, walk: _Walk, plan: Plan) -> FlowProgram:
     given = plan.settings.flows.get(flow.name, {})
-    queue, slo = given.get("queue"), given.get("slo")
+    queue, slo, priority = given.get("queue"), given.get("slo"), given.get("priority")
     inputs = [flow.input, *(p.node for p in flow.parameters)]
     return FlowProgram(
         flow.name,
@@ -343,6 +344,7 @@ def _program(flow: FlowPlan, walk: _Walk, plan: Plan) -> FlowProgram:
         walk.steps(inputs, flow.output, ()),
         queue.value if queue else QUEUE,
         slo.value if slo else None,
+        PRIORITIES[priority.value if priority else "normal"],
         flow,
     )
 

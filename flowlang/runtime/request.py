@@ -39,16 +39,18 @@ class Request:
 
     `queued_s` is how long no instance was at work on it, once it has a result. The scheduler counts
     it up for a request that walks: `at_work` are its items in instances, `idle_since_s` is when the
-    last of them was finished. One whose flow is one stage waits once, and needs neither.
+    last of them was finished. One whose flow is one stage waits once, and needs neither. `priority`
+    is there if it was given one.
     """
 
     __slots__ = (
-        "arrived_s", "at_work", "entrance", "idle_since_s", "is_under_way", "outcome", "queued_s",
-        "reply", "token", "value",
+        "arrived_s", "at_work", "entrance", "idle_since_s", "is_under_way", "outcome", "priority",
+        "queued_s", "reply", "token", "value",
     )  # fmt: skip
 
     at_work: int
     idle_since_s: float
+    priority: int
     queued_s: float
 
     def __init__(
@@ -65,6 +67,11 @@ class Request:
     @property
     def is_answered(self) -> bool:
         return self.outcome is not UNANSWERED
+
+    @property
+    def rank(self) -> int:
+        """The lowest is taken first: its own priority, or that of its flow."""
+        return getattr(self, "priority", self.entrance.program.priority)
 
 
 def deliver(settled: Iterable[Request]) -> None:

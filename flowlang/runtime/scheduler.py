@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flowlang.diagnostics import (
+    BadRequest,
     Cancelled,
     DeadlineExceeded,
     Draining,
@@ -25,7 +26,7 @@ from flowlang.diagnostics import (
     StageFailed,
 )
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, StagePlan
-from flowlang.runtime.batcher import Batcher, Item
+from flowlang.runtime.batcher import Batcher, Item, first_of, place
 from flowlang.runtime.metrics import FlowCounts, StageCounts
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
 from flowlang.runtime.walk import Ended, Track, Work, arrive, begin
@@ -71,11 +72,11 @@ class Entrance:
         self.outstanding = 0
         self.under_way = 0
         self.backlog: deque[Request] = deque()
+        self.is_ranked = False  # whether a request has come that has a priority of its own
         self.counts = FlowCounts()
         units = program.steps.units
-        room = sum(
-            stages[s].plan.instances * stages[s].plan.batch[2] for s in set(program.steps.stages())
-        )
+        self.stages = [stages[s] for s in dict.fromkeys(program.steps.stages())]
+        room = sum(s.plan.instances * s.plan.batch[2] for s in self.stages)
         self.limit = program.queue + room
         self.width = 2 * room if room and len(units) > 1 else self.limit
         self.track = Track(program.steps)
@@ -86,6 +87,16 @@ class Entrance:
         if len(units) == 1 and units[0].stage is not None and units[0].inputs == (0,):
             only = stages[units[0].stage]
             self.door = only if only.plan.timeout_s is None else None
+
+    def rank(self, request: Request, priority: int) -> None:
+        """Give a request a priority of its own. Queues are in order of rank from then on."""
+        if priority < 0:
+            raise BadRequest(f"a priority is 1 or more, or 0 for that of the flow, not {priority}")
+        request.priority = priority
+        if not self.is_ranked:
+            for stage in self.stages:
+                stage.batcher.is_ranked = True
+            self.is_ranked = True
 
 
 class _Afterwards:
@@ -111,6 +122,9 @@ class Scheduler:
         self.clock = clock
         self.stages = [Stage(s) for s in plan.stages]
         self.entrances = {p.name: Entrance(p, self.stages) for p in plan.programs}
+        for stage in self.stages:
+            users = [e for e in self.entrances.values() if stage in e.stages]
+            stage.batcher.is_ranked = len({e.program.priority for e in users}) > 1
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._expiries: list[tuple[float, int, Request, Item | None]] = []
@@ -129,13 +143,17 @@ class Scheduler:
         reply: Reply,
         token: Any = None,
         deadline_s: float | None = None,
+        priority: int = 0,
     ) -> Request:
         """Take a request in. `deadline_s` is how long its answer may take, in seconds.
 
+        Of those that wait, the lowest `priority` above 0 is taken first; 0 is that of the flow.
         Raises Overloaded or Draining at once instead of letting it wait for nothing.
         """
         now = self.clock()
         request = Request(entrance, value, reply, token, now)
+        if priority:
+            entrance.rank(request, priority)
         allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
         if allowed_s is None and entrance.door is not None:
             with self._lock:
@@ -157,7 +175,10 @@ class Scheduler:
                 backlog = entrance.backlog
                 while backlog and backlog[0].is_answered:
                     backlog.popleft()
-                backlog.append(request)
+                if entrance.is_ranked:
+                    place(backlog, request)
+                else:
+                    backlog.append(request)
             else:
                 self._start(entrance, request, now, after)
         after.run()
@@ -331,11 +352,6 @@ class Scheduler:
         """Answer items whose instance did not come back in time."""
         self.finish(items, [Draining("the app stopped before this was done") for _ in items])
 
-    def stages_of(self, flow: str) -> list[Stage]:
-        """The stages that a flow's requests may go through, each once."""
-        steps = self.entrances[flow].program.steps
-        return [self.stages[number] for number in dict.fromkeys(steps.stages())]
-
     @property
     def is_closed(self) -> bool:
         return self._is_closed
@@ -376,7 +392,8 @@ class Scheduler:
         if batch:
             size, counts = len(batch), stage.counts
             counts.sizes[size] = counts.sizes.get(size, 0) + 1
-            counts.waited_s.add(now - batch[0].arrived_s)
+            oldest = first_of(batch) if stage.batcher.is_ranked else batch[0]
+            counts.waited_s.add(now - oldest.arrived_s)
             for item in batch:
                 request = item.request
                 if item.walk is None:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 PLATFORM = "flowlang"
 VERSION = "1"  # of every model
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "statistics")
+EXTENSIONS = (
+    *("binary_tensor_data", "model_configuration", "parameters", "schedule_policy", "statistics"),
+)
 # Request parameters that the protocol or its clients give a meaning of their own.
 RESERVED = frozenset(
     (
@@ -49,7 +51,8 @@ Carried = TypeVar("Carried")
 class Request:
     """What a request asks: the tensors it brings, and the names of those it wants (None for all).
 
-    `timeout_s` is what its transport grants; its parameter `timeout` may say less.
+    `timeout_s` is what its transport grants; its parameter `timeout` may say less. `priority` is
+    what its transport says, where its parameter of that name says nothing.
     """
 
     inputs: Sequence[Tensor]
@@ -57,6 +60,7 @@ class Request:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
     timeout_s: float | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class Work:
     parameters: list[dict[str, Any]]
     wanted: list[str]
     deadline_s: float | None
+    priority: int
 
 
 class Unanswered(RequestError):
@@ -140,7 +145,8 @@ class Model:
         wanted = self._wanted(request.outputs)
         items, given = self._items(request)
         deadline_s = _sooner(request.timeout_s, _timeout_s(request.parameters))
-        return Work(items, given, wanted, deadline_s)
+        priority = _whole(request.parameters, "priority", "number, 1 the first to be served")
+        return Work(items, given, wanted, deadline_s, priority or request.priority)
 
     async def run(self, work: Work) -> tuple[list[Any], float]:
         """The answers for all items, and how many seconds they waited until one was worked on.
@@ -148,7 +154,7 @@ class Model:
         Raises Unanswered for the first that has no answer.
         """
         calls = [
-            self.flow.atimed(item, deadline_s=work.deadline_s, **parameters)
+            self.flow.atimed(item, deadline_s=work.deadline_s, priority=work.priority, **parameters)
             for item, parameters in zip(work.items, work.parameters, strict=True)
         ]
         if len(calls) > 1:
@@ -260,10 +266,16 @@ def _of_output(port: Port) -> tuple[str, str, list[int]]:
 
 def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
     """What the parameter `timeout` allows: it is in microseconds. Raises BadRequest."""
-    given = parameters.get("timeout", 0)
-    if not isinstance(given, int) or isinstance(given, bool) or given < 0:
-        raise BadRequest("parameters.timeout: a whole number of microseconds is wanted")
+    given = _whole(parameters, "timeout", "number of microseconds")
     return given / 1e6 if given else None
+
+
+def _whole(parameters: Mapping[str, Any], name: str, what: str) -> int:
+    """A parameter that the protocol gives a meaning; 0 says nothing. Raises BadRequest."""
+    given = parameters.get(name, 0)
+    if not isinstance(given, int) or isinstance(given, bool) or given < 0:
+        raise BadRequest(f"parameters.{name}: a whole {what} is wanted")
+    return given
 
 
 def _sooner(one: float | None, other: float | None) -> float | None:
@@ -287,7 +299,7 @@ class Inference:
             for name, flow in app.flows.items()
         }
         for name, model in self.models.items():
-            stages = app.scheduler.stages_of(name)
+            stages = app.scheduler.entrances[name].stages
             model.statistics.follow([s for s in stages if s.plan.model is not None])
         self._become("ready")
 

@@ -26,6 +26,7 @@ from flowlang.serve.answer import (
     deadline_of,
     encode,
     error_answer,
+    priority_of,
     reader_of,
     request_id_of,
     to_json,
@@ -188,7 +189,10 @@ class Service:
     ) -> Answer:
         flow = door.flow
         try:
-            deadline_s = deadline_of(found.get(b"x-deadline-ms"))
+            asked: dict[str, Any] = {
+                "deadline_s": deadline_of(found.get(b"x-deadline-ms")),
+                "priority": priority_of(found.get(b"x-priority")),
+            }
             parameters = door.parameters.of_query(query) if query else {}
             body = await self._read_body(found, receive)
             items: list[Part] = []
@@ -201,8 +205,8 @@ class Service:
 
             def call(door: _Door) -> Awaitable[Any]:
                 if len(items) > 1:
-                    return _call_each(door, items, deadline_s, parameters, request_id)
-                return door.flow.acall(door.item(body), deadline_s=deadline_s, **parameters)
+                    return _call_each(door, items, asked | parameters, request_id)
+                return door.flow.acall(door.item(body), **asked, **parameters)
 
             kind, encoded = encode(await _unless_hung_up(self._call(door, call), receive))
             return Answer(200, encoded, kind)
@@ -362,8 +366,7 @@ async def _unless_hung_up(call: Awaitable[Result], receive: Receive) -> Result:
 async def _call_each(
     door: _Door,
     items: list[Part],
-    deadline_s: float | None,
-    parameters: dict[str, Any],
+    asked: dict[str, Any],
     request_id: bytes,
 ) -> dict[str, Any]:
     """Every item of a form through the flow: a result or an error for each, in order."""
@@ -372,7 +375,7 @@ async def _call_each(
         name = part.file_name if part.file_name is not None else part.name
         try:
             item = door.item(part.content)
-            result = await door.flow.acall(item, deadline_s=deadline_s, **parameters)
+            result = await door.flow.acall(item, **asked)
         except RequestError as error:
             log.info("request %s, `%s`: %s", request_id.decode(), name, error)
             return {"name": name, "error": told(error, door.flow.name, request_id)}

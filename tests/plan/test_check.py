@@ -10,7 +10,7 @@ import pytest
 
 from flowlang.diagnostics import CompileError, Source, render
 from flowlang.plan.check import NO_CHOICES, Plan, check_source, compile_source
-from flowlang.plan.declare import Choices
+from flowlang.plan.declare import CALLERS, Choices
 from flowlang.plan.graph import Node
 from flowlang.plan.physical import Machine, PhysicalPlan, lower
 from flowlang.plan.schedule import SETTINGS
@@ -105,6 +105,13 @@ def test_one_mistake_is_told_once() -> None:
     assert slugs("type t = { a: nope }\nexport flow b: bytes -> t = decode -> { a: rgb }") == [
         "unknown-type"
     ]
+
+
+@pytest.mark.parametrize("name", sorted(CALLERS))
+def test_a_parameter_is_not_named_as_what_callers_say(name: str) -> None:
+    """What whoever calls a flow can say besides its parameters is none of them."""
+    text = f"export flow f({name}: int, k: int): bytes -> int {{ return {name} + k }}"
+    assert slugs(text) == ["reserved-word"]
 
 
 def test_a_syntax_error_hides_no_other_declaration() -> None:

@@ -121,7 +121,8 @@ def test_settings_of_requests_may_differ() -> None:
     dogs = f"{CATS.replace('cats', 'dogs')}\nschedule {{ dogs(slo=50ms, queue=9, priority=low) }}"
     plan = together(CATS, dogs)
     assert len(plan.stages) == 1
-    assert [(p.slo_s, p.queue) for p in plan.programs] == [(None, 256), (0.05, 9)]
+    told = [(p.slo_s, p.queue, p.priority) for p in plan.programs]
+    assert told == [(None, 256, 2), (0.05, 9, 3)]
 
 
 def test_what_a_file_has_twice_it_has_twice() -> None:

@@ -559,6 +559,88 @@ def test_what_is_worked_on_side_by_side_waits_once() -> None:
     assert (one.queued_s, other.queued_s) == (0.0, 1.0)
 
 
+RANKED = st.lists(
+    st.tuples(st.sampled_from("fg"), st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=40
+)
+
+
+@FEW
+@given(RANKED, st.sampled_from(["high", "normal", "low"]), st.booleans())
+def test_nobody_is_overtaken_by_a_higher_rank(
+    asked: list[tuple[str, int, int]], priority: str, is_walk: bool
+) -> None:
+    """Queues are in order of rank and then of arrival, those in front of full stages too."""
+    last = "softmax" if is_walk else "pass"
+    simulation = simulated(f"""
+        flow net = trt("net.onnx", batch=1..2) x1
+        export flow f = net -> {last}
+        export flow g = net
+        schedule {{ g(priority={priority}) }}""")
+    stage = simulation.scheduler.stages[0]
+    ranks = {"high": 1, "normal": 2, "low": 3}
+    at_s, wanted = 0.0, {}
+    for flow, number, gap in asked:
+        at_s += gap * UNIT_S
+
+        def ask(flow: str = flow, number: int = number) -> None:
+            request = simulation.submit(flow, priority=number)
+            wanted[request] = number or (2 if flow == "f" else ranks[priority])
+
+        simulation.at(at_s, ask)
+
+    def check() -> None:
+        queue = [(item.rank, item.arrived_s) for item in stage.batcher.waiting]
+        assert queue == sorted(queue)
+        for entrance in simulation.scheduler.entrances.values():
+            backlog = [(request.rank, request.arrived_s) for request in entrance.backlog]
+            assert backlog == sorted(backlog)
+
+    simulation.on_event = check
+    simulation.run()
+    assert {r: r.rank for r in wanted} == wanted
+    assert len(simulation.answers) == len(asked)
+
+
+def test_the_one_flow_is_served_before_the_other() -> None:
+    """Of flows that share a stage, the requests of the one with the higher priority come first."""
+    simulation = simulated("""
+        flow net = trt("net.onnx", batch=1..1) x1
+        export flow f = net
+        export flow g = net
+        schedule { f(priority=low) g(priority=high) }""")
+    asked = [simulation.submit(flow) for flow in "ffgfg"]  # before any is taken
+    simulation.run()
+    places = [asked.index(answer.request) for answer in simulation.answers]
+    assert places == [2, 4, 0, 1, 3]
+
+
+def test_a_backlog_lets_the_first_in_first() -> None:
+    """Requests that wait in front of full stages are let in by their priority too."""
+    text = """
+        flow net = trt("net.onnx", batch=1..1) x1
+        flow again = trt("net.onnx", batch=1..1) x1
+        export flow f = net -> again"""
+    simulation = simulated(text)
+    width = simulation.scheduler.entrances["f"].width
+    asked = [simulation.submit("f") for _ in range(width + 2)]
+    urgent = simulation.submit("f", priority=1)
+    simulation.run()
+    answered = [answer.request for answer in simulation.answers]
+    assert answered.index(asked[0]) < answered.index(urgent) < answered.index(asked[width])
+    assert [request for request in answered if request is not urgent] == asked
+
+
+def test_nobody_pays_for_a_priority_that_is_not_used() -> None:
+    """Queues are plain ones until a request brings a priority, or flows of two share a stage."""
+    for setting in ("", "schedule { f(priority=low) }"):
+        simulation = simulated(f'export flow f = trt("net.onnx")\n{setting}')
+        stage = simulation.scheduler.stages[0]
+        simulation.submit("f")
+        assert not stage.batcher.is_ranked
+        simulation.submit("f", priority=2)
+        assert stage.batcher.is_ranked
+
+
 def test_a_wait_holds_a_batch_back_until_it_is_due_or_complete() -> None:
     """With wait=8ms a batch starts when its oldest item is 8 ms old, or when it is complete."""
     simulation = simulated('export flow f = trt("net.onnx", batch=1..3, wait=8ms) x2')

@@ -95,7 +95,10 @@ def test_the_server_and_its_models_describe_themselves(
     assert client.get_server_metadata() == {
         "name": "flowlang",
         "version": flowlang.__version__,
-        "extensions": ["binary_tensor_data", "model_configuration", "parameters", "statistics"],
+        "extensions": [
+            *("binary_tensor_data", "model_configuration", "parameters", "schedule_policy"),
+            "statistics",
+        ],
     }
     assert client.get_model_metadata("two", "1") == {
         "name": "two",
