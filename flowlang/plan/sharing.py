@@ -41,9 +41,11 @@ class Part:
 
     def cut(self, chain: list[Node]) -> Iterator[tuple[list[Node], Shared | None]]:
         """A chain in pieces, with what the one in the middle is a part of."""
-        yield from ((c, None) for c in [chain[: self.start]] if c)
+        if self.start:
+            yield chain[: self.start], None
         yield chain[self.start : self.stop], self.shared
-        yield from ((c, None) for c in [chain[self.stop :]] if c)
+        if self.stop < len(chain):
+            yield chain[self.stop :], None
 
 
 @dataclass(frozen=True, slots=True)
