@@ -18,14 +18,23 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.load import Result, Sampler, asyncio_clients, table, thread_clients
+from benchmarks.load import (
+    Result,
+    Sampler,
+    asyncio_clients,
+    map_client,
+    table,
+    thread_clients,
+)
 from examples.models import resnet
 from flowlang import load
+from flowlang.plan.physical import GPU_LANES
 from flowlang.runtime import cuda, dali, host, trt, vision
 from flowlang.runtime.engine_store import EngineStore, default_directory
 from flowlang.runtime.rework import Prologue
@@ -175,15 +184,10 @@ def ceilings(run: Run) -> None:
             context.close()
     run.found["engine"] = found
     print("engine", found, flush=True)
-    decoding = dali.choose_decoding(0, 3, vision.sample_pictures(8) * 7)
-    print(dali.describe(decoding), flush=True)
-    run.found["decoding"] = {
-        "engines": decoding.uses_engines,
-        "hardware_load": decoding.hardware_load,
-        "threads": decoding.threads,
-        "rate": round(decoding.rate),
-    }
-    run.found["decode"] = _decode_rates(run, decoding)
+    decodings = dali.choose_decodings(0, GPU_LANES, vision.sample_pictures(8) * 7)
+    print(dali.describe(decodings), flush=True)
+    run.found["decoding"] = asdict(decodings)
+    run.found["decode"] = _decode_rates(run, decodings.large)
     print("decode", run.found["decode"], flush=True)
 
 
@@ -195,7 +199,6 @@ def _decode_rates(run: Run, decoding: dali.Decoding) -> dict[str, int]:
     path.write_text("decode -> resize(224) -> rgb\n")
     flow = rewrite(compile_file(path).flows[0])
     nodes = [n for n in flow.nodes() if n is not flow.input]
-    arrays = [np.frombuffer(p, np.uint8) for p in run.pictures]
     found = {}
     for size, pipelines in (
         (1, 1),
@@ -215,8 +218,8 @@ def _decode_rates(run: Run, decoding: dali.Decoding) -> dict[str, int]:
         def once(
             index: int, size: int = size, regions: Any = regions, streams: Any = streams
         ) -> int:
-            at = int(time.perf_counter() * 1e6) % (len(arrays) - size)
-            result = regions[index].run(arrays[at : at + size], streams[index].handle)
+            at = int(time.perf_counter() * 1e6) % (len(run.pictures) - size)
+            result = regions[index].run(run.pictures[at : at + size], streams[index].handle)
             streams[index].wait()
             del result
             return size
@@ -273,37 +276,39 @@ def pure_tensorrt(run: Run) -> None:
 
 
 def flowlang_flow(
-    run: Run, label: str, path: Path, counts: Sequence[int], *, threads: Sequence[int] = ()
+    run: Run,
+    label: str,
+    path: Path,
+    counts: Sequence[int],
+    *,
+    maps: Sequence[int] = (),
+    threads: Sequence[int] = (),
 ) -> None:
     with load(path, device="gpu", engines=run.engines) as app:
         flow = next(iter(app.flows.values()))
-        for clients in counts:
-            run.note(
-                asyncio_clients(
-                    f"{label}, asyncio", flow.acall, run.pictures, clients, run.seconds,
-                    sampler=GpuSampler,
-                )
-            )  # fmt: skip
-        for clients in threads:
-            run.note(
-                thread_clients(
-                    f"{label}, threads",
-                    flow,
-                    run.pictures,
-                    clients,
-                    run.seconds,
-                    sampler=GpuSampler,
-                )
-            )
         stage = app.scheduler.stages[-1]
-        print("batches", dict(sorted(stage.counts.sizes.items())), flush=True)
+        kinds: tuple[tuple[str, Any, Any, Sequence[int]], ...] = (
+            ("asyncio", asyncio_clients, flow.acall, counts),
+            ("map", map_client, flow, maps),
+            ("threads", thread_clients, flow, threads),
+        )
+        for kind, measure, call, numbers in kinds:
+            for clients in numbers:
+                stage.counts.sizes.clear()
+                what = f"{label}, {kind}"
+                result = measure(what, call, run.pictures, clients, run.seconds, sampler=GpuSampler)
+                batches = sum(stage.counts.sizes.values())
+                mean = sum(k * n for k, n in stage.counts.sizes.items()) / max(1, batches)
+                result.usage["batch"] = round(mean, 1)
+                run.note(result)
 
 
 ALL = (1, 10, 20, 64, 256)
 
 
 def on_gpu(run: Run) -> None:
-    flowlang_flow(run, "flowlang, GPU decode", run.flow("gpu"), ALL, threads=(1, 10, 20, 64))
+    path = run.flow("gpu")
+    flowlang_flow(run, "flowlang, GPU decode", path, ALL, maps=ALL, threads=(1, 10, 20, 64))
 
 
 def on_cpu(run: Run) -> None:
@@ -401,7 +406,7 @@ def _decode_differences(run: Run) -> dict[str, float]:
     region, stream = dali.Region(nodes, 8, 0, dali.Decoding()), cuda.Stream()
     counts = np.zeros(256, np.int64)
     for picture in run.pictures:
-        result = region.run([np.frombuffer(picture, np.uint8)], stream.handle)
+        result = region.run([picture], stream.handle)
         stream.wait()
         value: Any = picture
         for work in works:
@@ -433,7 +438,7 @@ def share(run: Run) -> None:
     """Share of the run's own ceiling at saturation."""
     decode = max(run.found.get("decode", {}).values(), default=0)
     engine = max(run.found.get("engine", {}).values(), default=0)
-    ours = max((r.qps for r in run.results if "GPU decode, asyncio" in r.what), default=0.0)
+    ours = max((r.qps for r in run.results if "GPU decode" in r.what), default=0.0)
     if decode and engine and ours:
         run.found["share_of_ceiling"] = round(ours / min(decode, engine), 3)
         print(

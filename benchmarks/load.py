@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -153,6 +155,40 @@ def thread_clients(
             thread.start()
         for thread in threads:
             thread.join()
+    return tally.result(what, clients, usage.report())
+
+
+class _Endless(Sequence[Any]):
+    """Items in turn, as many as anyone asks for; notes when each was taken."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = items
+        self.taken_s: deque[float] = deque()
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Any:
+        self.taken_s.append(time.perf_counter())
+        return self.items[index % len(self.items)]
+
+
+def map_client(
+    what: str,
+    flow: Any,
+    items: Sequence[Any],
+    clients: int,
+    seconds: float,
+    warm_s: float = 0.5,
+    sampler: Callable[[], Sampler] | None = None,
+) -> Result:
+    """One `map` with C items under way. A latency is from an item's being taken to its turn."""
+    tally, endless = Tally(warm_s, seconds), _Endless(items)
+    with (sampler or Sampler)() as usage:
+        for answer in flow.map(endless, ahead=clients, errors="return"):
+            tally.failures += isinstance(answer, Exception)
+            if not tally.add(endless.taken_s.popleft(), time.perf_counter()):
+                break
     return tally.result(what, clients, usage.report())
 
 

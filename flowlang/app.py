@@ -11,14 +11,14 @@ import importlib
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from flowlang.diagnostics import BadRequest, FlowError, Overloaded
+from flowlang.diagnostics import FlowError
 from flowlang.items import Arguments, acceptor
 from flowlang.plan.files import PathLike, compile_files
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
@@ -29,6 +29,7 @@ from flowlang.runtime.request import FutureReply, LoopReply, Request, Waiter
 from flowlang.runtime.scheduler import Scheduler
 from flowlang.runtime.seal import KeySource
 from flowlang.runtime.stage import Lane, Lanes, Watch
+from flowlang.window import Window
 
 GRACE_S = 30.0
 END_S = 10.0  # for a batch under way when the program ends
@@ -161,36 +162,17 @@ class Flow:
         With errors="return" an item that fails gives its exception in place of an answer.
         """
         ahead = ahead or max(1, self._entrance.limit - self._entrance.program.queue) * 2
-        pending: deque[Future[Any]] = deque()
-        try:
-            for item in items:
-                # The next item may be long in coming: what is there is given first.
-                while pending and (len(pending) >= ahead or pending[0].done()):
-                    yield _outcome(pending.popleft(), errors)
-                while (future := self._try_submit(item, deadline_s, priority, parameters)) is None:
-                    if pending:
-                        yield _outcome(pending.popleft(), errors)
-                    else:
-                        time.sleep(0.001)
-                pending.append(future)
-            while pending:
-                yield _outcome(pending.popleft(), errors)
-        finally:
-            for left in pending:  # given up: by an error, or by whoever asked
-                left.cancel()
-
-    def _try_submit(
-        self, item: Any, deadline_s: float | None, priority: int, parameters: Mapping[str, Any]
-    ) -> Future[Any] | None:
-        """A Future of the answer; None where others fill the queue, to take turns with them."""
-        try:
-            return self.submit(item, deadline_s=deadline_s, priority=priority, **parameters)
-        except Overloaded:
-            return None
-        except BadRequest as error:
-            failed: Future[Any] = Future()
-            failed.set_exception(error)
-            return failed
+        accept = self._accept
+        if parameters or self.parameters:
+            accept = partial(self._accept_beside, parameters)
+        window = Window(self._scheduler, self._entrance, accept, items, ahead, deadline_s, priority)
+        for outcome in window.outcomes():
+            if errors == "raise" and isinstance(outcome, BaseException):
+                try:
+                    raise outcome
+                finally:
+                    del outcome  # or the error, through its traceback, would hold itself
+            yield outcome
 
     def _submit(
         self,
@@ -206,18 +188,14 @@ class Flow:
             value = self._arguments.beside(value, parameters)
         return self._scheduler.submit(self._entrance, value, reply, token, deadline_s, priority)
 
+    def _accept_beside(self, parameters: Mapping[str, Any], item: Any) -> Any:
+        return self._arguments.beside(self._accept(item), parameters)
+
     def __repr__(self) -> str:
         return f"<flow {self.name}: {self.input} -> {self.output}>"
 
 
 _FUTURES = FutureReply()
-
-
-def _outcome(future: Future[Any], errors: str) -> Any:
-    if errors == "raise":
-        return future.result()
-    error = future.exception()
-    return future.result() if error is None else error
 
 
 class App:

@@ -178,7 +178,7 @@ def on_host(nodes: Sequence[Node], data: bytes) -> Array:
 
 def in_dali(region: Region, files: Sequence[bytes]) -> list[Array]:
     """What a region makes of picture files, brought to the host."""
-    result = region.run([np.frombuffer(f, np.uint8) for f in files])
+    result = region.run(files)
     if hasattr(result, "as_cpu"):
         result = result.as_cpu()
     return [np.array(result.at(i)) for i in range(len(files))]

@@ -19,7 +19,7 @@ FILES = sorted((ROOT / "flowlang").rglob("*.py"))
 # The faces come last: `serve` is built on the app, and the command line on both.
 LAYERS = (
     *("diagnostics", "mark", "syntax", "plan", "runtime"),
-    *("items", "app", "serve", "rows", "doc", "highlight", "editor", "cli", "__main__"),
+    *("items", "window", "app", "serve", "rows", "doc", "highlight", "editor", "cli", "__main__"),
 )
 HOMES = {
     "lark": {"syntax.parse", "syntax.read", "syntax.complaint"},

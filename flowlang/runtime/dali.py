@@ -11,9 +11,11 @@ import ctypes
 import functools
 import logging
 import os
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import EngineError
@@ -47,21 +49,24 @@ SMALL_BATCH = 8  # up to this a pipeline of its own decodes: it is made for late
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How JPEG is decoded: the share given to the hardware engines, and CPU threads a pipeline.
-
-    `small_load` is the share in batches of up to SMALL_BATCH. `uses_engines` is what a measurement
-    at start-up saw, `rate` the pictures a second of the best setting, in one pipeline.
-    """
+    """How a pipeline decodes JPEG: the share given to the hardware engines, and CPU threads."""
 
     hardware_load: float = 1.0
     threads: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Decodings:
+    """How batches of up to SMALL_BATCH pictures are decoded, and larger ones.
+
+    `uses_engines` is what a measurement at start-up saw, `rate` the pictures a second that all
+    lanes together decoded in large batches.
+    """
+
+    small: Decoding = Decoding()
+    large: Decoding = Decoding()
     uses_engines: bool = False
     rate: float = 0.0
-    small_load: float = 1.0
-
-    @property
-    def for_small(self) -> Decoding:
-        return replace(self, hardware_load=self.small_load)
 
 
 class Region:
@@ -89,9 +94,9 @@ class Region:
         self._wrap = dali.tensors.TensorCPU
         self._feed, self._run, self._outputs = _calls(pipe)
 
-    def start(self, pictures: list[NDArray[Any]]) -> None:
-        """Begin a batch, in DALI's own threads. The arrays must be kept until its `result`."""
-        wrap = self._wrap  # done here, DALI skips its search for what kind of array each one is
+    def start(self, pictures: Sequence[bytes]) -> None:
+        """Begin a batch, in DALI's own threads."""
+        wrap = self._wrap  # of DALI's own kind, and so looked at no further; it keeps the bytes
         self._feed(INPUT, [wrap(p) for p in pictures])
         self._run()
 
@@ -103,7 +108,7 @@ class Region:
         """
         return self._outputs(None if stream is None else ctypes.c_void_p(stream))[0]
 
-    def run(self, pictures: list[NDArray[Any]], stream: int | None = None) -> Any:
+    def run(self, pictures: Sequence[bytes], stream: int | None = None) -> Any:
         """`start` and `result` in one."""
         self.start(pictures)
         return self.result(stream)
@@ -242,52 +247,86 @@ def _levels(dali: Any, data: Any, node: Node, colour: str) -> Any:
 # Choosing how to decode
 
 
-def choose_decoding(device: int, lanes: int, pictures: Sequence[bytes]) -> Decoding:
-    """The fastest way to decode here, found by decoding `pictures` a few times each way.
+def choose_decodings(device: int, lanes: int, pictures: Sequence[bytes]) -> Decodings:
+    """The fastest ways to decode here, found by decoding `pictures` a few times each way.
 
     Hardware engines are never assumed: many GPUs have none, and containers without the `video`
     capability hide them. Without them CPU threads carry the work, as many as the lanes leave each.
     """
-    cores = len(os.sched_getaffinity(0))
-    share = max(2, cores // max(1, lanes))
-    without = _rate(device, Decoding(0.0, 2), pictures)
-    engines = _rate(device, Decoding(1.0, 2), pictures)
-    uses_engines = engines > 1.5 * without
+    share = max(2, len(os.sched_getaffinity(0)) // max(1, lanes))
+    without = _rate(device, Decoding(0.0, 2), 1, pictures)
+    uses_engines = _rate(device, Decoding(1.0, 2), 1, pictures) > 1.5 * without
+    few = min(4, share)
     if uses_engines:
-        choices = [(1.0, 2), (1.0, min(4, share))]
+        large = [Decoding(1.0, 2), Decoding(1.0, few), Decoding(0.9, min(8, share))]
+        small = [Decoding(1.0, 1), Decoding(1.0, 2), Decoding(1.0, few), Decoding(0.65, few)]
     else:
-        choices = [(0.0, share), (0.65, share), (1.0, share)]
-    measured = [
-        Decoding(load, threads, uses_engines, _rate(device, Decoding(load, threads), pictures))
-        for load, threads in dict.fromkeys(choices)
-    ]
-    best = max(measured, key=lambda d: d.rate)
-    few = pictures[: SMALL_BATCH // 2]
-    loads = (best.hardware_load, 0.65)
-    rates = {load: _rate(device, replace(best, hardware_load=load), few) for load in loads}
-    best = replace(best, small_load=max(rates, key=lambda load: rates[load]))
-    log.info("%s", describe(best))
-    return best
+        large = [Decoding(load, share) for load in (0.0, 0.65, 1.0)]
+        small = large
+    rates = {how: _rate(device, how, lanes, pictures) for how in large}
+    times_s = {how: _time_s(device, how, pictures[:SMALL_BATCH]) for how in small}
+    best = max(rates, key=rates.__getitem__)
+    chosen = Decodings(min(times_s, key=times_s.__getitem__), best, uses_engines, rates[best])
+    log.info("%s", describe(chosen))
+    return chosen
 
 
-def describe(how: Decoding) -> str:
-    """What was chosen, for the log and `explain`."""
+def describe(how: Decodings) -> str:
+    """What was chosen, for the log."""
     who = "the GPU's JPEG engines" if how.uses_engines else "CPU threads and CUDA (no JPEG engines)"
+    small, large = how.small, how.large
     return (
-        f"JPEG is decoded by {who}: hardware load {how.hardware_load:g} "
-        f"({how.small_load:g} up to {SMALL_BATCH} at once), {how.threads} threads a "
-        f"lane, {how.rate:,.0f} pictures/s in one pipeline"
+        f"JPEG is decoded by {who}: hardware load {large.hardware_load:g} and {large.threads} "
+        f"threads a lane ({small.hardware_load:g} and {small.threads} up to {SMALL_BATCH} at once),"
+        f" {how.rate:,.0f} pictures/s in all lanes together"
     )
 
 
-def _rate(device: int, how: Decoding, pictures: Sequence[bytes]) -> float:
-    """Pictures a second that one pipeline decodes."""
+def _rate(device: int, how: Decoding, lanes: int, pictures: Sequence[bytes]) -> float:
+    """Pictures a second that as many pipelines as there are lanes decode side by side."""
+    batch, rounds = _arrays(pictures), 6
+    pipes = [_decoder(device, how, len(batch)) for _ in range(lanes)]
+
+    def decode(pipe: Any) -> None:
+        for _ in range(rounds):
+            pipe.run(**{INPUT: batch})
+
+    with ThreadPoolExecutor(lanes) as threads:
+        best_s = float("inf")
+        for _ in range(3):  # the first round warms up
+            start_s = time.perf_counter()
+            list(threads.map(decode, pipes))
+            best_s = min(best_s, time.perf_counter() - start_s)
+    return lanes * rounds * len(batch) / best_s
+
+
+def _time_s(device: int, how: Decoding, pictures: Sequence[bytes]) -> float:
+    """Seconds that batches of one, of half and of all the pictures take, one after the other."""
+    batch = _arrays(pictures)
+    pipe = _decoder(device, how, len(batch))
+    pipe.run(**{INPUT: batch})
+    total_s = 0.0
+    for size in (1, len(batch) // 2, len(batch)):
+        times_s = []
+        for _ in range(25):
+            start_s = time.perf_counter()
+            pipe.run(**{INPUT: batch[:size]})
+            times_s.append(time.perf_counter() - start_s)
+        total_s += statistics.median(times_s)
+    return total_s
+
+
+def _arrays(pictures: Sequence[bytes]) -> list[NDArray[Any]]:
     import numpy as np
 
-    batch = [np.frombuffer(p, np.uint8) for p in pictures]
+    return [np.frombuffer(picture, np.uint8) for picture in pictures]
+
+
+def _decoder(device: int, how: Decoding, batch: int) -> Any:
+    """A pipeline that decodes and does nothing else."""
     dali = _dali()
     pipe = dali.Pipeline(
-        batch_size=len(batch), num_threads=how.threads, device_id=device, prefetch_queue_depth=1
+        batch_size=batch, num_threads=how.threads, device_id=device, prefetch_queue_depth=1
     )
     with pipe:
         data = dali.fn.external_source(
@@ -295,11 +334,4 @@ def _rate(device: int, how: Decoding, pictures: Sequence[bytes]) -> float:
         )
         pipe.set_outputs(_decode(dali, data, device, how))
     pipe.build()
-    for _ in range(2):
-        pipe.run(**{INPUT: batch})
-    best_s = float("inf")
-    for _ in range(5):
-        start_s = time.perf_counter()
-        pipe.run(**{INPUT: batch})
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return len(batch) / best_s
+    return pipe

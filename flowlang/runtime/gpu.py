@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flowlang.diagnostics import BadRequest, InternalError, RequestError, StageFailed
 from flowlang.plan import graph
@@ -23,9 +23,6 @@ from flowlang.runtime.host import Work, check_picture, work_of
 from flowlang.runtime.picture import Picture, is_plain_jpeg
 from flowlang.runtime.rework import Prologue
 from flowlang.runtime.vision import as_bmp, sample_pictures
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 log = logging.getLogger("flowlang.gpu")
 
@@ -41,9 +38,9 @@ def is_decoded(picture: Picture) -> bool:
 class GpuResources:
     """What the instances of an app share on one GPU: engines, how to decode, rescue threads."""
 
-    def __init__(self, engines: trt.Engines, decoding: dali.Decoding) -> None:
+    def __init__(self, engines: trt.Engines, decodings: dali.Decodings) -> None:
         self.engines = engines
-        self.decoding = decoding
+        self.decodings = decodings
         self.rescuers = ThreadPoolExecutor(8, thread_name_prefix="flowlang-rescue")
 
     def close(self) -> None:
@@ -176,7 +173,7 @@ class _Batch:
         self.values = self.items = values
         self.outcomes: list[Any] = [None] * len(values)
         self.good: list[int] = []
-        self.pictures: list[NDArray[Any]] = []
+        self.pictures: list[bytes] = []
         self.region: dali.Region | None = None
         self.held: Any = None
 
@@ -192,11 +189,11 @@ class _Pictures:
         self.max_bytes = plan.settings.get("max_bytes", MAX_BYTES)
         self.max_pixels = plan.settings.get("max_pixels", MAX_PIXELS)
         self.allows_truncated = self.decode.params["truncated"] == "allow"
-        how, most = lane.resources.decoding, plan.batch[2]
-        self.large = dali.Region(nodes, most, gpu, how)
+        how, most = lane.resources.decodings, plan.batch[2]
+        self.large = dali.Region(nodes, most, gpu, how.large)
         self.small = self.large
         if most > dali.SMALL_BATCH:
-            self.small = dali.Region(nodes, dali.SMALL_BATCH, gpu, how.for_small)
+            self.small = dali.Region(nodes, dali.SMALL_BATCH, gpu, how.small)
         self.target = next(iter(lane.context.inputs.values()))
         self.row_bytes = next(iter(lane.context.row_bytes.values()))
 
@@ -216,8 +213,6 @@ class _Pictures:
 
     def begin(self, batch: _Batch) -> None:
         """Sort out what cannot be decoded and start on the rest."""
-        import numpy as np
-
         for index, data in enumerate(batch.values):
             if len(data) > self.max_bytes or not is_plain_jpeg(data, self.max_pixels):
                 try:
@@ -226,7 +221,7 @@ class _Pictures:
                     batch.outcomes[index] = self._blame(error)
                     continue
             batch.good.append(index)
-            batch.pictures.append(np.frombuffer(data, np.uint8))
+            batch.pictures.append(data)
         if batch.good:
             batch.region = self.small if len(batch.good) <= self.small.batch else self.large
             batch.region.start(batch.pictures)
@@ -261,8 +256,6 @@ class _Pictures:
         DALI names at most one of the culprits. So each picture is worked on by the reference
         operators, which tell exactly whose fault it is, and the rest goes through as bitmaps.
         """
-        import numpy as np
-
         encoded = [batch.values[i] for i in batch.good]
         checked = list(self.lane.resources.rescuers.map(self._try_on_host, encoded))
         left: list[int] = []
@@ -272,7 +265,7 @@ class _Pictures:
                 batch.outcomes[index] = found
             else:
                 left.append(index)
-                batch.pictures.append(np.frombuffer(found, np.uint8))
+                batch.pictures.append(found)
         batch.good = left
         if not left:
             return

@@ -76,12 +76,12 @@ class Instances:
 
         cuda.use(gpu)
         lanes = [s for s in self._plan.stages for g in s.gpus if g == gpu]
-        decoding = dali.Decoding()
+        decodings = dali.Decodings()
         if any(decodes_on_gpu(s.region) for s in lanes):
             pictures = sample_pictures(8) * 7  # the engines work best on multiples of seven
-            decoding = dali.choose_decoding(gpu, len(lanes), pictures)
+            decodings = dali.choose_decodings(gpu, len(lanes), pictures)
         store = EngineStore(self._engines or default_directory(), self._key)
-        return GpuResources(trt.Engines(store), decoding)
+        return GpuResources(trt.Engines(store), decodings)
 
     def close(self) -> None:
         for resources in self._resources.values():

@@ -68,6 +68,17 @@ class Request:
     def is_answered(self) -> bool:
         return self.outcome is not UNANSWERED
 
+    def begin_work(self, now_s: float) -> None:
+        """An item of it has been taken. What waits beside others at work holds nothing up."""
+        if not self.at_work:
+            self.queued_s += now_s - self.idle_since_s
+        self.at_work += 1
+
+    def end_work(self, now_s: float) -> None:
+        self.at_work -= 1
+        if not self.at_work:
+            self.idle_since_s = now_s
+
     @property
     def rank(self) -> int:
         """The lowest is taken first: its own priority, or that of its flow."""

@@ -31,7 +31,7 @@ from examples import models
 from flowlang import App, load
 from flowlang.diagnostics import BadRequest, EngineError, FlowError, StageFailed
 from flowlang.runtime import cuda, dali, trt
-from flowlang.runtime.dali import Decoding, Region
+from flowlang.runtime.dali import Decoding, Decodings, Region
 from flowlang.runtime.instances import Instances
 from flowlang.runtime.stage import InstanceLost
 from tests.pictures import bad, good, photographs
@@ -92,15 +92,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     models.two_heads(root / "heads.onnx", size=64)
     models.two_heads(root / "others.onnx", size=64, seed=1)
     models.two_inputs(root / "pair.onnx", size=64)
-    measure, measured = dali.choose_decoding, {}
+    measure, measured = dali.choose_decodings, {}
 
-    def measure_once(device: int, *rest: Any) -> Decoding:
+    def measure_once(device: int, *rest: Any) -> Decodings:
         if device not in measured:
             measured[device] = measure(device, *rest)
         return measured[device]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dali, "choose_decoding", measure_once)
+        patch.setattr(dali, "choose_decodings", measure_once)
         yield Place(root, tmp_path_factory.mktemp("engines"))
 
 

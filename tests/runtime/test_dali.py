@@ -122,14 +122,14 @@ def test_a_batch_may_be_of_any_size_up_to_the_most(open_region: Open) -> None:
 def test_a_result_stays_as_it_is_while_more_batches_run(open_region: Open) -> None:
     """What a batch gave is not overwritten by those behind it, as long as it is kept."""
     region, nodes = open_region("decode -> resize(64) -> rgb")
-    given = [np.frombuffer(data, np.uint8) for data in files()]
+    given = files()
     kept = [(index, region.run([given[index], given[index - 1]])) for index in range(4)] * 2
     for _ in range(6):
         region.run(given)
     for index, result in kept:
         for row, source in enumerate((index, index - 1)):
             seen = np.asarray(result.as_tensor())[row]
-            wanted = on_host(nodes, given[source].tobytes())
+            wanted = on_host(nodes, given[source])
             assert abs(seen.astype(int) - wanted).max() <= 1
 
 
@@ -137,7 +137,6 @@ def test_a_batch_is_begun_before_it_is_asked_for(open_region: Open) -> None:
     """`start` and `result` may stand apart; each result belongs to its own start."""
     region, nodes = open_region("decode -> resize(64) -> rgb")
     for data in files() * 2:
-        picture = np.frombuffer(data, np.uint8)
-        region.start([picture])
+        region.start([data])
         (got,) = dali.arrays(region.result())
         assert abs(got.astype(int) - on_host(nodes, data)).max() <= 1

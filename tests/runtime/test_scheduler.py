@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -720,6 +720,33 @@ def test_a_failing_batch_gives_every_request_an_error_of_its_own() -> None:
     simulation.scheduler.close()
     outcomes = [a.outcome for a in simulation.answers]
     assert len({id(o) for o in outcomes}) == 9
+
+
+@pytest.mark.parametrize("deadline_s", [None, 64 * UNIT_S])
+@pytest.mark.parametrize("shape", ["one stage", "chain"])
+def test_of_many_at_once_as_many_are_taken_in_as_have_room(
+    shape: str, deadline_s: float | None
+) -> None:
+    """What finds the queue full is left with whoever asked; the rest are as if sent one by one."""
+    text = SHAPES[shape].format("batch=1..4", 2, "batch=1..2", 1)
+    simulation = simulated(f"{text}\nschedule {{ f(queue=6) }}")
+    scheduler, entrance = simulation.scheduler, simulation.scheduler.entrances["f"]
+    values = deque(f"picture {i}" for i in range(entrance.limit + 3))
+    given = list(values)
+    requests = scheduler.submit_many(entrance, values, simulation, deadline_s)
+    assert list(values) == given[-3:]
+    assert scheduler.submit_many(entrance, values, simulation) == []
+    simulation.run()
+    assert {id(a.request) for a in simulation.answers} == {id(r) for r in requests}
+    stages = [stage.plan for stage in scheduler.stages]
+    for request, value in zip(requests, given, strict=False):
+        assert request.outcome == expected(entrance.program, stages, value)
+    assert len(scheduler.submit_many(entrance, values, simulation)) == 3
+    simulation.run()
+    scheduler.drain(0.0)
+    values.append("late")
+    with pytest.raises(Draining):
+        scheduler.submit_many(entrance, values, simulation)
 
 
 def inoue(rate: float, t0: float, a: float) -> float:

@@ -59,9 +59,8 @@ RECEIVERS = {
     ("Engine", "trt"): "",
     ("Engine", "self._runtime"): "Runtime",
     ("Engine", "self.engine"): "ICudaEngine",
-    ("Context", "engine.engine"): "ICudaEngine",
-    ("Context", "self.engine.engine"): "ICudaEngine",
-    ("Context", "self._context"): "IExecutionContext",
+    ("_Execution", "engine.engine"): "ICudaEngine",
+    ("_Execution", "self._context"): "IExecutionContext",
 }
 
 Name: TypeAlias = tuple[str, str]
@@ -252,6 +251,7 @@ def test_the_uses_are_found() -> None:
     found = {use.name: use for use in uses()}
     assert len(found) > 40
     assert found["IExecutionContext", "execute_async_v3"].arguments == 1
+    assert found["IExecutionContext", "set_optimization_profile_async"].arguments == 2
     assert found["IBuilderConfig", "set_memory_pool_limit"].arguments == 2
     asked_first = found["IBuilderConfig", "get_tactic_sources"].guards
     assert ("IBuilderConfig", "set_tactic_sources") in asked_first
