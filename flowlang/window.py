@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flowlang.diagnostics import BadRequest
+from flowlang.runtime.entrance import Entrance
 from flowlang.runtime.request import UNANSWERED, Request, Wake
-from flowlang.runtime.scheduler import Entrance, Scheduler
+from flowlang.runtime.scheduler import Scheduler
 
 PAUSE_S = 0.001  # between tries where others fill the queue
 

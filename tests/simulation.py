@@ -30,8 +30,9 @@ from flowlang.plan.physical import (
 )
 from flowlang.plan.types import Record
 from flowlang.runtime.batcher import Item
+from flowlang.runtime.entrance import Stage
 from flowlang.runtime.request import Request
-from flowlang.runtime.scheduler import Scheduler, Stage
+from flowlang.runtime.scheduler import Scheduler
 
 RETRY_S = 0.1  # between attempts to replace a lost instance
 

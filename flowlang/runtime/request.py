@@ -15,7 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from flowlang.runtime.scheduler import Entrance
+    from flowlang.runtime.entrance import Entrance
 
 Wake: TypeAlias = Callable[[], object]
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flowlang.diagnostics import (
-    BadRequest,
     Cancelled,
     DeadlineExceeded,
     Draining,
@@ -25,77 +24,11 @@ from flowlang.diagnostics import (
     RequestError,
     StageFailed,
 )
-from flowlang.plan.physical import FlowProgram, PhysicalPlan, StagePlan
-from flowlang.runtime.batcher import Batcher, Item, first_of, place
-from flowlang.runtime.metrics import FlowCounts, StageCounts
+from flowlang.plan.physical import PhysicalPlan
+from flowlang.runtime.batcher import Item, first_of, place
+from flowlang.runtime.entrance import Entrance, Stage, knock
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
-from flowlang.runtime.walk import Ended, Track, Work, arrive, begin
-
-
-class Stage:
-    """A stage's queue, its batcher, and who is waiting for work.
-
-    `idle` holds the bells of instances with nothing to do; `rung` counts those rung and still on
-    their way, so that a burst of requests wakes one instance and not one each.
-    """
-
-    def __init__(self, plan: StagePlan) -> None:
-        self.plan = plan
-        low, _, high = plan.batch
-        self.batcher = Batcher(low, high, plan.wait_s, plan.instances, is_shared=plan.model is None)
-        self.idle: list[Wake] = []
-        self.rung = 0
-        self.lost = 0
-        self.counts = StageCounts()
-
-    def put(self, item: Item) -> Wake | None:
-        """Queue an item. Returns the bell to ring, if an instance should be woken for it."""
-        self.batcher.put(item)
-        return self.next_bell()
-
-    def next_bell(self) -> Wake | None:
-        if self.idle and len(self.batcher.waiting) > self.rung * self.batcher.high:
-            self.rung += 1
-            return self.idle.pop()
-        return None
-
-
-class Entrance:
-    """The door of a flow: its program made ready to run, and its bounded queue.
-
-    At most `limit` requests are inside. Of those, at most `width` are under way in the stages; the
-    rest wait here as they came (compressed pictures are small, decoded ones are not).
-    """
-
-    def __init__(self, program: FlowProgram, stages: Sequence[Stage]) -> None:
-        self.program = program
-        self.outstanding = 0
-        self.under_way = 0
-        self.backlog: deque[Request] = deque()
-        self.is_ranked = False  # whether a request has come that has a priority of its own
-        self.counts = FlowCounts()
-        units = program.steps.units
-        self.stages = [stages[s] for s in dict.fromkeys(program.steps.stages())]
-        room = sum(s.plan.instances * s.plan.batch[2] for s in self.stages)
-        self.limit = program.queue + room
-        self.width = 2 * room if room and len(units) > 1 else self.limit
-        self.track = Track(program.steps)
-        self.has_parameters = bool(program.plan.parameters)
-        # The stage of a flow that is one stage without a timeout, which most are: its requests
-        # are queued there at once, without what only the others need.
-        self.door: Stage | None = None
-        if len(units) == 1 and units[0].stage is not None and units[0].inputs == (0,):
-            only = stages[units[0].stage]
-            self.door = only if only.plan.timeout_s is None else None
-
-    def rank_by(self, priority: int) -> None:
-        """Have queues in order of rank, now that a request has a priority. Raises BadRequest."""
-        if priority < 0:
-            raise BadRequest(f"a priority is 1 or more, or 0 for that of the flow, not {priority}")
-        if not self.is_ranked:
-            for stage in self.stages:
-                stage.batcher.is_ranked = True
-            self.is_ranked = True
+from flowlang.runtime.walk import Ended, Work, arrive, begin
 
 
 class _Afterwards:
@@ -158,7 +91,7 @@ class Scheduler:
         if allowed_s is None and entrance.door is not None:
             with self._lock:
                 self._admit(entrance)
-                bell = _knock(entrance.door, request, now)
+                bell = knock(entrance.door, request, now)
             if bell is not None:
                 bell()
             return request
@@ -395,7 +328,7 @@ class Scheduler:
         if allowed_s is not None:
             self._expire_at(now + allowed_s, request, None, after)
         if entrance.door is not None:
-            bell = _knock(entrance.door, request, now)
+            bell = knock(entrance.door, request, now)
             if bell is not None:
                 after.bells.append(bell)
         elif entrance.under_way >= entrance.width:
@@ -499,16 +432,6 @@ class Scheduler:
                 self._start(entrance, following, now, after)
         if self._is_draining and self.outstanding == 0:
             self._quiet.notify_all()
-
-
-def _knock(door: Stage, request: Request, now: float) -> Wake | None:
-    """Queue a request of a flow that is one stage. Returns the bell to ring, if any."""
-    entrance = request.entrance
-    entrance.under_way += 1
-    request.is_under_way = True
-    # The parameters of such a flow are used by nothing.
-    value = request.value[0] if entrance.has_parameters else request.value
-    return door.put(Item(request, 0, value, now))
 
 
 def _is_awaited(request: Request, item: Item | None) -> bool:

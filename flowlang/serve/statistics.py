@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowlang.runtime.scheduler import Stage
+    from flowlang.runtime.entrance import Stage
 
 
 @dataclass(slots=True)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowlang.runtime.batcher import Batcher, Item
+from flowlang.runtime.entrance import Entrance
 from flowlang.runtime.request import Request
-from flowlang.runtime.scheduler import Entrance, Scheduler
+from flowlang.runtime.scheduler import Scheduler
 from tests.simulation import Clock, Simulation, plan_of
 
 

@@ -27,8 +27,9 @@ from flowlang.diagnostics import (
 )
 from flowlang.plan.physical import PhysicalPlan, StagePlan
 from flowlang.runtime.batcher import Item
+from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.request import Request
-from flowlang.runtime.scheduler import Entrance, Scheduler, Stage
+from flowlang.runtime.scheduler import Scheduler
 from tests.simulation import Batch, Simulation, expected, plan_of, write_models
 
 UNIT_S = 1 / 1024  # all made-up times are multiples of it, so that sums of them are exact
