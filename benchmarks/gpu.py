@@ -323,7 +323,7 @@ def python_share(run: Run) -> None:
     from flowlang.runtime.instances import Instances
     from flowlang.runtime.machine import this_machine
 
-    physical = lower(compile_file(run.flow("share")), this_machine("gpu"))
+    physical = lower([compile_file(run.flow("share"))], this_machine("gpu"))
     lane: Any = Instances(physical, run.engines).make(physical.stages[0], 0)
     lane.warm()
     waited = [0.0]

@@ -73,7 +73,7 @@ def test_check_one_liner(benchmark: BenchmarkFixture, one_liner: Source) -> None
 def test_explain_one_liner(benchmark: BenchmarkFixture, one_liner: Source) -> None:
     """Typed plan to stages, and stages to text."""
     plan = compile_source(one_liner)
-    assert "ONNX Runtime" in benchmark(lambda: explain_physical(plan, lower(plan, Machine(2))))
+    assert "ONNX Runtime" in benchmark(lambda: explain_physical(lower([plan], Machine(2))))
 
 
 def test_blocking_call(benchmark: BenchmarkFixture, echo: App) -> None:

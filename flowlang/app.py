@@ -1,6 +1,6 @@
 """The Python face: load flows, call them, stop.
 
-Layer 4. `load` checks and plans a file, starts its stages and returns an App whose flows answer
+Layer 4. `load` checks and plans files, starts their stages and returns an App whose flows answer
 blocking calls, Futures, `await` and whole iterables.
 """
 
@@ -20,8 +20,7 @@ from typing import Any, Literal
 
 from flowlang.diagnostics import FlowError
 from flowlang.items import Arguments, acceptor
-from flowlang.plan.check import Plan
-from flowlang.plan.files import PathLike, compile_file
+from flowlang.plan.files import PathLike, compile_files
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
 from flowlang.runtime import seal
 from flowlang.runtime.instances import Instances
@@ -38,7 +37,7 @@ END_S = 10.0  # for a batch under way when the program ends
 
 def load(
     path: PathLike,
-    *,
+    *others: PathLike,
     device: str | None = None,
     values: Mapping[str, object] | None = None,
     schedule: str | None = None,
@@ -47,18 +46,22 @@ def load(
 ) -> App:
     """Check a flow file, load and warm its models, and return it ready to be called.
 
+    With `others` it is one app of all their flows: a model that two files name is loaded once, and
+    its batches are made of what is asked by either.
+
     `device` is `cpu`, `gpu`, `gpu:1`, or None for the GPU where there is one. `engines` is the
     folder of built TensorRT engines, in place of the user's cache. `key` opens encrypted models and
     encrypts the engines built from them: 32 bytes, their base64 text, or a callable that gives them
     (without it, the environment's FLOWLANG_KEY is asked when a model needs one).
-    Raises CompileError with every error of the file, EngineError where a model or a device cannot
-    be set up, OSError if the file cannot be read.
+    Raises CompileError with every error of the files, FlowError where two of them serve flows of
+    one name, EngineError where a model or a device cannot be set up, OSError if a file cannot be
+    read.
     """
     machine = this_machine(device)
     opener = seal.model_opener(key)
-    plan = compile_file(path, values=values, schedule=schedule, opener=opener)
+    plans = compile_files([path, *others], values=values, schedule=schedule, opener=opener)
     sealing = seal.read_key(key) if key is not None else None
-    return App(plan, lower(plan, machine), engines=engines, key=sealing)
+    return App(lower(plans, machine), engines=engines, key=sealing)
 
 
 class Flow:
@@ -80,13 +83,18 @@ class Flow:
         )
         self._last_loop: tuple[weakref.ref[asyncio.AbstractEventLoop], LoopReply] | None = None
 
-    def __call__(self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+    def __call__(
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> Any:
         """The answer for one item, waiting for it. `parameters` are those the flow declares.
+
+        Of the requests that wait, those of priority 1 are served first, then those of 2, and so on;
+        0 is that of the flow, which is 2 if its schedule says nothing else.
 
         Raises BadRequest, Overloaded, DeadlineExceeded, StageFailed or Draining.
         """
         waiter = Waiter()
-        request = self._submit(item, waiter, None, deadline_s, parameters)
+        request = self._submit(item, waiter, None, deadline_s, priority, parameters)
         try:
             return waiter.wait(request)
         except BaseException:
@@ -94,23 +102,38 @@ class Flow:
             raise
 
     def submit(
-        self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Future[Any]:
         """A Future of the answer. Cancelling it takes the request out of the queue."""
         future: Future[Any] = Future()
-        request = self._submit(item, _FUTURES, future, deadline_s, parameters)
+        request = self._submit(item, _FUTURES, future, deadline_s, priority, parameters)
         future.add_done_callback(lambda f: f.cancelled() and self._scheduler.cancel(request))
         return future
 
-    async def acall(self, item: Any, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+    async def acall(
+        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> Any:
         """The answer for one item, without blocking the event loop."""
         loop = asyncio.get_running_loop()
         last = self._last_loop
         reply = last[1] if last is not None and last[0]() is loop else self._reply_of(loop)
         future = loop.create_future()
-        request = self._submit(item, reply, future, deadline_s, parameters)
+        request = self._submit(item, reply, future, deadline_s, priority, parameters)
         try:
             return await future
+        except asyncio.CancelledError:
+            self._scheduler.cancel(request)
+            raise
+
+    async def atimed(
+        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> tuple[Any, float]:
+        """The answer for one item, and how many seconds it waited with nothing at work on it."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        request = self._submit(item, self._reply_of(loop), future, deadline_s, priority, parameters)
+        try:
+            return await future, request.queued_s
         except asyncio.CancelledError:
             self._scheduler.cancel(request)
             raise
@@ -131,6 +154,7 @@ class Flow:
         errors: Literal["raise", "return"] = "raise",
         ahead: int | None = None,
         deadline_s: float | None = None,
+        priority: int = 0,
         **parameters: Any,
     ) -> Iterator[Any]:
         """The answers of many items, in order, at most `ahead` of them under way.
@@ -141,7 +165,7 @@ class Flow:
         accept = self._accept
         if parameters or self.parameters:
             accept = partial(self._accept_beside, parameters)
-        window = Window(self._scheduler, self._entrance, accept, items, ahead, deadline_s)
+        window = Window(self._scheduler, self._entrance, accept, items, ahead, deadline_s, priority)
         for outcome in window.outcomes():
             if errors == "raise" and isinstance(outcome, BaseException):
                 try:
@@ -156,12 +180,13 @@ class Flow:
         reply: Any,
         token: Any,
         deadline_s: float | None,
+        priority: int,
         parameters: Mapping[str, Any],
     ) -> Request:
         value = self._accept(item)
         if parameters or self.parameters:
             value = self._arguments.beside(value, parameters)
-        return self._scheduler.submit(self._entrance, value, reply, token, deadline_s)
+        return self._scheduler.submit(self._entrance, value, reply, token, deadline_s, priority)
 
     def _accept_beside(self, parameters: Mapping[str, Any], item: Any) -> Any:
         return self._arguments.beside(self._accept(item), parameters)
@@ -174,20 +199,18 @@ _FUTURES = FutureReply()
 
 
 class App:
-    """The flows of a file, running. Also a context manager, which closes it.
+    """The flows of a file or of several, running. Also a context manager, which closes it.
 
     Called itself, it stands for its only flow; of several, pick one: `app["name"]`.
     """
 
     def __init__(
         self,
-        plan: Plan,
         physical: PhysicalPlan,
         *,
         engines: PathLike | None = None,
         key: seal.Key | None = None,
     ) -> None:
-        self.plan = plan
         self.physical = physical
         self.scheduler = Scheduler(physical, time.monotonic)
         self.flows: Mapping[str, Flow] = {p.name: Flow(self, p) for p in physical.programs}
@@ -231,19 +254,23 @@ class App:
             raise FlowError(f"there is no flow `{name}`; there is {names}")
         return self.flows[name]
 
-    def __call__(self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+    def __call__(
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> Any:
         """See Flow.__call__."""
-        return self.flow()(item, deadline_s=deadline_s, **parameters)
+        return self.flow()(item, deadline_s=deadline_s, priority=priority, **parameters)
 
     def submit(
-        self, item: Any, /, *, deadline_s: float | None = None, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Future[Any]:
         """See Flow.submit."""
-        return self.flow().submit(item, deadline_s=deadline_s, **parameters)
+        return self.flow().submit(item, deadline_s=deadline_s, priority=priority, **parameters)
 
-    async def acall(self, item: Any, *, deadline_s: float | None = None, **parameters: Any) -> Any:
+    async def acall(
+        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> Any:
         """See Flow.acall."""
-        return await self.flow().acall(item, deadline_s=deadline_s, **parameters)
+        return await self.flow().acall(item, deadline_s=deadline_s, priority=priority, **parameters)
 
     def map(
         self,
@@ -253,11 +280,17 @@ class App:
         errors: Literal["raise", "return"] = "raise",
         ahead: int | None = None,
         deadline_s: float | None = None,
+        priority: int = 0,
         **parameters: Any,
     ) -> Iterator[Any]:
         """See Flow.map."""
         return self.flow().map(
-            items, errors=errors, ahead=ahead, deadline_s=deadline_s, **parameters
+            items,
+            errors=errors,
+            ahead=ahead,
+            deadline_s=deadline_s,
+            priority=priority,
+            **parameters,
         )
 
     def close(self, grace_s: float = GRACE_S) -> bool:

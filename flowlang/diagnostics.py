@@ -20,6 +20,7 @@ Exceptions::
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -63,6 +64,11 @@ class Source:
 
     def __repr__(self) -> str:
         return f"Source({self.name!r})"
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as text that can be printed, whatever its bytes."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 @dataclass(frozen=True, slots=True)

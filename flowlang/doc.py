@@ -16,7 +16,7 @@ from flowlang.plan.check import Plan
 from flowlang.plan.graph import FlowPlan
 from flowlang.plan.ops import TABLE as OPERATORS
 from flowlang.plan.ops import Op, Param
-from flowlang.plan.schedule import COPIES, Setting
+from flowlang.plan.schedule import COPIES, OF_REQUESTS, Setting
 from flowlang.plan.schedule import TABLE as SETTING_TABLE
 from flowlang.plan.types import Image, Tensor, Type, Unknown
 from flowlang.plan.values import BYTES, shown
@@ -284,7 +284,7 @@ def _owner(setting: Setting) -> str:
     if setting.name == "gpu":
         return "a model or a flow"
     if setting.level == "flow":
-        return "a served flow" if setting.name in ("slo", "queue") else "a flow"
+        return "a served flow" if setting.name in OF_REQUESTS else "a flow"
     owners = [f"`{op.name}`" for op in OPERATORS if setting.name in op.settings]
     return ", ".join(owners) if setting.level == "image" else "a model"
 

@@ -5,7 +5,6 @@ Layer 4, between the Python face and the command line.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -14,15 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flowlang.diagnostics import RequestError
+from flowlang.diagnostics import RequestError, shown
 
 if TYPE_CHECKING:
     from flowlang.app import Flow
-
-
-def shown(path: str | Path) -> str:
-    """A path as text that can be printed, whatever its bytes."""
-    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def answers_of(

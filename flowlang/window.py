@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flowlang.diagnostics import BadRequest
+from flowlang.runtime.entrance import Entrance
 from flowlang.runtime.request import UNANSWERED, Request, Wake
-from flowlang.runtime.scheduler import Entrance, Scheduler
+from flowlang.runtime.scheduler import Scheduler
 
 PAUSE_S = 0.001  # between tries where others fill the queue
 
@@ -67,11 +68,13 @@ class Window:
         items: Iterable[Any],
         ahead: int,
         deadline_s: float | None,
+        priority: int,
     ) -> None:
         self._scheduler = scheduler
         self._entrance = entrance
         self._accept = accept
         self._deadline_s = deadline_s
+        self._priority = priority
         self._ahead = ahead
         self._is_sequence = isinstance(items, Sequence)
         self._reach = 2 * ahead if self._is_sequence else ahead
@@ -109,7 +112,7 @@ class Window:
         if self._refused is None:
             self._take()
         lot = self._scheduler.submit_many(
-            self._entrance, self._values, self._reply, deadline_s=self._deadline_s
+            self._entrance, self._values, self._reply, self._deadline_s, self._priority
         )
         self._window += lot
         self._under_way += len(lot)

@@ -75,7 +75,7 @@ def check(text: str, options: str = "") -> list[Diagnostic]:
     if plan is None:
         return found
     try:
-        return [*found, *lower(plan, machine).remarks]
+        return [*found, *lower([plan], machine).remarks]
     except CompileError as error:
         return [*found, *error.diagnostics]
 

@@ -159,7 +159,7 @@ def cells_of(image: Array) -> Array:
 def gpu_plan(text: str, folder: Path) -> PhysicalPlan:
     """The physical plan of a flow for a machine with one GPU; none is needed to make it."""
     source = Source(str(folder / "test.flow"), text)
-    return lower(compile_source(source), Machine(4, "gpu", (0,)))
+    return lower([compile_source(source)], Machine(4, "gpu", (0,)))
 
 
 def region_of(text: str, folder: Path) -> list[Node]:

@@ -30,8 +30,9 @@ from flowlang.plan.physical import (
 )
 from flowlang.plan.types import Record
 from flowlang.runtime.batcher import Item
+from flowlang.runtime.entrance import Stage
 from flowlang.runtime.request import Request
-from flowlang.runtime.scheduler import Scheduler, Stage
+from flowlang.runtime.scheduler import Scheduler
 
 RETRY_S = 0.1  # between attempts to replace a lost instance
 
@@ -47,7 +48,7 @@ def write_models(folder: Path) -> Path:
 
 def plan_of(text: str, folder: Path, cores: int = 8) -> PhysicalPlan:
     """The physical plan of a flow's text, as if it stood in a file of `folder`."""
-    return lower(compile_source(Source(str(folder / "test.flow"), text)), Machine(cores))
+    return lower([compile_source(Source(str(folder / "test.flow"), text))], Machine(cores))
 
 
 class Clock:
@@ -120,9 +121,11 @@ class Simulation:
         """The simulation is the reply of its requests."""
         self.answers.append(Answer(request, request.outcome, self.clock.now_s))
 
-    def submit(self, flow: str, value: Any = None, deadline_s: float | None = None) -> Request:
+    def submit(
+        self, flow: str, value: Any = None, deadline_s: float | None = None, priority: int = 0
+    ) -> Request:
         entrance = self.scheduler.entrances[flow]
-        return self.scheduler.submit(entrance, value, self, None, deadline_s)
+        return self.scheduler.submit(entrance, value, self, None, deadline_s, priority)
 
     def at(self, when_s: float, action: Callable[[], object]) -> None:
         heapq.heappush(self._events, (when_s, next(self._order), action))

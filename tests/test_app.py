@@ -551,3 +551,23 @@ def test_importing_flowlang_costs_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Several files
+
+
+def test_flows_of_several_files_are_one_app(folder: Path, logits: dict[bytes, Array]) -> None:
+    """What two files ask of one model is batched together, and each gets its own answer."""
+    net = 'trt("net.onnx", batch=1..64, wait=60s) x1'
+    start = f"decode -> resize(16) -> rgb -> normalize(imagenet) -> {net}"
+    for name, end in (("first", "best"), ("second", "top(2)")):
+        (folder / f"{name}.flow").write_text(f"export flow {name} = {start} -> {end}", "utf-8")
+    # Either alone would wait a minute for the rest of its batch.
+    with load(folder / "first.flow", folder / "second.flow", device="cpu") as app:
+        asked = [(n, p) for n in ("first", "second") for p in (PICTURES * 3)[:32]]
+        found = [app[name].submit(picture) for name, picture in asked]
+        for (name, picture), future in zip(asked, found, strict=True):
+            answer = future.result(30)
+            best = answer if name == "first" else answer[0]
+            assert best["index"] == int(np.argmax(logits[picture])), name
+        assert app.scheduler.stages[0].counts.sizes == {64: 1}

@@ -201,6 +201,19 @@ def test_explain_physical_prints_stages(folder: Path) -> None:
     assert stages == [[("net", "x2", "1..4")], [("net", "x1", "1..8")]]
 
 
+def test_explain_of_two_files_prints_what_they_share(folder: Path) -> None:
+    """Several files are explained one after the other, and their stages as those of one server."""
+    (folder / "other.flow").write_text(APP.replace("classify", "other"))
+    done = flowlang(folder, "explain", "app.flow", "other.flow")
+    assert re.findall(r"^flow (\w+):", done.stdout, re.M) == ["classify", "other"]
+    done = flowlang(folder, "explain", "--physical", "--device", "cpu", "app.flow", "other.flow")
+    assert re.findall(r"^flow (\w+):.*\n  %1 = (stage 1 \w+)", done.stdout, re.M) == [
+        ("classify", "stage 1 net"),
+        ("other", "stage 1 net"),
+    ]
+    assert done.stdout.count("\nstage 1 ") == 1
+
+
 def test_explain_of_a_wrong_file_prints_its_errors(folder: Path) -> None:
     """A file with errors has no plan: the errors and their number go to stderr."""
     done = flowlang(folder, "explain", "wrong.flow")

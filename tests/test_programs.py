@@ -57,13 +57,13 @@ def test_a_program_checks_and_is_explained(folder: Path, name: str) -> None:
     plan = compile_file(folder / f"{name}.flow")
     assert explain_plan(plan).startswith("flow ")
     for machine in (Machine(2), Machine(16, "gpu", (0, 1))):
-        assert "stage 1 " in explain_physical(plan, lower(plan, machine))
+        assert "stage 1 " in explain_physical(lower([plan], machine))
 
 
 def test_a_named_schedule_lies_over_the_unnamed_one(folder: Path) -> None:
     """`--schedule prod` of the street program spreads its detector over both GPUs."""
     plan = compile_file(folder / "p10_street.flow", schedule="prod")
-    stages = {s.name: s for s in lower(plan, Machine(16, "gpu", (0, 1))).stages}
+    stages = {s.name: s for s in lower([plan], Machine(16, "gpu", (0, 1))).stages}
     assert stages["detect"].gpus == (0, 1, 0, 1)
     assert stages["detect"].batch == (1, 8, 8)
     assert set(stages["ocr"].gpus) == {1}

@@ -31,9 +31,9 @@ from flowlang.diagnostics import (
     Diagnostic,
     FlowError,
     render,
+    shown,
     to_json,
 )
-from flowlang.rows import shown
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
@@ -183,32 +183,32 @@ def _replace(path: Path, text: str) -> None:
 
 
 @main.command()
-@click.argument("file", type=FILE)
+@click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option(
     "--physical", is_flag=True, help="Print the stages too: where, how many, how batched."
 )
 @device_option
 @plan_options
 def explain(
-    file: str,
+    files: tuple[str, ...],
     physical: bool,
     device: str | None,
     values: dict[str, str],
     schedule: str | None,
     key: Key | None,
 ) -> None:
-    """Print the plan of FILE: operators and types, or with --physical its stages."""
+    """Print the plan of FILES: operators and types, or with --physical the stages of them all."""
     _collect_no_garbage()
     from flowlang.plan.explain import explain_physical, explain_plan
-    from flowlang.plan.files import compile_file
+    from flowlang.plan.files import compile_files
     from flowlang.plan.physical import lower
     from flowlang.runtime.machine import this_machine
 
-    plan = compile_file(file, values=values, schedule=schedule, opener=opener_of(key))
+    plans = compile_files(files, values=values, schedule=schedule, opener=opener_of(key))
     if physical:
-        click.echo(explain_physical(plan, lower(plan, this_machine(device))), nl=False)
+        click.echo(explain_physical(lower(plans, this_machine(device))), nl=False)
     else:
-        click.echo(explain_plan(plan), nl=False)
+        click.echo("\n".join(map(explain_plan, plans)), nl=False)
 
 
 @main.command()
@@ -396,7 +396,7 @@ def build(
         click.echo(f"{time.monotonic() - start_s:7.1f} s  {model}: {step}", err=True)
 
     store = EngineStore(output or default_directory(), key)
-    for built in build_engines(lower(plan, machine), store, progress):
+    for built in build_engines(lower([plan], machine), store, progress):
         how = f"built in {built.seconds:.1f} s" if built.seconds else "was there already"
         click.echo(f"{built.model}: {how}, {shown(built.path)}")
 

@@ -6,7 +6,7 @@ Layer 4.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,9 @@ from flowlang.cli.options import (
     token_option,
 )
 from flowlang.diagnostics import FlowError
-from flowlang.rows import shown
 
 if TYPE_CHECKING:
     from flowlang.app import App
-    from flowlang.plan.check import Plan
     from flowlang.plan.physical import PhysicalPlan
     from flowlang.runtime.seal import Key
     from flowlang.serve.http import Face
@@ -90,7 +88,7 @@ def serve(
 ) -> None:
     """Serve the flows of FILES over HTTP: POST a picture, get JSON."""
     from flowlang.app import App
-    from flowlang.plan.files import compile_file
+    from flowlang.plan.files import compile_files
     from flowlang.plan.physical import lower
     from flowlang.runtime.machine import this_machine
     from flowlang.serve.http import serve as serve_http
@@ -100,22 +98,17 @@ def serve(
     machine = this_machine(device)
     opener = opener_of(key)
 
-    def compiled() -> list[tuple[Plan, PhysicalPlan]]:
-        plans = [
-            compile_file(file, values=values, schedule=schedule, opener=opener) for file in files
-        ]
-        _check_names(plans)
-        return [(plan, lower(plan, machine)) for plan in plans]
+    def compiled() -> PhysicalPlan:
+        return lower(compile_files(files, values=values, schedule=schedule, opener=opener), machine)
 
     first = [compiled()]  # what is wrong now is told before anything listens
-    names = [flow.name for plan, _ in first[0] for flow in plan.flows]
+    names = [program.name for program in first[0].programs]
     if thrift_flow is not None and thrift_flow not in names:
         there = ", ".join(f"`{name}`" for name in names)
         raise FlowError(f"--thrift-flow: there is no flow `{thrift_flow}`; there is {there}")
 
-    def load() -> list[App]:
-        stages = first.pop() if first else compiled()
-        return [App(*stage, engines=engines, key=key) for stage in stages]
+    def load() -> App:
+        return App(first.pop() if first else compiled(), engines=engines, key=key)
 
     sys.exit(
         serve_http(
@@ -196,15 +189,3 @@ def _check_installed(package: str, extra: str) -> None:
 
     if find_spec(package) is None:
         raise FlowError(f"{extra} needs the package {package}: pip install 'flowlang[{extra}]'")
-
-
-def _check_names(plans: Sequence[Plan]) -> None:
-    """Every served flow has its own name. Raises FlowError."""
-    owners: dict[str, str] = {}
-    for plan in plans:
-        for flow in plan.flows:
-            file = plan.source.name
-            if flow.name in owners:
-                both = f"{shown(owners[flow.name])} and {shown(file)}"
-                raise FlowError(f"{both} both serve a flow named `{flow.name}`: rename one")
-            owners[flow.name] = file

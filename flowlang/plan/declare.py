@@ -36,7 +36,8 @@ class Choices:
     opener: Opener | None = None
 
 
-CALLERS = frozenset({"deadline_s", "errors", "ahead"})  # what App and Flow take themselves
+# What App and Flow take themselves.
+CALLERS = frozenset({"deadline_s", "priority", "errors", "ahead"})
 MAIN = "main"  # the flow that a bare pipeline is
 PARAM_TYPES = ("int", "float", "str", "bool", "path", "duration", "size")
 _EXAMPLES = {"int": "1", "float": "0.5", "bool": "false", "duration": "5ms", "size": "64MiB"}

@@ -34,7 +34,7 @@ def explain_plan(plan: Plan) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
-def explain_physical(plan: Plan, physical: PhysicalPlan) -> str:
+def explain_physical(physical: PhysicalPlan) -> str:
     """Every flow as the stages it walks through, with batches, instances and devices."""
     out = []
     for program in physical.programs:
@@ -47,8 +47,9 @@ def explain_physical(plan: Plan, physical: PhysicalPlan) -> str:
         out += [f"  queue {program.queue}{slo}", ""]
     for stage in physical.stages:
         out += [*_stage(stage), ""]
-    out += _params(plan)
-    out += [_remark(hint) for hint in (*plan.hints, *physical.remarks)]
+    out += _params(*physical.plans)
+    hints = [hint for plan in physical.plans for hint in plan.hints]
+    out += [_remark(hint) for hint in (*hints, *physical.remarks)]
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -140,7 +141,7 @@ def _graph(
 
 
 def _stage(stage: StagePlan) -> Iterable[str]:
-    from flowlang.plan.physical import decodes_on_gpu
+    from flowlang.plan.chain import decodes_on_gpu
 
     low, best, most = stage.batch
     batch = f"{low}..{most}" if best == most else f"{low}..{best}..{most}"
@@ -265,8 +266,10 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-def _params(plan: Plan) -> list[str]:
-    rows = [f"param {p.name} = {shown(p.value)}  ({p.origin})" for p in plan.params]
+def _params(*plans: Plan) -> list[str]:
+    params = [param for plan in plans for param in plan.params]
+    rows = [f"param {p.name} = {shown(p.value)}  ({p.origin})" for p in params]
+    rows = list(dict.fromkeys(rows))  # a file that two of them use has its own once
     return [*rows, ""] if rows else []
 
 

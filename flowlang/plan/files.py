@@ -1,15 +1,15 @@
 """Flow files to diagnostics and plans, with what is chosen outside them.
 
-Layer 2: the two calls that the faces share, and that run nothing.
+Layer 2: the calls that the faces share, and that run nothing.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from flowlang.diagnostics import CompileError, Diagnostic
+from flowlang.diagnostics import CompileError, Diagnostic, FlowError, shown
 from flowlang.plan.check import Plan, check_source, compile_source
 from flowlang.plan.declare import Choices
 from flowlang.plan.onnx import Opener
@@ -55,6 +55,43 @@ def compile_file(
 ) -> Plan:
     """The typed plan of a flow file. Raises CompileError, or OSError if it cannot be read."""
     return compile_source(read_source(path), _choices(values, schedule, opener))
+
+
+def compile_files(
+    paths: Sequence[PathLike],
+    *,
+    values: Mapping[str, object] | None = None,
+    schedule: str | None = None,
+    opener: Opener | None = None,
+) -> list[Plan]:
+    """The typed plans of flow files that are served together.
+
+    Raises CompileError with the errors of all of them, FlowError where two serve flows of one name,
+    or OSError.
+    """
+    plans: list[Plan] = []
+    errors: list[Diagnostic] = []
+    for path in paths:
+        try:
+            plans.append(compile_file(path, values=values, schedule=schedule, opener=opener))
+        except CompileError as error:
+            errors += error.diagnostics
+    if errors:
+        raise CompileError(errors)
+    _check_names(plans)
+    return plans
+
+
+def _check_names(plans: Sequence[Plan]) -> None:
+    """Every served flow has its own name. Raises FlowError."""
+    owners: dict[str, str] = {}
+    for plan in plans:
+        for flow in plan.flows:
+            file = plan.source.name
+            if flow.name in owners:
+                both = f"{shown(owners[flow.name])} and {shown(file)}"
+                raise FlowError(f"{both} both serve a flow named `{flow.name}`: rename one")
+            owners[flow.name] = file
 
 
 def inspect_file(

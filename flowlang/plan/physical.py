@@ -9,21 +9,29 @@ program: the flow's own, and below a control node those of each of its bodies.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from flowlang.diagnostics import CompileError, Diagnostic, Label
 from flowlang.plan import graph
+from flowlang.plan.chain import (
+    ChainIdentity,
+    chain_identity,
+    chains_of,
+    is_work,
+    kind_of,
+    runs_on_gpu,
+)
 from flowlang.plan.check import Plan
 from flowlang.plan.declare import MAIN
-from flowlang.plan.graph import Body, FlowPlan, Node, Site, consumers, topological
+from flowlang.plan.graph import Body, FlowPlan, Node, topological
 from flowlang.plan.onnx import Model
 from flowlang.plan.ops import OPS
 from flowlang.plan.rewrite import rewrite
-from flowlang.plan.schedule import COPIES
-from flowlang.plan.types import Image, Type
+from flowlang.plan.schedule import COPIES, PRIORITIES
+from flowlang.plan.sharing import ModelChain, Part, Shared, model_chain, parts_of
+from flowlang.plan.types import Type
 
 MAX_BYTES = 32 << 20  # of a picture file
 MAX_PIXELS = 64 << 20  # of a picture: three times a 24-megapixel camera's
@@ -82,12 +90,12 @@ class StagePlan:
     @property
     def region(self) -> tuple[Node, ...]:
         """The image operators and the packing, in front of the model."""
-        return tuple(n for n in self.nodes if _kind(n) == "image")
+        return tuple(n for n in self.nodes if kind_of(n) == "image")
 
     @property
     def tail(self) -> tuple[Node, ...]:
         """What runs on the host, behind the model."""
-        return tuple(n for n in self.nodes if _kind(n) == "host")
+        return tuple(n for n in self.nodes if kind_of(n) == "host")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,159 +144,108 @@ class FlowProgram:
     steps: Steps
     queue: int
     slo_s: float | None
+    priority: int
     plan: FlowPlan
 
 
 @dataclass(frozen=True, slots=True)
 class PhysicalPlan:
+    """`plans` are those of the files it was made from."""
+
+    plans: tuple[Plan, ...]
     machine: Machine
     stages: tuple[StagePlan, ...]
     programs: tuple[FlowProgram, ...]
     remarks: tuple[Diagnostic, ...]
 
 
-# The kinds of the operators that the checker makes itself; those not here are glue or control.
-_KINDS = {
-    graph.PACK: "image",
-    graph.CUT_OUT: "image",
-    graph.SELECT: "host",
-    graph.PYTHON: "python",
-}
+def lower(plans: Sequence[Plan], machine: Machine) -> PhysicalPlan:
+    """Checked plans, of a file each, to one physical plan for a machine."""
+    flows = [[rewrite(flow) for flow in plan.flows] for plan in plans]
+    chains = [
+        chains_of([output for flow in each for output in flow.levels()], plan, machine)
+        for plan, each in zip(plans, flows, strict=True)
+    ]
+    parts = _parts(chains, plans, machine)
+    stages = _Stages(machine)
+    programs: list[FlowProgram] = []
+    for plan, each, pieces in zip(plans, flows, map(_pieces, chains, parts), strict=True):
+        walk = stages.walk(pieces, plan)
+        programs += [_program(flow, walk, plan) for flow in each]
+    return PhysicalPlan(
+        tuple(plans), machine, tuple(stages.all), tuple(programs), _remarks(stages.all, machine)
+    )
 
 
-def _kind(node: Node) -> str:
-    if node.op in OPS and not node.bodies:
-        return OPS[node.op].kind
-    return _KINDS.get(node.op, "control" if node.bodies else "glue")
+def _parts(
+    chains: Sequence[Sequence[list[Node]]], plans: Sequence[Plan], machine: Machine
+) -> list[dict[ChainIdentity, Part]]:
+    """For each file, which parts of which chains are stages of other files too."""
+    files: list[dict[ChainIdentity, ModelChain]] = []
+    for plan, own in zip(plans, chains, strict=True):
+        files.append({})
+        for chain in own:
+            at = next((i for i, node in enumerate(chain) if node.model is not None), None)
+            if at is not None:
+                # Parted from a model on a GPU, pictures would be decoded by the CPU instead.
+                is_whole = runs_on_gpu(chain[at], plan, machine)
+                found = model_chain(chain, at, plan, is_whole=is_whole)
+                files[-1][chain_identity(chain)] = found
+    return parts_of(files)
 
 
-def is_work(node: Node) -> bool:
-    """Whether a node is done by a stage."""
-    return _kind(node) not in ("glue", "control")
+Piece: TypeAlias = tuple[list[Node], Shared | None]
 
 
-Identity: TypeAlias = tuple[str, Site, tuple[object, ...], tuple[tuple[str, Any], ...]]
-ChainIdentity: TypeAlias = tuple[Identity, ...]
-
-
-def _identity(node: Node) -> Identity:
-    """What makes two nodes one physical thing: where they are written, and what arrives.
-
-    One flow may be mentioned behind images of different colours, and one model behind normalized
-    and plain ones: these are not the same work.
-    """
-    is_pack = node.op == graph.PACK
-    packing = tuple(sorted(node.params.items())) if is_pack else ()
-    if node.op == "boxes":  # which answers in coordinates of what its model was given
-        chain = node.params["chain"] or ()
-        seen = tuple((n.op, repr(sorted(n.params.items()))) for n in chain)
-        packing = (("chain", seen), ("names", repr(node.params["names"])))
-    arriving = tuple(i.type if is_pack else _work_type(i.type) for i in node.inputs)
-    return (node.op, node.site, arriving, packing)
-
-
-def _work_type(kind: Type) -> object:
-    """What of a type decides the work: the sides of an image do not, they may differ by item."""
-    return (kind.colour, kind.dtype) if isinstance(kind, Image) else kind
-
-
-def lower(plan: Plan, machine: Machine) -> PhysicalPlan:
-    """A checked plan to a physical one for a machine."""
-    flows = [rewrite(flow) for flow in plan.flows]
-    chains = _chains([output for flow in flows for output in flow.levels()], plan, machine)
-    stages: list[StagePlan] = []
-    stage_of: dict[ChainIdentity, int] = {}
-    chain_at: dict[int, list[Node]] = {}
+def _pieces(chains: Sequence[list[Node]], parts: Mapping[ChainIdentity, Part]) -> Iterator[Piece]:
+    """The chains of a file, cut where a part of one is a stage of other files too."""
     for chain in chains:
-        key = tuple(_identity(n) for n in chain)
-        if key not in stage_of:
-            stage_of[key] = len(stages)
-            stages.append(_stage(len(stages), chain, plan, machine))
-        chain_at[id(chain[-1])] = chain
-    walk = _Walk(chain_at, stage_of)
-    programs = [_program(flow, walk, plan) for flow in flows]
-    return PhysicalPlan(machine, tuple(stages), tuple(programs), _remarks(stages, machine))
+        part = parts.get(chain_identity(chain))
+        yield from part.cut(chain) if part is not None else [(chain, None)]
 
 
-def _chains(outputs: Sequence[Node], plan: Plan, machine: Machine) -> list[list[Node]]:
-    """All operators of all graphs, in runs that can share a stage."""
-    orders = [topological(output) for output in outputs]
-    uses: dict[Identity, int] = {}
-    for node in itertools.chain(*orders):
-        identity = _identity(node)
-        uses[identity] = uses.get(identity, 0) + 1
-    chains: list[list[Node]] = []
-    for output, order in zip(outputs, orders, strict=True):
-        users = consumers(output)
-        ends: dict[int, list[Node]] = {}
-        for node in order:
-            if not is_work(node):
-                continue
-            before = ends.get(id(node.inputs[0]))
-            alone = before is not None and len(users[id(before[-1])]) == 1
-            if before is not None and alone and _can_follow(before, node, uses, plan, machine):
-                before.append(node)
-                ends[id(node)] = before
-            else:
-                chains.append([node])
-                ends[id(node)] = chains[-1]
-    return chains
+class _Stages:
+    """The stages made so far."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.all: list[StagePlan] = []
+        self._machine = machine
+        self._of_shared: dict[Shared, int] = {}
+
+    def walk(self, pieces: Iterable[Piece], plan: Plan) -> _Walk:
+        """The stages of a file's chains, those that are new made."""
+        stage_of: dict[ChainIdentity, int] = {}
+        chain_at: dict[int, list[Node]] = {}
+        for chain, shared in pieces:
+            key = chain_identity(chain)
+            if key not in stage_of:
+                stage_of[key] = self._stage(chain, shared, plan)
+            chain_at[id(chain[-1])] = chain
+        return _Walk(chain_at, stage_of)
+
+    def _stage(self, chain: list[Node], shared: Shared | None, plan: Plan) -> int:
+        number = len(self.all)
+        if shared is None:
+            self.all.append(_stage(number, _name([chain]), chain, plan, self._machine))
+            return number
+        if shared not in self._of_shared:
+            self._of_shared[shared] = number
+            self.all.append(_stage(number, _name(shared.chains), chain, plan, self._machine))
+        return self._of_shared[shared]
 
 
-def decodes_on_gpu(region: Sequence[Node]) -> bool:
-    """Whether a region can run on a GPU.
-
-    It starts from encoded pictures, nobody forbade it, and DALI has all that it does.
-    """
-    if not region or region[0].op != "decode" or region[0].params["decoder"] == "libjpeg":
-        return False
-    return all(_is_lowered(node) for node in region)
-
-
-# The image operators that flowlang.runtime.dali knows.
-LOWERED = frozenset({"decode", "resize", "rgb", "bgr", "gray", "crop", "normalize", graph.PACK})
-
-
-def _is_lowered(node: Node) -> bool:
-    params = node.params
-    if node.op == "resize" and (params["fit"] == "least" or params["multiple"] or params["most"]):
-        return False
-    return node.op in LOWERED
-
-
-def _can_follow(
-    chain: list[Node],
-    node: Node,
-    uses: Mapping[Identity, int],
-    plan: Plan,
-    machine: Machine,
-) -> bool:
-    last = chain[-1]
-    shared = (uses[_identity(last)], uses[_identity(node)])
-    if shared != (1, 1) and (shared[0] != shared[1] or last.site.flow != node.site.flow):
-        return False
-    if node.op == graph.PACK or node.model is not None:
-        # Decoding on the CPU has cores to use, a model on a GPU has lanes: a stage each.
-        device = plan.settings.value(node.site, "device", machine.device)
-        on_host = machine.gpus and device == "gpu" and not decodes_on_gpu(chain)
-        if on_host and last.op != graph.PACK:
-            return False
-    kinds = (_kind(last), _kind(node))
-    return "python" not in kinds and (kinds[1] == "host" or kinds[0] == "image")
-
-
-def _stage(index: int, chain: list[Node], plan: Plan, machine: Machine) -> StagePlan:
+def _stage(index: int, name: str, chain: list[Node], plan: Plan, machine: Machine) -> StagePlan:
     settings: dict[str, Any] = {}
     for node in chain:
         settings.update({n: g.value for n, g in plan.settings.at(node.site).items()})
-    batched = [n for n in chain if n.model is not None or n.op == graph.PYTHON]
+    batched = _batched(chain)
     models = [n for n in batched if n.model is not None]
     device = settings.get("device", machine.device) if models and machine.gpus else "cpu"
     instances = _instances(chain, settings, machine, device)
     is_python = bool(batched) and not models
     return StagePlan(
         index,
-        _name(chain, batched),
+        name,
         tuple(chain),
         device,
         _gpus(settings, machine, instances, models[0]) if device == "gpu" else (),
@@ -300,14 +257,19 @@ def _stage(index: int, chain: list[Node], plan: Plan, machine: Machine) -> Stage
     )
 
 
-def _name(chain: list[Node], batched: list[Node]) -> str:
-    """A stage's name: of its flow, or in the unnamed one of what it does."""
-    node = batched[0] if batched else chain[-1]
+def _batched(chain: Sequence[Node]) -> list[Node]:
+    return [n for n in chain if n.model is not None or n.op == graph.PYTHON]
+
+
+def _name(chains: Sequence[Sequence[Node]]) -> str:
+    """A stage's name: of its flow, or in the unnamed one, or in several, of what it does."""
+    node = next(iter(_batched(chains[0])), chains[0][-1])
     if node.op == graph.PYTHON:
         return str(node.params["function"].shown)
-    if node.site.flow != MAIN:
+    flows = {chain[-1].site.flow for chain in chains}
+    if len(flows) == 1 and node.site.flow != MAIN:
         return node.site.flow
-    return node.model.path.stem if node.model is not None else chain[0].op
+    return node.model.path.stem if node.model is not None else chains[0][0].op
 
 
 def _gpus(
@@ -373,7 +335,7 @@ def _batch(batched: list[Node], settings: Mapping[str, Any], device: str) -> tup
 
 def _program(flow: FlowPlan, walk: _Walk, plan: Plan) -> FlowProgram:
     given = plan.settings.flows.get(flow.name, {})
-    queue, slo = given.get("queue"), given.get("slo")
+    queue, slo, priority = given.get("queue"), given.get("slo"), given.get("priority")
     inputs = [flow.input, *(p.node for p in flow.parameters)]
     return FlowProgram(
         flow.name,
@@ -382,6 +344,7 @@ def _program(flow: FlowPlan, walk: _Walk, plan: Plan) -> FlowProgram:
         walk.steps(inputs, flow.output, ()),
         queue.value if queue else QUEUE,
         slo.value if slo else None,
+        PRIORITIES[priority.value if priority else "normal"],
         flow,
     )
 
@@ -408,7 +371,7 @@ class _Walk:
             sources = list(chain[0].inputs) if chain else list(node.inputs)
             for link in (chain or ())[1:]:
                 sources += link.inputs[1:]
-            stage = self._stage_of[tuple(_identity(n) for n in chain)] if chain else None
+            stage = self._stage_of[chain_identity(chain)] if chain else None
             bodies = tuple(self._body(b) for b in node.bodies)
             places = tuple(slots[id(s)] for s in sources)
             units.append(Unit(stage, node, places, slots[id(node)], bodies))

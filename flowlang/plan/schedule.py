@@ -46,7 +46,7 @@ TABLE: tuple[Setting, ...] = (
         "priority",
         "word",
         "flow",
-        "which waiting batch runs first",
+        "whose requests a stage takes first",
         "low",
         ("low", "normal", "high"),
     ),
@@ -54,6 +54,8 @@ TABLE: tuple[Setting, ...] = (
     Setting("queue", "int", "flow", "requests that may wait at the entrance", "256"),
 )
 SETTINGS: Mapping[str, Setting] = {s.name: s for s in TABLE}
+OF_REQUESTS = frozenset({"priority", "slo", "queue"})  # and not of the stages they go through
+PRIORITIES = {"high": 1, "normal": 2, "low": 3}  # the lowest number first, as in a request
 COPIES = "x"  # `x4`: not a word of the language, so it cannot collide with a setting
 
 

@@ -5,8 +5,10 @@ Layer 3. Pure logic: time comes in as an argument, nothing is locked and nobody 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowlang.runtime.request import UNANSWERED, Request
 
@@ -38,12 +40,29 @@ class Item:
         self.is_over = False  # finished, or past the stage's timeout
 
     @property
+    def rank(self) -> int:
+        return self.request.rank
+
+    @property
     def is_wanted(self) -> bool:
         """Whether anybody still waits for its outcome."""
         if self.is_over or self.request.outcome is not UNANSWERED:
             return False
         walk = self.walk
         return walk is None or not walk.is_given_up
+
+
+Ranked = TypeVar("Ranked", Item, Request)
+
+
+def place(queue: deque[Ranked], entry: Ranked) -> None:
+    """Put an entry into a queue in order of rank, behind those of its own."""
+    queue.insert(bisect_right(queue, entry.rank, key=lambda other: other.rank), entry)
+
+
+def first_of(items: Iterable[Item]) -> Item:
+    """The item that arrived first, where they are in order of rank."""
+    return min(items, key=lambda item: item.arrived_s)
 
 
 class Batcher:
@@ -53,7 +72,8 @@ class Batcher:
     requests and three free instances a single batch of ten would leave two of them idle. With
     `is_shared` it is spread over all instances, the busy ones too: right where a batch saves
     nothing and only delays its last item. A `wait_s` above 0 holds an incomplete batch back until
-    its oldest item has waited that long.
+    its oldest item has waited that long. With `is_ranked`, set once items may differ in it, a lower
+    rank is served before a higher one, however long that waits.
     """
 
     def __init__(
@@ -64,18 +84,22 @@ class Batcher:
         self.wait_s = wait_s
         self.instances = instances
         self.is_shared = is_shared
+        self.is_ranked = False
         self.waiting: deque[Item] = deque()
 
     def put(self, item: Item) -> None:
         self._drop_unwanted()  # or they would pile up in front of a stuck stage
-        self.waiting.append(item)
+        if self.is_ranked:
+            place(self.waiting, item)
+        else:
+            self.waiting.append(item)
 
     def due_s(self) -> float | None:
         """When a batch can be taken: in the past if now, None if nothing waits."""
         self._drop_unwanted()
         if not self.waiting:
             return None
-        oldest = self.waiting[0].arrived_s
+        oldest = (first_of(self.waiting) if self.is_ranked else self.waiting[0]).arrived_s
         return oldest if len(self.waiting) >= self.high else oldest + self.wait_s
 
     def take(self, now_s: float, free: int) -> list[Item]:

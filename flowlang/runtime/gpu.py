@@ -13,8 +13,9 @@ from typing import Any
 
 from flowlang.diagnostics import BadRequest, InternalError, RequestError, StageFailed
 from flowlang.plan import graph
+from flowlang.plan.chain import decodes_on_gpu
 from flowlang.plan.graph import Node
-from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, StagePlan, decodes_on_gpu
+from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, StagePlan
 from flowlang.plan.types import Image, Tensor
 from flowlang.runtime import cuda, dali, trt
 from flowlang.runtime.cpu import Chain

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowlang.plan import graph
-from flowlang.plan.physical import PhysicalPlan, StagePlan, decodes_on_gpu
+from flowlang.plan.chain import decodes_on_gpu
+from flowlang.plan.physical import PhysicalPlan, StagePlan
 from flowlang.runtime.stage import Instance
 
 if TYPE_CHECKING:

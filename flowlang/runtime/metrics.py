@@ -69,17 +69,27 @@ class FlowCounts:
 class StageCounts:
     """The batches of one stage.
 
-    `sizes` is by size; `waited_s` has for each batch how long its oldest item waited; `busy_s` is
-    the time of all instances together, in seconds; `failures` are items, by error code.
+    `sizes` has those taken, by size, and `worked` those done: how many, and how long instances
+    worked on them, in seconds. `waited_s` has for each batch how long its oldest item waited.
+    `failures` are items, by error code.
     """
 
-    __slots__ = ("busy_s", "failures", "sizes", "waited_s")
+    __slots__ = ("failures", "sizes", "waited_s", "worked")
 
     def __init__(self) -> None:
         self.sizes: dict[int, int] = {}
+        self.worked: dict[int, tuple[int, float]] = {}
         self.waited_s = Histogram(LATENCY_S)
-        self.busy_s = 0.0
         self.failures: dict[str, int] = {}
+
+    def count_work(self, size: int, busy_s: float) -> None:
+        batches, before_s = self.worked.get(size, (0, 0.0))
+        self.worked[size] = (batches + 1, before_s + busy_s)
 
     def count_failure(self, code: str) -> None:
         self.failures[code] = self.failures.get(code, 0) + 1
+
+    @property
+    def busy_s(self) -> float:
+        """The time that all instances worked, added up."""
+        return sum(busy_s for _, busy_s in self.worked.copy().values())

@@ -15,7 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from flowlang.runtime.scheduler import Entrance
+    from flowlang.runtime.entrance import Entrance
 
 Wake: TypeAlias = Callable[[], object]
 
@@ -35,11 +35,23 @@ class Reply(Protocol):
 
 
 class Request:
-    """One call of a flow. `outcome` is its result, or the exception it failed with."""
+    """One call of a flow. `outcome` is its result, or the exception it failed with.
+
+    `queued_s` is how long no instance was at work on it, once it has a result. The scheduler counts
+    it up for a request that walks: `at_work` are its items in instances, `idle_since_s` is when the
+    last of them was finished. One whose flow is one stage waits once, and needs neither. `priority`
+    is there if it was given one.
+    """
 
     __slots__ = (
-        "arrived_s", "entrance", "is_under_way", "outcome", "reply", "token", "value",
+        "arrived_s", "at_work", "entrance", "idle_since_s", "is_under_way", "outcome", "priority",
+        "queued_s", "reply", "token", "value",
     )  # fmt: skip
+
+    at_work: int
+    idle_since_s: float
+    priority: int
+    queued_s: float
 
     def __init__(
         self, entrance: Entrance, value: Any, reply: Reply, token: Any, arrived_s: float
@@ -55,6 +67,22 @@ class Request:
     @property
     def is_answered(self) -> bool:
         return self.outcome is not UNANSWERED
+
+    def begin_work(self, now_s: float) -> None:
+        """An item of it has been taken. What waits beside others at work holds nothing up."""
+        if not self.at_work:
+            self.queued_s += now_s - self.idle_since_s
+        self.at_work += 1
+
+    def end_work(self, now_s: float) -> None:
+        self.at_work -= 1
+        if not self.at_work:
+            self.idle_since_s = now_s
+
+    @property
+    def rank(self) -> int:
+        """The lowest is taken first: its own priority, or that of its flow."""
+        return getattr(self, "priority", self.entrance.program.priority)
 
 
 def deliver(settled: Iterable[Request]) -> None:

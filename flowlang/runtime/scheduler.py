@@ -24,68 +24,11 @@ from flowlang.diagnostics import (
     RequestError,
     StageFailed,
 )
-from flowlang.plan.physical import FlowProgram, PhysicalPlan, StagePlan
-from flowlang.runtime.batcher import Batcher, Item
-from flowlang.runtime.metrics import FlowCounts, StageCounts
+from flowlang.plan.physical import PhysicalPlan
+from flowlang.runtime.batcher import Item, first_of, place
+from flowlang.runtime.entrance import Entrance, Stage, knock
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
-from flowlang.runtime.walk import Ended, Track, Work, arrive, begin
-
-
-class Stage:
-    """A stage's queue, its batcher, and who is waiting for work.
-
-    `idle` holds the bells of instances with nothing to do; `rung` counts those rung and still on
-    their way, so that a burst of requests wakes one instance and not one each.
-    """
-
-    def __init__(self, plan: StagePlan) -> None:
-        self.plan = plan
-        low, _, high = plan.batch
-        self.batcher = Batcher(low, high, plan.wait_s, plan.instances, is_shared=plan.model is None)
-        self.idle: list[Wake] = []
-        self.rung = 0
-        self.lost = 0
-        self.counts = StageCounts()
-
-    def put(self, item: Item) -> Wake | None:
-        """Queue an item. Returns the bell to ring, if an instance should be woken for it."""
-        self.batcher.put(item)
-        return self.next_bell()
-
-    def next_bell(self) -> Wake | None:
-        if self.idle and len(self.batcher.waiting) > self.rung * self.batcher.high:
-            self.rung += 1
-            return self.idle.pop()
-        return None
-
-
-class Entrance:
-    """The door of a flow: its program made ready to run, and its bounded queue.
-
-    At most `limit` requests are inside. Of those, at most `width` are under way in the stages; the
-    rest wait here as they came (compressed pictures are small, decoded ones are not).
-    """
-
-    def __init__(self, program: FlowProgram, stages: Sequence[Stage]) -> None:
-        self.program = program
-        self.outstanding = 0
-        self.under_way = 0
-        self.backlog: deque[Request] = deque()
-        self.counts = FlowCounts()
-        units = program.steps.units
-        room = sum(
-            stages[s].plan.instances * stages[s].plan.batch[2] for s in set(program.steps.stages())
-        )
-        self.limit = program.queue + room
-        self.width = 2 * room if room and len(units) > 1 else self.limit
-        self.track = Track(program.steps)
-        self.has_parameters = bool(program.plan.parameters)
-        # The stage of a flow that is one stage without a timeout, which most are: its requests
-        # are queued there at once, without what only the others need.
-        self.door: Stage | None = None
-        if len(units) == 1 and units[0].stage is not None and units[0].inputs == (0,):
-            only = stages[units[0].stage]
-            self.door = only if only.plan.timeout_s is None else None
+from flowlang.runtime.walk import Ended, Work, arrive, begin
 
 
 class _Afterwards:
@@ -111,6 +54,9 @@ class Scheduler:
         self.clock = clock
         self.stages = [Stage(s) for s in plan.stages]
         self.entrances = {p.name: Entrance(p, self.stages) for p in plan.programs}
+        for stage in self.stages:
+            users = [e for e in self.entrances.values() if stage in e.stages]
+            stage.batcher.is_ranked = len({e.program.priority for e in users}) > 1
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._expiries: list[tuple[float, int, Request, Item | None]] = []
@@ -129,18 +75,23 @@ class Scheduler:
         reply: Reply,
         token: Any = None,
         deadline_s: float | None = None,
+        priority: int = 0,
     ) -> Request:
         """Take a request in. `deadline_s` is how long its answer may take, in seconds.
 
+        Of those that wait, the lowest `priority` above 0 is taken first; 0 is that of the flow.
         Raises Overloaded or Draining at once instead of letting it wait for nothing.
         """
         now = self.clock()
         request = Request(entrance, value, reply, token, now)
+        if priority:
+            entrance.rank_by(priority)
+            request.priority = priority
         allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
         if allowed_s is None and entrance.door is not None:
             with self._lock:
                 self._admit(entrance)
-                bell = _knock(entrance.door, request, now)
+                bell = knock(entrance.door, request, now)
             if bell is not None:
                 bell()
             return request
@@ -157,6 +108,7 @@ class Scheduler:
         values: deque[Any],
         reply: Reply,
         deadline_s: float | None = None,
+        priority: int = 0,
     ) -> list[Request]:
         """Take in as many of the values as there is room for, and out of `values`.
 
@@ -165,6 +117,8 @@ class Scheduler:
         requests: list[Request] = []
         if not values:
             return requests
+        if priority:
+            entrance.rank_by(priority)
         now = self.clock()
         allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
         after = _Afterwards()
@@ -172,6 +126,8 @@ class Scheduler:
             while values and (self._is_draining or entrance.outstanding < entrance.limit):
                 self._admit(entrance)
                 request = Request(entrance, values.popleft(), reply, None, now)
+                if priority:
+                    request.priority = priority
                 requests.append(request)
                 self._enter(request, now, allowed_s, after)
         after.run()
@@ -246,8 +202,10 @@ class Scheduler:
         with self._lock:
             now = self.clock()
             if items and busy_s:
-                self._stage_of(items[0]).counts.busy_s += busy_s
+                self._stage_of(items[0]).counts.count_work(len(items), busy_s)
             for item, outcome in zip(items, outcomes, strict=True):
+                if item.walk is not None:
+                    item.request.end_work(now)
                 if item.request.outcome is not UNANSWERED or item.is_over:
                     continue
                 item.is_over = True
@@ -370,14 +328,17 @@ class Scheduler:
         if allowed_s is not None:
             self._expire_at(now + allowed_s, request, None, after)
         if entrance.door is not None:
-            bell = _knock(entrance.door, request, now)
+            bell = knock(entrance.door, request, now)
             if bell is not None:
                 after.bells.append(bell)
         elif entrance.under_way >= entrance.width:
             backlog = entrance.backlog
             while backlog and backlog[0].is_answered:
                 backlog.popleft()
-            backlog.append(request)
+            if entrance.is_ranked:
+                place(backlog, request)
+            else:
+                backlog.append(request)
         else:
             self._start(entrance, request, now, after)
 
@@ -402,7 +363,14 @@ class Scheduler:
         if batch:
             size, counts = len(batch), stage.counts
             counts.sizes[size] = counts.sizes.get(size, 0) + 1
-            counts.waited_s.add(now - batch[0].arrived_s)
+            oldest = first_of(batch) if stage.batcher.is_ranked else batch[0]
+            counts.waited_s.add(now - oldest.arrived_s)
+            for item in batch:
+                request = item.request
+                if item.walk is None:
+                    request.queued_s = now - request.arrived_s
+                else:
+                    request.begin_work(now)
         return batch
 
     def _stage_of(self, item: Item) -> Stage:
@@ -415,6 +383,7 @@ class Scheduler:
     def _start(self, entrance: Entrance, request: Request, now: float, after: _Afterwards) -> None:
         entrance.under_way += 1
         request.is_under_way = True
+        request.at_work, request.queued_s, request.idle_since_s = 0, 0.0, request.arrived_s
         given, request.value = request.value, None
         values = given if entrance.has_parameters else (given,)
         self._go_on(begin(request, entrance.track, values), now, after)
@@ -463,16 +432,6 @@ class Scheduler:
                 self._start(entrance, following, now, after)
         if self._is_draining and self.outstanding == 0:
             self._quiet.notify_all()
-
-
-def _knock(door: Stage, request: Request, now: float) -> Wake | None:
-    """Queue a request of a flow that is one stage. Returns the bell to ring, if any."""
-    entrance = request.entrance
-    entrance.under_way += 1
-    request.is_under_way = True
-    # The parameters of such a flow are used by nothing.
-    value = request.value[0] if entrance.has_parameters else request.value
-    return door.put(Item(request, 0, value, now))
 
 
 def _is_awaited(request: Request, item: Item | None) -> bool:

@@ -18,7 +18,8 @@ from flowlang.diagnostics import EngineError, InternalError, RequestError, Stage
 from flowlang.plan import graph
 from flowlang.plan.physical import StagePlan
 from flowlang.runtime.batcher import Item
-from flowlang.runtime.scheduler import Scheduler, Stage
+from flowlang.runtime.entrance import Stage
+from flowlang.runtime.scheduler import Scheduler
 
 log = logging.getLogger("flowlang")
 

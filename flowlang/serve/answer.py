@@ -26,7 +26,7 @@ HTML, SVG = b"text/html; charset=utf-8", b"image/svg+xml"
 WANTED = frozenset(
     (
         *(b"content-length", b"content-encoding", b"content-type", b"authorization"),
-        *(b"x-deadline-ms", b"x-request-id", b"transfer-encoding"),
+        *(b"x-deadline-ms", b"x-priority", b"x-request-id", b"transfer-encoding"),
     )
 )
 RETRY_S = b"1"
@@ -34,6 +34,7 @@ CLOSE = (b"connection", b"close")
 
 _ID = re.compile(rb"[\x20-\x7e]{1,128}")
 _MILLISECONDS = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,6})?")
+_PRIORITY = re.compile(rb"[0-9]{1,9}")
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -131,6 +132,15 @@ def deadline_of(given: bytes | None) -> float | None:
     if not _MILLISECONDS.fullmatch(given) or not float(given):
         raise BadRequest("X-Deadline-Ms is a number of milliseconds above 0, such as 250")
     return float(given) / 1e3
+
+
+def priority_of(given: bytes | None) -> int:
+    """The number of an X-Priority header; 0 says nothing. Raises BadRequest."""
+    if given is None:
+        return 0
+    if not _PRIORITY.fullmatch(given):
+        raise BadRequest("X-Priority is a whole number, 1 the first to be served")
+    return int(given)
 
 
 def takes_bytes(kind: Type) -> bool:

@@ -55,7 +55,7 @@ class Face(Protocol):
 
 
 def serve(
-    load: Callable[[], Sequence[App]],
+    load: Callable[[], App],
     host: str,
     port: int,
     *,
@@ -224,7 +224,7 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         service: Service,
-        load: Callable[[], Sequence[App]],
+        load: Callable[[], App],
         grace_s: float,
         host: str,
         listener: socket.socket,
@@ -252,8 +252,8 @@ class _Server(uvicorn.Server):
         self._faces = faces
         self._on_listen = on_listen
         self._on_ready = on_ready
-        self._apps: Sequence[App] = ()
-        self._loader = threading.Thread(target=self._load_apps, name="flowlang-load", daemon=True)
+        self._app: App | None = None
+        self._loader = threading.Thread(target=self._load_app, name="flowlang-load", daemon=True)
         self._emptying: asyncio.Task[None] | None = None
         self._watches = watches
         self._watching: asyncio.Task[None] | None = None
@@ -316,43 +316,39 @@ class _Server(uvicorn.Server):
 
     # Loading
 
-    def _load_apps(self) -> None:
+    def _load_app(self) -> None:
         try:
-            apps: Sequence[App] = self._load()
-            failure: BaseException | None = None
+            loaded: App | BaseException = self._load()
         except BaseException as error:  # or it would load for ever
-            apps, failure = (), error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for them
-            self._loop.call_soon_threadsafe(self._take, apps, failure)
+            loaded = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
+            self._loop.call_soon_threadsafe(self._take, loaded)
 
-    def _take(self, apps: Sequence[App], failure: BaseException | None) -> None:
+    def _take(self, loaded: App | BaseException) -> None:
         if self._emptying is not None:
             return
-        self._apps = apps
-        if failure is None:
-            try:
-                self._service.let_in(apps)
-            except FlowError as error:
-                failure = error
-        if failure is None:
+        if not isinstance(loaded, BaseException):
+            self._app = loaded
+            self._service.let_in(loaded)
             self._on_ready(self._url)
             if self._watches:
                 watching = reload_on_change(self._files, self._load, self._take_over, _warn)
                 self._watching = self._loop.create_task(watching)
         else:
-            _report(failure)
+            _report(loaded)
             self.status = 1
             self._stop()
 
     def _files(self) -> list[str]:
-        return [file for app in self._apps for file in app.plan.files]
+        plans = self._app.physical.plans if self._app is not None else ()
+        return [file for plan in plans for file in plan.files]
 
-    def _take_over(self, apps: Sequence[App]) -> None:
+    def _take_over(self, app: App) -> None:
         """Let new flows take over; the old ones answer what they have, and are closed."""
-        before, self._apps = self._apps, apps
-        self._service.let_in(apps)
-        for app in before:
-            closing = asyncio.ensure_future(asyncio.to_thread(app.close, self._grace_s))
+        before, self._app = self._app, app
+        self._service.let_in(app)
+        if before is not None:
+            closing = asyncio.ensure_future(asyncio.to_thread(before.close, self._grace_s))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
         _say(f"reloaded: {', '.join(self._service.names)}")
@@ -372,7 +368,7 @@ class _Server(uvicorn.Server):
         """Answer what is inside, then close the flows and let uvicorn end."""
         clock = self._loop.time
         until_s = clock() + self._grace_s
-        is_loaded = bool(self._apps) or self.status != 0
+        is_loaded = self._app is not None or self.status != 0
         in_time = False
         if self._watching is not None:
             self._watching.cancel()
@@ -380,10 +376,11 @@ class _Server(uvicorn.Server):
             self._service.refuse()
             stopping = (face.stop(self._grace_s) for face in self._faces)
             in_time = all(await asyncio.gather(self._service.emptied(self._grace_s), *stopping))
-            closing = [
-                asyncio.to_thread(app.close, max(0.0, until_s - clock())) for app in self._apps
-            ]
-            in_time = all(await asyncio.gather(*closing, *self._closing)) and in_time
+            closing = set(self._closing)
+            if self._app is not None:
+                left_s = max(0.0, until_s - clock())
+                closing.add(asyncio.ensure_future(asyncio.to_thread(self._app.close, left_s)))
+            in_time = all(await asyncio.gather(*closing)) and in_time
             for listening in self._listening:
                 listening.close()
             await asyncio.sleep(LINGER_S)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -21,6 +21,7 @@ from flowlang.runtime.conform import PLAIN
 from flowlang.serve.answer import Refusal, told
 from flowlang.serve.form import ParameterReader
 from flowlang.serve.port import Port, Ports, port_of
+from flowlang.serve.statistics import Statistics
 from flowlang.serve.tensor import BYTES, Tensor
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 PLATFORM = "flowlang"
 VERSION = "1"  # of every model
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "statistics")
+EXTENSIONS = (
+    *("binary_tensor_data", "model_configuration", "parameters", "schedule_policy", "statistics"),
+)
 # Request parameters that the protocol or its clients give a meaning of their own.
 RESERVED = frozenset(
     (
@@ -47,7 +50,8 @@ Carried = TypeVar("Carried")
 class Request:
     """What a request asks: the tensors it brings, and the names of those it wants (None for all).
 
-    `timeout_s` is what its transport grants; its parameter `timeout` may say less.
+    `timeout_s` is what its transport grants; its parameter `timeout` may say less. `priority` is
+    what its transport says, where its parameter of that name says nothing.
     """
 
     inputs: Sequence[Tensor]
@@ -55,6 +59,7 @@ class Request:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
     timeout_s: float | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class Work:
     parameters: list[dict[str, Any]]
     wanted: list[str]
     deadline_s: float | None
+    priority: int
 
 
 class Unanswered(RequestError):
@@ -76,74 +82,14 @@ class Unanswered(RequestError):
         self.code, self.http_status = error.code, error.http_status
 
 
-@dataclass(slots=True)
-class Span:
-    """How often something happened, and how long it took together, in nanoseconds."""
-
-    count: int = 0
-    ns: int = 0
-
-    def add(self, ns: int) -> None:
-        self.count += 1
-        self.ns += ns
-
-    def as_json(self) -> dict[str, int]:
-        return {"count": self.count, "ns": self.ns}
-
-
-class Statistics:
-    """What the protocol tells of a model: requests, and the time they took.
-
-    The three parts of the time are told apart as a flow sees them: reading tensors, the flow with
-    its queues, and writing tensors.
-    """
-
-    NAMES = (
-        *("success", "fail", "queue", "compute_input", "compute_infer", "compute_output"),
-        *("cache_hit", "cache_miss"),
-    )
-
-    def __init__(self) -> None:
-        self.items = 0
-        self.last_ms = 0  # when the last request came, in milliseconds since 1970
-        self.spans = {name: Span() for name in self.NAMES}
-
-    def succeed(
-        self, items: int, input_ns: int, infer_ns: int, output_ns: int, queue_ns: int = 0
-    ) -> None:
-        """Count an answered request. `queue_ns` is a part of `infer_ns`."""
-        self.items += items
-        spans = self.spans
-        spans["success"].add(input_ns + infer_ns + output_ns)
-        spans["queue"].add(queue_ns)
-        spans["compute_input"].add(input_ns)
-        spans["compute_infer"].add(infer_ns - queue_ns)
-        spans["compute_output"].add(output_ns)
-
-    def fail(self, ns: int) -> None:
-        """Count a request that was not answered."""
-        self.spans["fail"].add(ns)
-
-    def as_json(self, name: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "version": VERSION,
-            "last_inference": self.last_ms,
-            "inference_count": self.items,
-            "execution_count": self.spans["success"].count,
-            "inference_stats": {name: span.as_json() for name, span in self.spans.items()},
-            "batch_stats": [],
-        }
-
-
 class Model:
     """A flow as a model. `limit` is how many items it takes at once."""
 
-    def __init__(self, flow: Flow, limit: int, statistics: Statistics | None = None) -> None:
+    def __init__(self, flow: Flow, limit: int, statistics: Statistics) -> None:
         self.name = flow.name
         self.flow = flow
         self.limit = limit
-        self.statistics = statistics or Statistics()
+        self.statistics = statistics
         taken = {p.name for p in flow.parameters}
         name = next(n for n in ("input", "item", "in") if n not in taken)
         self.inputs = Ports.of_input(flow.input, name)
@@ -198,20 +144,26 @@ class Model:
         wanted = self._wanted(request.outputs)
         items, given = self._items(request)
         deadline_s = _sooner(request.timeout_s, _timeout_s(request.parameters))
-        return Work(items, given, wanted, deadline_s)
+        priority = _whole(request.parameters, "priority", "number, 1 the first to be served")
+        return Work(items, given, wanted, deadline_s, priority or request.priority)
 
-    async def run(self, work: Work) -> list[Any]:
-        """The answers for all items. Raises Unanswered for the first that has none."""
+    async def run(self, work: Work) -> tuple[list[Any], float]:
+        """The answers for all items, and how many seconds they waited until one was worked on.
+
+        Raises Unanswered for the first that has no answer.
+        """
         calls = [
-            self.flow.acall(item, deadline_s=work.deadline_s, **parameters)
+            self.flow.atimed(item, deadline_s=work.deadline_s, priority=work.priority, **parameters)
             for item, parameters in zip(work.items, work.parameters, strict=True)
         ]
         if len(calls) > 1:
-            return await _all(calls)
+            timed = await _all(calls)
+            return [answer for answer, _ in timed], min(queued_s for _, queued_s in timed)
         try:
-            return [await calls[0]]
+            answer, queued_s = await calls[0]
         except RequestError as error:
             raise Unanswered(error) from error
+        return [answer], queued_s
 
     def _wanted(self, names: Sequence[str] | None) -> list[str]:
         known = self.outputs.by_name
@@ -309,10 +261,16 @@ def _of_output(port: Port) -> tuple[str, str, list[int]]:
 
 def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
     """What the parameter `timeout` allows: it is in microseconds. Raises BadRequest."""
-    given = parameters.get("timeout", 0)
-    if not isinstance(given, int) or isinstance(given, bool) or given < 0:
-        raise BadRequest("parameters.timeout: a whole number of microseconds is wanted")
+    given = _whole(parameters, "timeout", "number of microseconds")
     return given / 1e6 if given else None
+
+
+def _whole(parameters: Mapping[str, Any], name: str, what: str) -> int:
+    """A parameter that the protocol gives a meaning; 0 says nothing. Raises BadRequest."""
+    given = parameters.get(name, 0)
+    if not isinstance(given, int) or isinstance(given, bool) or given < 0:
+        raise BadRequest(f"parameters.{name}: a whole {what} is wanted")
+    return given
 
 
 def _sooner(one: float | None, other: float | None) -> float | None:
@@ -328,14 +286,16 @@ class Inference:
         self.models: dict[str, Model] = {}
         self.on_change: list[Callable[[], object]] = []  # called when `state` has changed
 
-    def let_in(self, apps: Iterable[App]) -> None:
+    def let_in(self, app: App) -> None:
         """Take requests for these flows. The counts of those that were there before go on."""
         known = {name: model.statistics for name, model in self.models.items()}
         self.models = {
-            name: Model(flow, app.scheduler.entrances[name].limit, known.get(name))
-            for app in apps
+            name: Model(flow, app.scheduler.entrances[name].limit, known.get(name) or Statistics())
             for name, flow in app.flows.items()
         }
+        for name, model in self.models.items():
+            stages = app.scheduler.entrances[name].stages
+            model.statistics.follow([s for s in stages if s.plan.model is not None])
         self._become("ready")
 
     def refuse(self) -> None:
@@ -379,7 +339,11 @@ class Inference:
     def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
         """The statistics of one model, or of all. Raises Refusal where there is none such."""
         asked = [self.model(name, version)] if name else list(self.models.values())
-        return {"model_stats": [model.statistics.as_json(model.name) for model in asked]}
+        return {
+            "model_stats": [
+                {"name": m.name, "version": VERSION, **m.statistics.as_json()} for m in asked
+            ]
+        }
 
     def index(self, *, is_ready: bool = False) -> list[dict[str, str]]:
         """The models there are; with `is_ready` those that take requests."""
@@ -413,7 +377,7 @@ class Inference:
             request = read(model)
             work = model.read(request)
             clock.lap()
-            answers = await self._run(model, request, work)
+            answers, queued_s = await self._run(model, request, work)
             clock.lap()
             carried = write(model, request, model.outputs.columns(answers, work.wanted))
             clock.lap()
@@ -426,15 +390,17 @@ class Inference:
             log.exception("request %r of flow `%s` failed", request.id, name)
             raise Refusal("internal", 500, "internal error") from None
         else:
-            model.statistics.succeed(len(work.items), *clock.laps_ns)
+            input_ns, infer_ns, output_ns = clock.laps_ns
+            parts_ns = (round(queued_s * 1e9), input_ns, infer_ns, output_ns)
+            model.statistics.succeed(len(work.items), *parts_ns)
             return carried
         finally:
             self.under_way -= 1
             if len(clock.laps_ns) < 3:
                 model.statistics.fail(clock.total_ns)
 
-    async def _run(self, model: Model, request: Request, work: Work) -> list[Any]:
-        """The answers of a model; of the one that has taken over, where that happened meanwhile."""
+    async def _run(self, model: Model, request: Request, work: Work) -> tuple[list[Any], float]:
+        """What a model gives; or the one that has taken over, where that happened meanwhile."""
         try:
             return await model.run(work)
         except Unanswered as error:

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 KIND = b"text/plain; version=0.0.4; charset=utf-8"
 
 
-def metrics_text(apps: Sequence[App], state: str) -> bytes:
+def metrics_text(app: App | None, state: str) -> bytes:
     """Everything that is counted, in Prometheus' text format. `state` is the server's."""
     from prometheus_client import generate_latest
 
     class Source:
         def collect(self) -> Iterable[Metric]:
-            return _metrics(apps, state)
+            return _metrics(app, state)
 
     return bytes(generate_latest(Source()))
 
 
-def _metrics(apps: Sequence[App], state: str) -> Iterator[Metric]:
+def _metrics(app: App | None, state: str) -> Iterator[Metric]:
     from prometheus_client.core import GaugeMetricFamily
 
     info = GaugeMetricFamily("flowlang_info", "The version that runs.", labels=["version"])
@@ -40,11 +40,12 @@ def _metrics(apps: Sequence[App], state: str) -> Iterator[Metric]:
     ready = GaugeMetricFamily("flowlang_ready", "1 while requests are let in, else 0.")
     ready.add_metric([], float(state == "ready"))
     yield ready
-    yield from _of_flows(apps)
-    yield from _of_stages(apps)
+    if app is not None:
+        yield from _of_flows(app)
+        yield from _of_stages(app)
 
 
-def _of_flows(apps: Sequence[App]) -> Iterator[Metric]:
+def _of_flows(app: App) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     requests = CounterMetricFamily(
@@ -58,7 +59,7 @@ def _of_flows(apps: Sequence[App]) -> Iterator[Metric]:
     limit = GaugeMetricFamily(
         "flowlang_requests_limit", "Requests that may be inside at once.", labels=["flow"]
     )
-    for name, entrance in (pair for app in apps for pair in app.scheduler.entrances.items()):
+    for name, entrance in app.scheduler.entrances.items():
         for code, count in entrance.counts.outcomes.items():
             requests.add_metric([name, code], count)
         _add(seconds, [name], entrance.counts.latency_s)
@@ -67,7 +68,7 @@ def _of_flows(apps: Sequence[App]) -> Iterator[Metric]:
     return iter((requests, seconds, inside, limit))
 
 
-def _of_stages(apps: Sequence[App]) -> Iterator[Metric]:
+def _of_stages(app: App) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     labels = ["stage", "device"]
@@ -87,16 +88,15 @@ def _of_stages(apps: Sequence[App]) -> Iterator[Metric]:
     waited = _histogram(
         "flowlang_stage_wait_seconds", "How long the oldest item of a batch waited.", labels
     )
-    for app in apps:
-        for stage in app.scheduler.stages:
-            named = [f"{stage.plan.index + 1} {stage.plan.name}", stage.plan.device]
-            waiting.add_metric(named, len(stage.batcher.waiting))
-            instances.add_metric(named, stage.plan.instances - stage.lost)
-            busy.add_metric(named, stage.counts.busy_s)
-            for code, count in stage.counts.failures.copy().items():
-                failures.add_metric([*named, code], count)
-            _add(sizes, named, _by_size(stage.counts.sizes.copy()))
-            _add(waited, named, stage.counts.waited_s)
+    for stage in app.scheduler.stages:
+        named = [f"{stage.plan.index + 1} {stage.plan.name}", stage.plan.device]
+        waiting.add_metric(named, len(stage.batcher.waiting))
+        instances.add_metric(named, stage.plan.instances - stage.lost)
+        busy.add_metric(named, stage.counts.busy_s)
+        for code, count in stage.counts.failures.copy().items():
+            failures.add_metric([*named, code], count)
+        _add(sizes, named, _by_size(stage.counts.sizes.copy()))
+        _add(waited, named, stage.counts.waited_s)
     return iter((waiting, instances, busy, failures, sizes, waited))
 
 

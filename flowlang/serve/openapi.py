@@ -192,8 +192,7 @@ def _call(flow: Flow, name: str) -> Json:
         "summary": f"{flow.name}: {flow.input} -> {flow.output}",
         "parameters": [
             *(_in_query(p) for p in flow.parameters if not _is_bytes(p)),
-            _ref("parameters", "X-Deadline-Ms"),
-            _ref("parameters", "X-Request-Id"),
+            *(_ref("parameters", name) for name in ("X-Deadline-Ms", "X-Priority", "X-Request-Id")),
         ],
         "requestBody": {"required": True, "content": _body(flow)},
         "responses": responses,
@@ -375,6 +374,12 @@ def _components() -> Json:
         "description": "Milliseconds that the answer may take.",
         "schema": {"type": "number", "minimum": 0.001, "maximum": 999_999_999},
     }
+    priority = {
+        "name": "X-Priority",
+        "in": "header",
+        "description": "Those of 1 are served first, then those of 2; 0 is the flow's own.",
+        "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999},
+    }
     request_id = {
         "name": "X-Request-Id",
         "in": "header",
@@ -389,7 +394,7 @@ def _components() -> Json:
     }
     return {
         "schemas": {"Error": _whole({"error": _whole(error)})},
-        "parameters": {given["name"]: given for given in (deadline, request_id)},
+        "parameters": {given["name"]: given for given in (deadline, priority, request_id)},
         "headers": {n: {"description": d, "schema": text} for n, d in descriptions.items()},
         "responses": {
             str(status): _failed(status) for status in sorted({s for s, _ in ERRORS.values()})

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal
 
-from flowlang.diagnostics import BadRequest, Draining, FlowError, RequestError, StageFailed
+from flowlang.diagnostics import BadRequest, Draining, RequestError, StageFailed
 from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES, FlowProgram, PhysicalPlan
@@ -27,6 +27,7 @@ from flowlang.serve.answer import (
     deadline_of,
     encode,
     error_answer,
+    priority_of,
     reader_of,
     request_id_of,
     to_json,
@@ -96,7 +97,7 @@ class Service:
         self._doors: dict[str, _Door] = {}  # by path
         self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
-        self._apps: Sequence[App] = ()
+        self._app: App | None = None
         self._drawn: dict[str, tuple[PhysicalPlan, FlowProgram]] = {}  # by path of the drawing
         self._listing = b""
         self._described = b""
@@ -105,19 +106,16 @@ class Service:
             for name in ("page.html", "docs.html")
         )
 
-    def let_in(self, apps: Iterable[App]) -> None:
-        """Take requests for these flows. Raises FlowError if two have one name."""
-        self._apps = tuple(apps)
-        doors: dict[str, _Door] = {}
-        for flow in (flow for app in self._apps for flow in app.flows.values()):
-            path = f"/flows/{flow.name}"
-            if path in doors:
-                raise FlowError(f"two flows are named `{flow.name}`: give one another name")
-            doors[path] = _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
-        self.names = [door.flow.name for door in doors.values()]
+    def let_in(self, app: App) -> None:
+        """Take requests for these flows."""
+        self._app = app
+        doors = {
+            f"/flows/{name}": _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
+            for name, flow in app.flows.items()
+        }
+        self.names = list(app.flows)
         self._drawn = {
             f"/flows/{program.name}/plan.svg": (app.physical, program)
-            for app in self._apps
             for program in app.physical.programs
         }
         self._listing = to_json({"flows": [_listed(path, d) for path, d in doors.items()]})
@@ -130,7 +128,7 @@ class Service:
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
         self._doors = self._open = doors
-        self.inference.let_in(self._apps)
+        self.inference.let_in(app)
         self.state = "ready"
 
     def refuse(self) -> None:
@@ -232,7 +230,10 @@ class Service:
     ) -> Answer:
         flow = door.flow
         try:
-            deadline_s = deadline_of(found.get(b"x-deadline-ms"))
+            asked: dict[str, Any] = {
+                "deadline_s": deadline_of(found.get(b"x-deadline-ms")),
+                "priority": priority_of(found.get(b"x-priority")),
+            }
             parameters = door.parameters.of_query(query) if query else {}
             body = await self._bodies.read(found, receive)
             items: list[Part] = []
@@ -245,8 +246,8 @@ class Service:
 
             def call(door: _Door) -> Awaitable[Any]:
                 if len(items) > 1:
-                    return _call_each(door, items, deadline_s, parameters, request_id)
-                return door.flow.acall(door.item(body), deadline_s=deadline_s, **parameters)
+                    return _call_each(door, items, asked | parameters, request_id)
+                return door.flow.acall(door.item(body), **asked, **parameters)
 
             kind, encoded = encode(await unless_hung_up(self._call(door, call), receive))
             return Answer(200, encoded, kind)
@@ -328,7 +329,7 @@ class Service:
         return Answer(200, body)
 
     def _show_metrics(self) -> Answer:
-        return Answer(200, metrics_text(self._apps, self.state), METRICS)
+        return Answer(200, metrics_text(self._app, self.state), METRICS)
 
     def _tell_ready(self) -> Answer:
         body = to_json({"status": self.state, "requests": self.under_way})
@@ -343,8 +344,7 @@ def _is_open(method: str, path: str) -> bool:
 async def _call_each(
     door: _Door,
     items: list[Part],
-    deadline_s: float | None,
-    parameters: dict[str, Any],
+    asked: dict[str, Any],
     request_id: bytes,
 ) -> dict[str, Any]:
     """Every item of a form through the flow: a result or an error for each, in order."""
@@ -353,7 +353,7 @@ async def _call_each(
         name = part.file_name if part.file_name is not None else part.name
         try:
             item = door.item(part.content)
-            result = await door.flow.acall(item, deadline_s=deadline_s, **parameters)
+            result = await door.flow.acall(item, **asked)
         except RequestError as error:
             log.info("request %s, `%s`: %s", request_id.decode(), name, error)
             return {"name": name, "error": told(error, door.flow.name, request_id)}
@@ -394,11 +394,8 @@ async def _decline(scope: Scope, receive: Receive, send: Send) -> None:
             return
 
 
-def asgi(*apps: App, max_body_bytes: int = MAX_BODY_BYTES) -> Service:
-    """Running flows as an ASGI application. Whoever loaded the apps closes them.
-
-    Raises FlowError if two flows have one name.
-    """
+def asgi(app: App, *, max_body_bytes: int = MAX_BODY_BYTES) -> Service:
+    """Running flows as an ASGI application. Whoever loaded the app closes it."""
     service = Service(max_body_bytes=max_body_bytes)
-    service.let_in(apps)
+    service.let_in(app)
     return service

@@ -12,7 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from flowlang.diagnostics import BadRequest, RequestError
-from flowlang.serve.answer import JSON, OCTETS, RETRY_S, Answer, Refusal, deadline_of, to_json
+from flowlang.serve.answer import (
+    JSON,
+    OCTETS,
+    RETRY_S,
+    Answer,
+    Refusal,
+    deadline_of,
+    priority_of,
+    to_json,
+)
 from flowlang.serve.inference import VERSION, Inference, Model, Request
 from flowlang.serve.tensor import (
     BYTES,
@@ -222,8 +231,10 @@ def read_request(model: Model, headers: Headers, body: bytes) -> tuple[Request, 
     """A request out of a body, and which outputs it wants as bytes. Raises BadRequest."""
     length = _head_length(headers.get(HEAD), len(body))
     timeout_s = deadline_of(headers.get(b"x-deadline-ms"))
+    priority = priority_of(headers.get(b"x-priority"))
     if length == 0:
-        return Request([_raw_input(model, body)], timeout_s=timeout_s), _always
+        tensors = [_raw_input(model, body)]
+        return Request(tensors, timeout_s=timeout_s, priority=priority), _always
     head = _object("", _parsed(body[:length]))
     parameters = _object("parameters", head.get("parameters", {}))
     wanted, is_binary = _wanted(head.get("outputs"), parameters)
@@ -236,7 +247,7 @@ def read_request(model: Model, headers: Headers, body: bytes) -> tuple[Request, 
     inputs = _Inputs(memoryview(body)[length:])
     tensors = [inputs.read(f"inputs[{index}]", value) for index, value in enumerate(given)]
     inputs.check_end()
-    return Request(tensors, wanted, parameters, request_id, timeout_s), is_binary
+    return Request(tensors, wanted, parameters, request_id, timeout_s, priority), is_binary
 
 
 def _head_length(given: bytes | None, body_length: int) -> int:

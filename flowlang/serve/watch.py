@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 from flowlang.diagnostics import FlowError
@@ -39,8 +39,8 @@ def look(files: Iterable[str]) -> Seen:
 
 async def reload_on_change(
     files: Callable[[], Iterable[str]],
-    load: Callable[[], Sequence[App]],
-    change: Callable[[Sequence[App]], None],
+    load: Callable[[], App],
+    change: Callable[[App], None],
     told: Callable[[str], None],
 ) -> None:
     """Load flows anew whenever `files` have changed, for ever.
@@ -59,7 +59,7 @@ async def reload_on_change(
             continue  # still being written
         seen = now
         try:
-            apps = await asyncio.to_thread(load)
+            app = await asyncio.to_thread(load)
         except (FlowError, OSError) as error:
             told(f"kept as it was, for what has changed cannot be served:\n{error}")
             continue
@@ -67,5 +67,5 @@ async def reload_on_change(
             log.exception("what has changed cannot be loaded")
             told(f"kept as it was: {type(error).__name__}: {error}")
             continue
-        change(apps)
+        change(app)
         seen = look(files())

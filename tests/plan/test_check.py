@@ -10,7 +10,7 @@ import pytest
 
 from flowlang.diagnostics import CompileError, Source, render
 from flowlang.plan.check import NO_CHOICES, Plan, check_source, compile_source
-from flowlang.plan.declare import Choices
+from flowlang.plan.declare import CALLERS, Choices
 from flowlang.plan.graph import Node
 from flowlang.plan.physical import Machine, PhysicalPlan, lower
 from flowlang.plan.schedule import SETTINGS
@@ -53,7 +53,7 @@ def param_of(text: str, op: str, param: str, choices: Choices = NO_CHOICES) -> A
 
 
 def physical(text: str, choices: Choices = NO_CHOICES) -> PhysicalPlan:
-    return lower(plan(text, choices), Machine(8))
+    return lower([plan(text, choices)], Machine(8))
 
 
 # Errors
@@ -105,6 +105,13 @@ def test_one_mistake_is_told_once() -> None:
     assert slugs("type t = { a: nope }\nexport flow b: bytes -> t = decode -> { a: rgb }") == [
         "unknown-type"
     ]
+
+
+@pytest.mark.parametrize("name", sorted(CALLERS))
+def test_a_parameter_is_not_named_as_what_callers_say(name: str) -> None:
+    """What whoever calls a flow can say besides its parameters is none of them."""
+    text = f"export flow f({name}: int, k: int): bytes -> int {{ return {name} + k }}"
+    assert slugs(text) == ["reserved-word"]
 
 
 def test_a_syntax_error_hides_no_other_declaration() -> None:
@@ -344,7 +351,7 @@ def test_an_image_among_several_inputs_is_packed(tmp_path: Path) -> None:
   return { picture, about: in -> .b } -> trt("both.onnx")
 }"""
     source = Source(str(tmp_path / "app.flow"), text)
-    region = lower(compile_source(source), Machine(1)).stages[0].region
+    region = lower([compile_source(source)], Machine(1)).stages[0].region
     assert [n.op for n in region] == ["decode", "resize", "rgb", "pack"]
 
 

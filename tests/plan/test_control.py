@@ -61,7 +61,7 @@ def told(text: str) -> tuple[str, str]:
 
 
 def physical(text: str) -> PhysicalPlan:
-    return lower(compile_source(source(text)), Machine(4))
+    return lower([compile_source(source(text))], Machine(4))
 
 
 def stages(text: str) -> list[str]:
@@ -186,7 +186,7 @@ def test_what_a_program_gives(name: str) -> None:
     plan = compile_source(source(text))
     assert explain_plan(plan)
     for machine in (Machine(4), Machine(8, "gpu", (0, 1))):
-        assert explain_physical(plan, lower(plan, machine))
+        assert explain_physical(lower([plan], machine))
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -642,7 +642,7 @@ def test_wide_and_deep_programs_are_planned(text: str) -> None:
     start_s = time.perf_counter()
     plan = compile_source(source(text))
     assert explain_plan(plan)
-    assert explain_physical(plan, lower(plan, Machine(4)))
+    assert explain_physical(lower([plan], Machine(4)))
     assert time.perf_counter() - start_s < 20
 
 
@@ -702,6 +702,6 @@ def test_any_expression_checks_wherever_it_stands(expression: str) -> None:
         kind = "list<float>" if text.startswith("[") else "float"
         whole = f"{program}{kind} }} {body}{{ r: {text} }}\n}}"
         assert errors(whole) == [], whole
-        assert explain_physical(compile_source(source(whole)), physical(whole))
+        assert explain_physical(physical(whole))
         tidy = format_program(parse(source(whole)))
         assert parse(source(tidy)) == parse(source(whole))

@@ -52,20 +52,20 @@ def test_the_plan_is_explained(file: Path) -> None:
 def test_the_stages_on_a_cpu_are_explained(file: Path) -> None:
     """Stages, batches and instances for four cores are printed as in the golden file."""
     plan = compiled(file)
-    compare(explain_physical(plan, lower(plan, CPU)), f"{file.stem}.cpu")
+    compare(explain_physical(lower([plan], CPU)), f"{file.stem}.cpu")
 
 
 @pytest.mark.parametrize("name", ["smallest", "scheduled", "fanout", "fixed"])
 def test_the_stages_on_gpus_are_explained(name: str) -> None:
     """The same file planned for two GPUs is printed as in the golden file."""
     plan = compiled(GOLDEN / f"{name}.flow")
-    compare(explain_physical(plan, lower(plan, GPU)), f"{name}.gpu")
+    compare(explain_physical(lower([plan], GPU)), f"{name}.gpu")
 
 
 def test_a_named_schedule_is_laid_over_the_unnamed_one() -> None:
     """What `--schedule prod` sets replaces what the unnamed block set, and leaves the rest."""
     plan = compiled(GOLDEN / "shared.flow", Choices({}, {}, "prod"))
-    compare(explain_physical(plan, lower(plan, CPU)), "shared.prod")
+    compare(explain_physical(lower([plan], CPU)), "shared.prod")
 
 
 def test_the_origin_of_each_param_is_shown() -> None:
@@ -88,5 +88,5 @@ def test_the_same_program_always_gives_the_same_text() -> None:
     for file in PROGRAMS:
         first, second = compiled(file), compiled(file)
         assert explain_plan(first) == explain_plan(second)
-        texts = [explain_physical(plan, lower(plan, CPU)) for plan in (first, second)]
+        texts = [explain_physical(lower([plan], CPU)) for plan in (first, second)]
         assert texts[0] == texts[1]

@@ -163,9 +163,9 @@ def work(data: bytes) -> list[dict[str, Any]]:
         source = decode_source(data, "app.flow")
         plan, found = check_source(source)
         if plan is not None:
-            physical = lower(plan, Machine(2))
+            physical = lower([plan], Machine(2))
             assert explain_plan(plan)
-            assert explain_physical(plan, physical)
+            assert explain_physical(physical)
             again = parse(Source("app.flow", format_program(parse(source))))
             assert again == parse(source)
     except CompileError as error:

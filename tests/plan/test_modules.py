@@ -63,7 +63,7 @@ def plan(text: str, choices: Choices = NO_CHOICES) -> Plan:
 
 
 def physical(text: str, choices: Choices = NO_CHOICES) -> PhysicalPlan:
-    return lower(plan(text, choices), Machine(4))
+    return lower([plan(text, choices)], Machine(4))
 
 
 def found(text: str, choices: Choices = NO_CHOICES) -> list[Diagnostic]:
@@ -262,7 +262,7 @@ def test_long_ways_through_files(write: Write) -> None:
         write(f"lib/c{i}.flow", text)
     text = 'use "lib/c99.flow" as last\nexport flow f = decode -> last.a'
     assert kind(text).endswith("8x8>")
-    assert len(explain_physical(plan(text), physical(text))) < 1000
+    assert len(explain_physical(physical(text))) < 1000
 
 
 # Python files

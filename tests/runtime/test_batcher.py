@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowlang.runtime.batcher import Batcher, Item
+from flowlang.runtime.entrance import Entrance
 from flowlang.runtime.request import Request
-from flowlang.runtime.scheduler import Entrance, Scheduler
+from flowlang.runtime.scheduler import Scheduler
 from tests.simulation import Clock, Simulation, plan_of
 
 
@@ -32,8 +33,10 @@ def nobody() -> Simulation:
         return Simulation(plan_of("pass", Path(folder)), lambda stage, items: 0.0)
 
 
-def item_at(arrived_s: float) -> Item:
+def item_at(arrived_s: float, priority: int = 0) -> Item:
     request = Request(entrance(), None, nobody(), None, arrived_s)
+    if priority:
+        request.priority = priority
     return Item(request, 0, None, arrived_s)
 
 
@@ -113,6 +116,32 @@ def test_answered_items_do_not_pile_up_while_no_instance_asks() -> None:
         for item in filled(batcher, float(number)):
             item.request.outcome = "expired"
     assert len(batcher.waiting) == 1
+
+
+@given(st.lists(st.integers(0, 5), max_size=20), st.integers(1, 4))
+def test_a_lower_rank_is_taken_first(priorities: list[int], high: int) -> None:
+    """Batches hold items by rank, equals as they came; those without a priority are of rank 2."""
+    batcher = Batcher(1, high, 0.0, 1)
+    batcher.is_ranked = True
+    items = [item_at(float(number), priority) for number, priority in enumerate(priorities)]
+    for item in items:
+        batcher.put(item)
+    taken: list[Item] = []
+    while batch := batcher.take(100.0, 1):
+        taken += batch
+    assert taken == sorted(items, key=lambda item: item.rank)
+    assert [item.rank for item in items] == [priority or 2 for priority in priorities]
+
+
+def test_the_wait_of_what_is_overtaken_counts() -> None:
+    """A batch is due when any of its items has waited, and not only the one that is first in it."""
+    batcher = Batcher(1, 3, 0.5, 1)
+    batcher.is_ranked = True
+    low, high = item_at(1.0, 3), item_at(1.25, 1)
+    batcher.put(low)
+    batcher.put(high)
+    assert batcher.due_s() == 1.5
+    assert batcher.take(1.5, 1) == [high, low]
 
 
 @dataclass(slots=True)

@@ -100,7 +100,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
         monkeypatch.setattr(Instances, "make", made)
         plan = compile_source(Source(str(folder / "test.flow"), text))
-        apps.append(App(plan, lower(plan, Machine(4))))
+        apps.append(App(lower([plan], Machine(4))))
         return apps[-1]
 
     yield starter

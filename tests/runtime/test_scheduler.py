@@ -27,8 +27,9 @@ from flowlang.diagnostics import (
 )
 from flowlang.plan.physical import PhysicalPlan, StagePlan
 from flowlang.runtime.batcher import Item
+from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.request import Request
-from flowlang.runtime.scheduler import Entrance, Scheduler, Stage
+from flowlang.runtime.scheduler import Scheduler
 from tests.simulation import Batch, Simulation, expected, plan_of, write_models
 
 UNIT_S = 1 / 1024  # all made-up times are multiples of it, so that sums of them are exact
@@ -320,6 +321,33 @@ def test_items_start_in_the_order_in_which_they_reached_their_stage(scenario: Sc
         assert started == sorted(started)
 
 
+def union_s(spans: list[tuple[float, float]], until_s: float) -> float:
+    """How long at least one of some spans of time lasts."""
+    total_s, reached_s = 0.0, 0.0
+    for start_s, end_s in sorted(spans):
+        start_s, end_s = max(start_s, reached_s), min(end_s, until_s)
+        total_s += max(0.0, end_s - start_s)
+        reached_s = max(reached_s, end_s)
+    return total_s
+
+
+@FEW
+@given(scenarios())
+def test_a_request_is_queued_while_no_instance_is_at_work_on_it(scenario: Scenario) -> None:
+    """From its arrival to its result, backlog included, a request is worked on or it waits."""
+    course = play(scenario)
+    spans: dict[Request, list[tuple[float, float]]] = {}
+    for batch in course.simulation.batches:
+        for item in batch.items:
+            spans.setdefault(item.request, []).append((batch.start_s, course.end_s(batch)))
+    for answer in course.simulation.answers:
+        request = answer.request
+        if not isinstance(answer.outcome, Exception):
+            worked_s = union_s(spans.get(request, []), answer.at_s)
+            waited_s = answer.at_s - request.arrived_s - worked_s
+            assert request.queued_s == pytest.approx(waited_s, abs=1e-9)
+
+
 def waiting(stage: Stage) -> list[Item]:
     return [i for i in stage.batcher.waiting if not i.request.is_answered and not i.is_over]
 
@@ -515,6 +543,103 @@ def test_a_burst_is_spread_over_all_instances() -> None:
     simulation.run()
     assert [(len(b.items), b.start_s) for b in simulation.batches] == [(2, 1.0)] * 3
     assert len({b.lane for b in simulation.batches}) == 3
+
+
+def test_what_is_worked_on_side_by_side_waits_once() -> None:
+    """A branch that waits while another is at work does not make its request wait longer."""
+    text = """
+        flow first = trt("net.onnx") x1
+        flow second = trt("net.onnx") x1
+        export flow f = first -> { a: second, b: first }"""
+    simulation = simulated(text, 0.0, 1.0)
+    one, other = simulation.submit("f"), simulation.submit("f")
+    simulation.run()
+    # `first` works on one, the other, one and the other; `second` on one from 1 s and the other
+    # from 2 s. So one's second turn in `first` waits from 1 s to 2 s, which is when `second` works.
+    assert [answer.at_s for answer in simulation.answers] == [3.0, 4.0]
+    assert (one.queued_s, other.queued_s) == (0.0, 1.0)
+
+
+RANKED = st.lists(
+    st.tuples(st.sampled_from("fg"), st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=40
+)
+
+
+@FEW
+@given(RANKED, st.sampled_from(["high", "normal", "low"]), st.booleans())
+def test_nobody_is_overtaken_by_a_higher_rank(
+    asked: list[tuple[str, int, int]], priority: str, is_walk: bool
+) -> None:
+    """Queues are in order of rank and then of arrival, those in front of full stages too."""
+    last = "softmax" if is_walk else "pass"
+    simulation = simulated(f"""
+        flow net = trt("net.onnx", batch=1..2) x1
+        export flow f = net -> {last}
+        export flow g = net
+        schedule {{ g(priority={priority}) }}""")
+    stage = simulation.scheduler.stages[0]
+    ranks = {"high": 1, "normal": 2, "low": 3}
+    at_s, wanted = 0.0, {}
+    for flow, number, gap in asked:
+        at_s += gap * UNIT_S
+
+        def ask(flow: str = flow, number: int = number) -> None:
+            request = simulation.submit(flow, priority=number)
+            wanted[request] = number or (2 if flow == "f" else ranks[priority])
+
+        simulation.at(at_s, ask)
+
+    def check() -> None:
+        queue = [(item.rank, item.arrived_s) for item in stage.batcher.waiting]
+        assert queue == sorted(queue)
+        for entrance in simulation.scheduler.entrances.values():
+            backlog = [(request.rank, request.arrived_s) for request in entrance.backlog]
+            assert backlog == sorted(backlog)
+
+    simulation.on_event = check
+    simulation.run()
+    assert {r: r.rank for r in wanted} == wanted
+    assert len(simulation.answers) == len(asked)
+
+
+def test_the_one_flow_is_served_before_the_other() -> None:
+    """Of flows that share a stage, the requests of the one with the higher priority come first."""
+    simulation = simulated("""
+        flow net = trt("net.onnx", batch=1..1) x1
+        export flow f = net
+        export flow g = net
+        schedule { f(priority=low) g(priority=high) }""")
+    asked = [simulation.submit(flow) for flow in "ffgfg"]  # before any is taken
+    simulation.run()
+    places = [asked.index(answer.request) for answer in simulation.answers]
+    assert places == [2, 4, 0, 1, 3]
+
+
+def test_a_backlog_lets_the_first_in_first() -> None:
+    """Requests that wait in front of full stages are let in by their priority too."""
+    text = """
+        flow net = trt("net.onnx", batch=1..1) x1
+        flow again = trt("net.onnx", batch=1..1) x1
+        export flow f = net -> again"""
+    simulation = simulated(text)
+    width = simulation.scheduler.entrances["f"].width
+    asked = [simulation.submit("f") for _ in range(width + 2)]
+    urgent = simulation.submit("f", priority=1)
+    simulation.run()
+    answered = [answer.request for answer in simulation.answers]
+    assert answered.index(asked[0]) < answered.index(urgent) < answered.index(asked[width])
+    assert [request for request in answered if request is not urgent] == asked
+
+
+def test_nobody_pays_for_a_priority_that_is_not_used() -> None:
+    """Queues are plain ones until a request brings a priority, or flows of two share a stage."""
+    for setting in ("", "schedule { f(priority=low) }"):
+        simulation = simulated(f'export flow f = trt("net.onnx")\n{setting}')
+        stage = simulation.scheduler.stages[0]
+        simulation.submit("f")
+        assert not stage.batcher.is_ranked
+        simulation.submit("f", priority=2)
+        assert stage.batcher.is_ranked
 
 
 def test_a_wait_holds_a_batch_back_until_it_is_due_or_complete() -> None:

@@ -91,14 +91,13 @@ async def main(gate, *paths):
     print("loading, on http://127.0.0.1:%d" % await face.start(), flush=True)
     while gate and not os.path.exists(gate):
         await asyncio.sleep(0.01)
-    apps = [flowlang.load(path) for path in paths]
-    inference.let_in(apps)
+    app = flowlang.load(*paths)
+    inference.let_in(app)
     print("serving", *inference.models, flush=True)
     await stopped.wait()
     inference.refuse()
     in_time = await face.stop(10.0)
-    for app in apps:
-        app.close(1.0)
+    app.close(1.0)
     return 0 if in_time else 1
 
 sys.exit(uvloop.run(main(*sys.argv[1:])))

@@ -175,6 +175,12 @@ def running(
         server.close()
 
 
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
 def wait_until(is_so: Callable[[], bool]) -> None:
     """Wait for something to come true. Fails after PATIENCE_S."""
     end_s = time.monotonic() + PATIENCE_S

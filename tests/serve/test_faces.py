@@ -19,7 +19,7 @@ from thriftpy2.rpc import client_context
 import flowlang
 from tests.pictures import photographs
 from tests.serve.faces import write_types
-from tests.serve.server import PATIENCE_S, serving, wait_until, write
+from tests.serve.server import PATIENCE_S, free_port, serving, wait_until, write
 
 PICTURE = photographs(1)[0]
 IDL = thriftpy2.load(
@@ -35,11 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 def _sent(data: bytes) -> list[triton.InferInput]:
     found = triton.InferInput("input", [1], "BYTES")
     found.set_data_from_numpy(np.array([data], object))
@@ -48,7 +43,7 @@ def _sent(data: bytes) -> list[triton.InferInput]:
 
 def test_one_process_speaks_them_all(folder: Path) -> None:
     """HTTP, gRPC and Thrift answer from the same flows; SIGTERM ends all, losing nothing."""
-    grpc_port, thrift_port = _free_port(), _free_port()
+    grpc_port, thrift_port = free_port(), free_port()
     options = ["--grpc-port", str(grpc_port), "--thrift-port", str(thrift_port)]
     files = [str(folder / "all.flow"), str(folder / "types.flow")]
     with (

@@ -253,13 +253,31 @@ def test_statistics_count_what_was_asked(client: triton.InferenceServerClient) -
         (found,) = client.get_inference_statistics("shout").model_stats
         stats = found.inference_stats
         assert stats.success.count == stats.compute_infer.count == stats.compute_output.count
+        assert stats.success.count == stats.queue.count
+        assert stats.success.ns > stats.queue.ns > 0
         return [found.inference_count, stats.success.count, stats.fail.count]
 
+    client.infer("shout", [_input("input", [b"a"], BYTES)])
     before = counts()
     client.infer("shout", [_input("input", [b"a", b"b"], BYTES)])
     with pytest.raises(InferenceServerException):
         client.infer("shout", [_input("input", [b"\xff"], BYTES)])
     assert [b - a for a, b in zip(before, counts(), strict=True)] == [2, 1, 1]
+
+
+def test_statistics_tell_the_batches_of_models(client: triton.InferenceServerClient) -> None:
+    """The batches that a flow's models were given are told by size, with the time they took."""
+
+    def batches() -> dict[int, int]:
+        (found,) = client.get_inference_statistics("classes").model_stats
+        for batch in found.batch_stats:
+            assert batch.compute_infer.ns > batch.compute_input.ns == 0
+            assert batch.compute_infer.count == batch.compute_input.count
+        return {int(b.batch_size): int(b.compute_infer.count) for b in found.batch_stats}
+
+    before = sum(size * count for size, count in batches().items())
+    client.infer("classes", [_input("input", list(PICTURES), BYTES)])
+    assert sum(size * count for size, count in batches().items()) == before + len(PICTURES)
 
 
 # Refusals

@@ -76,7 +76,7 @@ from flowlang.serve import serve
 def load():
     while not os.path.exists({str(gate)!r}):
         time.sleep(0.01)
-    return [flowlang.load({str(path)!r})]
+    return flowlang.load({str(path)!r})
 sys.exit(serve(load, "127.0.0.1", 0, **{options!r}))
 """
     return ["-c", code]
@@ -161,12 +161,8 @@ def _ask(application: Any, path: str, body: bytes | AsyncIterator[bytes]) -> htt
 
 def test_two_flows_of_one_name_are_refused(echo: Path) -> None:
     """No flow hides another behind the same path."""
-    with (
-        flowlang.load(echo) as first,
-        flowlang.load(echo) as second,
-        pytest.raises(FlowError, match="two flows are named `main`"),
-    ):
-        asgi(first, second)
+    with pytest.raises(FlowError, match="both serve a flow named `main`"):
+        flowlang.load(echo, echo)
 
 
 def test_the_flows_are_listed(server: Server) -> None:
@@ -326,7 +322,7 @@ def test_a_body_that_stalls_is_cut(echo: Path) -> None:
 
     service = Service(body_s=0.05)
     with flowlang.load(echo) as app:
-        service.let_in([app])
+        service.let_in(app)
         response = _ask(service, "/", stalling())
     assert (response.status_code, _error(response)["code"]) == (408, "body-timeout")
     assert response.headers["connection"] == "close"
@@ -512,7 +508,7 @@ import sys, flowlang
 from flowlang.runtime import host
 from flowlang.serve import serve
 host._MAKERS["pass"] = lambda node, settings: lambda value: object()
-sys.exit(serve(lambda: [flowlang.load({str(echo)!r})], "127.0.0.1", 0))
+sys.exit(serve(lambda: flowlang.load({str(echo)!r}), "127.0.0.1", 0))
 """
     with running(folder, "-c", code) as server:
         server.wait_ready()
@@ -565,7 +561,7 @@ def test_a_port_in_use_is_told(folder: Path, echo: Path) -> None:
     from flowlang.serve.http import serve
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert serve(lambda: [flowlang.load(echo)], "127.0.0.1", taken.getsockname()[1]) == 1
+        assert serve(lambda: flowlang.load(echo), "127.0.0.1", taken.getsockname()[1]) == 1
 
 
 # Stopping

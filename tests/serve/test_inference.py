@@ -95,7 +95,10 @@ def test_the_server_and_its_models_describe_themselves(
     assert client.get_server_metadata() == {
         "name": "flowlang",
         "version": flowlang.__version__,
-        "extensions": ["binary_tensor_data", "model_configuration", "parameters", "statistics"],
+        "extensions": [
+            *("binary_tensor_data", "model_configuration", "parameters", "schedule_policy"),
+            "statistics",
+        ],
     }
     assert client.get_model_metadata("two", "1") == {
         "name": "two",
@@ -303,6 +306,58 @@ def test_statistics_count_what_was_asked(client: triton.InferenceServerClient) -
     assert [b - a for a, b in zip(before, counts(), strict=True)] == [3, 1, 1]
     everything = client.get_inference_statistics()["model_stats"]
     assert {"shout", "classify"} <= {model["name"] for model in everything}
+
+
+def _told(client: triton.InferenceServerClient, name: str) -> tuple[Any, dict[int, Any]]:
+    """The time that a model's requests took by part, and the batches of each size."""
+    (found,) = client.get_inference_statistics(name)["model_stats"]
+    parts = {part: span["ns"] / 1e9 for part, span in found["inference_stats"].items()}
+    return parts, {batch["batch_size"]: batch for batch in found["batch_stats"]}
+
+
+def test_statistics_tell_waiting_from_work(folder: Path) -> None:
+    """What waits for its batch is queue, and what the batch takes is compute."""
+    (folder / "waits.flow").write_text(
+        'export flow waits = trt("identity.onnx", batch=1..8, wait=300ms) x1\n'
+        'use "sleep.py" as sleep\nexport flow works: bytes -> int = sleep.sleep\n'
+    )
+    (folder / "sleep.py").write_text(
+        "import time\n\ndef sleep(item: bytes) -> int:\n    time.sleep(0.2)\n    return 1\n"
+    )
+    with serving(folder, str(folder / "waits.flow"), "--device", "cpu") as server:
+        server.wait_ready()
+        asker = triton.InferenceServerClient(f"127.0.0.1:{server.port}", concurrency=3)
+        row = [_input("input", ROW * 3, "FP32")]
+        asker.infer("waits", row)
+        parts, batches = _told(asker, "waits")
+        assert 0.3 <= parts["queue"] < parts["success"]
+        assert 0 < parts["compute_infer"] < 0.3
+        assert list(batches) == [3]
+        assert [batches[3][f"compute_{part}"]["count"] for part in ("input", "output")] == [1, 1]
+        assert 0 < batches[3]["compute_infer"]["ns"] / 1e9 <= parts["compute_infer"]
+        # One operator in Python, which sleeps: the second request waits for the first.
+        calls = [asker.async_infer("works", [_input("input", [b"x"], BYTES)]) for _ in range(2)]
+        assert [int(call.get_result().as_numpy("output")[0]) for call in calls] == [1, 1]
+        parts, batches = _told(asker, "works")
+        assert 0.15 <= parts["queue"] < 0.4
+        assert 0.4 <= parts["compute_infer"] < 0.6
+        assert batches == {}
+        asker.close()
+
+
+def test_statistics_go_on_when_other_flows_take_over(folder: Path) -> None:
+    """Requests and batches of the flows that were loaded before a change stay counted."""
+    inference = Inference()
+    routes = InferenceRoutes(inference, 1 << 20)
+    for answered in (1, 2):
+        with flowlang.load(folder / "all.flow", device="cpu") as app:
+            inference.let_in(app)
+            body = json.dumps({"inputs": [_tensor()]}).encode()
+            assert asyncio.run(routes.infer("/v2/models/same/infer", {}, body)).status == 200
+            (found,) = inference.statistics("same")["model_stats"]
+            assert found["inference_stats"]["success"]["count"] == answered
+            (batches,) = found["batch_stats"]
+            assert (batches["batch_size"], batches["compute_infer"]["count"]) == (1, answered)
 
 
 # Refusals
@@ -613,7 +668,7 @@ def test_loading_and_draining(folder: Path) -> None:
 
     assert states() == [200, 503, 503, 503, 503]
     with flowlang.load(folder / "types.flow") as app:
-        service.let_in([app])
+        service.let_in(app)
         assert states() == [200, 200, 200, 200, 400]
         service.refuse()
         assert states() == [200, 503, 503, 200, 503]
@@ -716,7 +771,7 @@ def inference(folder: Path) -> Iterator[Inference]:
     """The models of `types.flow`, in this process."""
     with flowlang.load(folder / "types.flow") as app:
         inference = Inference()
-        inference.let_in([app])
+        inference.let_in(app)
         yield inference
 
 

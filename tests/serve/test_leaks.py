@@ -73,7 +73,7 @@ faces = [
     lambda i: GrpcServer(i, "127.0.0.1", 0, max_body_bytes=1 << 20),
     lambda i: ThriftServer(i, "127.0.0.1", 0, max_body_bytes=1 << 20, flow="raises"),
 ]
-sys.exit(serve(lambda: [flowlang.load({path!r}, device="cpu")], "127.0.0.1", 0, faces=faces))
+sys.exit(serve(lambda: flowlang.load({path!r}, device="cpu"), "127.0.0.1", 0, faces=faces))
 """
 NAMES = ("raises", "opens", "lies", "odd", "broken")
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from examples import models
 from flowlang.runtime.metrics import Histogram
 from tests.pictures import photographs
 from tests.serve.certificates import make_pair
@@ -130,6 +131,21 @@ def test_a_metrics_port_in_use_is_told(folder: Path) -> None:
         status, told = refused("--metrics-port", str(port), str(folder / "all.flow"))
     assert (status, len(told.splitlines())) == (1, 1)
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in told
+
+
+def test_files_that_share_a_model_share_its_stage(tmp_path: Path) -> None:
+    """Of two files that ask one model, the metrics have one stage, at work for both."""
+    models.identity(tmp_path / "net.onnx", ("N", 3))
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.flow").write_text(f'export flow {name} = trt("net.onnx")\n')
+    files = [str(tmp_path / f"{name}.flow") for name in ("one", "other")]
+    with serving(tmp_path, *files, "--device", "cpu") as server:
+        server.wait_ready()
+        for name in ("one", "other"):
+            assert server.client.post(f"/flows/{name}", json=[1, 2, 3]).json() == [1, 2, 3]
+            assert counted(server, "flowlang_requests_total", flow=name, code="ok") == 1
+        assert counted(server, "flowlang_stage_batch_size_sum") == 2
+        assert counted(server, "flowlang_stage_batch_size_sum", stage="1 net") == 2
 
 
 def test_a_histogram_counts_a_value_up_to_its_bound() -> None:

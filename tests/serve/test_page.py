@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from flowlang.serve import asgi
+from flowlang.serve.routes import Service
 from tests.pictures import bad, good
 from tests.serve.browser import Browser, find_chromium
 from tests.serve.page import (
@@ -89,7 +89,7 @@ def test_the_page_needs_nothing_else(server: Server) -> None:
 
 def test_colours_can_be_read() -> None:
     """Text has a contrast of 4.5 to 1 at least (WCAG 2 AA): in light, in dark and on captions."""
-    pairs = colours(asgi()._page.decode())
+    pairs = colours(Service()._page.decode())
     assert len(pairs) == 28
     assert [pair for pair in pairs if contrast(*pair) < 4.5] == []
 
@@ -510,7 +510,7 @@ from flowlang.serve import serve
 def load():
     while not os.path.exists({str(gate)!r}):
         time.sleep(0.01)
-    return [flowlang.load({str(flow)!r})]
+    return flowlang.load({str(flow)!r})
 sys.exit(serve(load, "127.0.0.1", 0))
 """
     with running(folder, "-c", code) as server:
@@ -525,4 +525,4 @@ sys.exit(serve(load, "127.0.0.1", 0))
 
 def test_the_page_is_in_the_package() -> None:
     """The page is package data: an application finds it wherever the package is installed."""
-    assert asgi()._page.startswith(b"<!doctype html>")
+    assert Service()._page.startswith(b"<!doctype html>")

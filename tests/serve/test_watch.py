@@ -80,3 +80,19 @@ def test_a_change_that_does_not_check_changes_nothing(server: Server, tmp_path: 
     assert version_of(server) == 1
     write(tmp_path, 3)
     wait_until(lambda: version_of(server) == 3)
+
+
+def test_a_change_of_one_file_loads_all_again(tmp_path: Path) -> None:
+    """Several files are one app: the change of one of them is taken over with the others."""
+    write(tmp_path, 1)
+    (tmp_path / "tell.flow").write_text(FLOW.format(name="tell"))
+    (tmp_path / "echo.flow").write_text("export flow echo = pass\n")
+    files = [str(tmp_path / f"{name}.flow") for name in ("tell", "echo")]
+    with serving(tmp_path, *files, "--device", "cpu", "--watch") as server:
+        server.wait_ready()
+        (tmp_path / "echo.flow").write_text("export flow same = pass\n")
+        wait_until(lambda: server.client.post("/flows/same", content=b"x").status_code == 200)
+        assert server.client.post("/flows/echo", content=b"x").status_code == 404
+        write(tmp_path, 2)
+        wait_until(lambda: server.client.post("/flows/tell").json()["version"] == 2)
+        assert server.client.post("/flows/same", content=b"x").content == b"x"
