@@ -23,10 +23,10 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flowlang.diagnostics import CompileError, FlowError
+from flowlang.serve.backend import Backend, Local
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
 from flowlang.serve.tls import Certificate
 from flowlang.serve.token import Token
-from flowlang.serve.watch import reload_on_change
 
 if TYPE_CHECKING:
     from flowlang.app import App
@@ -98,13 +98,12 @@ def serve(
     service = Service(max_body_bytes=max_body_bytes, token=token)
     server = _Server(
         service,
-        load,
+        Local(load, service.let_in, watches=watches, grace_s=grace_s),
         grace_s,
         host,
         listener,
         on_listen or (lambda url: _say(f"loading, on {url}")),
         on_ready or (lambda url: _say(f"serving {', '.join(service.names)} on {url}")),
-        watches=watches,
         faces=[make(service.inference) for make in faces],
         certificate=certificate,
         metrics_listener=metrics_listener,
@@ -142,10 +141,6 @@ def _allow_many_connections() -> None:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _warn(line: str) -> None:
-    print(f"flowlang: {line}", file=sys.stderr, flush=True)
 
 
 def _end(status: int) -> None:
@@ -224,14 +219,13 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         service: Service,
-        load: Callable[[], App],
+        backend: Backend,
         grace_s: float,
         host: str,
         listener: socket.socket,
         on_listen: Callable[[str], None],
         on_ready: Callable[[str], None],
         *,
-        watches: bool = False,
         faces: Sequence[Face] = (),
         certificate: Certificate | None = None,
         metrics_listener: socket.socket | None = None,
@@ -240,7 +234,7 @@ class _Server(uvicorn.Server):
         self.status = 0
         self.is_cut_short = False  # stopped with threads left inside a model's code
         self._service = service
-        self._load = load
+        self._backend = backend
         self._grace_s = grace_s
         self._host = host
         self._listener = listener
@@ -252,12 +246,7 @@ class _Server(uvicorn.Server):
         self._faces = faces
         self._on_listen = on_listen
         self._on_ready = on_ready
-        self._app: App | None = None
-        self._loader = threading.Thread(target=self._load_app, name="flowlang-load", daemon=True)
         self._emptying: asyncio.Task[None] | None = None
-        self._watches = watches
-        self._watching: asyncio.Task[None] | None = None
-        self._closing: set[asyncio.Future[bool]] = set()  # flows that others have taken over from
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -282,13 +271,11 @@ class _Server(uvicorn.Server):
             if self._metrics_listener is not None:
                 urls.append(await self._listen_for_metrics(self._metrics_listener))
         except OSError as error:
-            _report(error)
-            self.status = 1
-            self._stop()
+            self._fail(error)
             return
         self._url = ", ".join([*urls, self._url])
         self._on_listen(self._url)
-        self._loader.start()
+        self._backend.start(lambda: self._on_ready(self._url), self._fail)
 
     async def _listen(self, listener: socket.socket, config: uvicorn.Config) -> None:
         """Take connections. uvicorn itself would wait at the end for handshakes under way."""
@@ -314,50 +301,16 @@ class _Server(uvicorn.Server):
         await self._listen(listener, config)
         return f"{_url(self._scheme, self._host, listener.getsockname()[1])}/metrics"
 
-    # Loading
-
-    def _load_app(self) -> None:
-        try:
-            loaded: App | BaseException = self._load()
-        except BaseException as error:  # or it would load for ever
-            loaded = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
-            self._loop.call_soon_threadsafe(self._take, loaded)
-
-    def _take(self, loaded: App | BaseException) -> None:
-        if self._emptying is not None:
-            return
-        if not isinstance(loaded, BaseException):
-            self._app = loaded
-            self._service.let_in(loaded)
-            self._on_ready(self._url)
-            if self._watches:
-                watching = reload_on_change(self._files, self._load, self._take_over, _warn)
-                self._watching = self._loop.create_task(watching)
-        else:
-            _report(loaded)
-            self.status = 1
-            self._stop()
-
-    def _files(self) -> list[str]:
-        plans = self._app.physical.plans if self._app is not None else ()
-        return [file for plan in plans for file in plan.files]
-
-    def _take_over(self, app: App) -> None:
-        """Let new flows take over; the old ones answer what they have, and are closed."""
-        before, self._app = self._app, app
-        self._service.let_in(app)
-        if before is not None:
-            closing = asyncio.ensure_future(asyncio.to_thread(before.close, self._grace_s))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-        _say(f"reloaded: {', '.join(self._service.names)}")
-
     # Stopping
 
     def _on_signal(self) -> None:
         if self._emptying is not None:
             _end(1)
+        self._stop()
+
+    def _fail(self, failure: BaseException) -> None:
+        _report(failure)
+        self.status = 1
         self._stop()
 
     def _stop(self) -> None:
@@ -368,19 +321,13 @@ class _Server(uvicorn.Server):
         """Answer what is inside, then close the flows and let uvicorn end."""
         clock = self._loop.time
         until_s = clock() + self._grace_s
-        is_loaded = self._app is not None or self.status != 0
+        is_loaded = self._backend.is_loaded or self.status != 0
         in_time = False
-        if self._watching is not None:
-            self._watching.cancel()
         try:
             self._service.refuse()
             stopping = (face.stop(self._grace_s) for face in self._faces)
             in_time = all(await asyncio.gather(self._service.emptied(self._grace_s), *stopping))
-            closing = set(self._closing)
-            if self._app is not None:
-                left_s = max(0.0, until_s - clock())
-                closing.add(asyncio.ensure_future(asyncio.to_thread(self._app.close, left_s)))
-            in_time = all(await asyncio.gather(*closing)) and in_time
+            in_time = await self._backend.close(max(0.0, until_s - clock())) and in_time
             for listening in self._listening:
                 listening.close()
             await asyncio.sleep(LINGER_S)

@@ -1,0 +1,119 @@
+"""Where the flows of a server run: loaded in its own process, reloaded when they change.
+
+Layer 4. Knows nothing of sockets or protocols.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from flowlang.serve.watch import reload_on_change
+
+if TYPE_CHECKING:
+    from flowlang.app import App
+
+
+class Backend(Protocol):
+    """The flows behind a server. All methods belong to one event loop."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether there are flows."""
+
+    def start(
+        self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
+    ) -> None:
+        """Begin to load. One of the two is called once, when that has come to an end."""
+
+    async def close(self, within_s: float) -> bool:
+        """Answer what is inside, then let go of the flows. Returns whether that was in time."""
+
+
+class Local:
+    """Flows in the server's own process.
+
+    `let_in` is told of them once they are loaded. With `watches`, `load` is called again whenever a
+    file of theirs has changed: the new ones take over while the old ones answer what they have, for
+    at most `grace_s`. Where it fails the old ones stay.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], App],
+        let_in: Callable[[App], object],
+        *,
+        watches: bool = False,
+        grace_s: float,
+    ) -> None:
+        self._load = load
+        self._let_in = let_in
+        self._watches = watches
+        self._grace_s = grace_s
+        self._app: App | None = None
+        self._is_closed = False
+        self._watching: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Future[bool]] = set()  # flows that others have taken over from
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._app is not None
+
+    def start(
+        self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+
+        def take(loaded: App | BaseException) -> None:
+            if self._is_closed:
+                return
+            if isinstance(loaded, BaseException):
+                on_failure(loaded)
+                return
+            self._app = loaded
+            self._let_in(loaded)
+            on_ready()
+            if self._watches:
+                watching = reload_on_change(self._files, self._load, self._take_over, _warn)
+                self._watching = loop.create_task(watching)
+
+        def load() -> None:
+            try:
+                loaded: App | BaseException = self._load()
+            except BaseException as error:  # or it would load for ever
+                loaded = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
+                loop.call_soon_threadsafe(take, loaded)
+
+        threading.Thread(target=load, name="flowlang-load", daemon=True).start()
+
+    def _files(self) -> list[str]:
+        plans = self._app.physical.plans if self._app is not None else ()
+        return [file for plan in plans for file in plan.files]
+
+    def _take_over(self, app: App) -> None:
+        """Let new flows take over; the old ones answer what they have, and are closed."""
+        before, self._app = self._app, app
+        self._let_in(app)
+        if before is not None:
+            closing = asyncio.ensure_future(asyncio.to_thread(before.close, self._grace_s))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        print(f"reloaded: {', '.join(app.flows)}", flush=True)
+
+    async def close(self, within_s: float) -> bool:
+        self._is_closed = True
+        if self._watching is not None:
+            self._watching.cancel()
+        closing = set(self._closing)
+        if self._app is not None:
+            closing.add(asyncio.ensure_future(asyncio.to_thread(self._app.close, within_s)))
+        return all(await asyncio.gather(*closing))
+
+
+def _warn(line: str) -> None:
+    print(f"flowlang: {line}", file=sys.stderr, flush=True)
