@@ -25,7 +25,7 @@ from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
 from flowlang.runtime import seal
 from flowlang.runtime.instances import Instances
 from flowlang.runtime.machine import this_machine
-from flowlang.runtime.request import FutureReply, LoopReply, Request, Waiter
+from flowlang.runtime.request import FutureReply, LoopReply, Reply, Request, Waiter
 from flowlang.runtime.scheduler import Scheduler
 from flowlang.runtime.seal import KeySource
 from flowlang.runtime.stage import Lane, Lanes, Watch
@@ -94,11 +94,11 @@ class Flow:
         Raises BadRequest, Overloaded, DeadlineExceeded, StageFailed or Draining.
         """
         waiter = Waiter()
-        request = self._submit(item, waiter, None, deadline_s, priority, parameters)
+        request = self.put(item, waiter, None, deadline_s, priority, parameters)
         try:
             return waiter.wait(request)
         except BaseException:
-            self._scheduler.cancel(request)
+            self.cancel(request)
             raise
 
     def submit(
@@ -106,8 +106,8 @@ class Flow:
     ) -> Future[Any]:
         """A Future of the answer. Cancelling it takes the request out of the queue."""
         future: Future[Any] = Future()
-        request = self._submit(item, _FUTURES, future, deadline_s, priority, parameters)
-        future.add_done_callback(lambda f: f.cancelled() and self._scheduler.cancel(request))
+        request = self.put(item, _FUTURES, future, deadline_s, priority, parameters)
+        future.add_done_callback(lambda f: f.cancelled() and self.cancel(request))
         return future
 
     async def acall(
@@ -118,11 +118,11 @@ class Flow:
         last = self._last_loop
         reply = last[1] if last is not None and last[0]() is loop else self._reply_of(loop)
         future = loop.create_future()
-        request = self._submit(item, reply, future, deadline_s, priority, parameters)
+        request = self.put(item, reply, future, deadline_s, priority, parameters)
         try:
             return await future
         except asyncio.CancelledError:
-            self._scheduler.cancel(request)
+            self.cancel(request)
             raise
 
     async def atimed(
@@ -131,11 +131,11 @@ class Flow:
         """The answer for one item, and how many seconds it waited with nothing at work on it."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        request = self._submit(item, self._reply_of(loop), future, deadline_s, priority, parameters)
+        request = self.put(item, self._reply_of(loop), future, deadline_s, priority, parameters)
         try:
             return await future, request.queued_s
         except asyncio.CancelledError:
-            self._scheduler.cancel(request)
+            self.cancel(request)
             raise
 
     def _reply_of(self, loop: asyncio.AbstractEventLoop) -> LoopReply:
@@ -174,19 +174,24 @@ class Flow:
                     del outcome  # or the error, through its traceback, would hold itself
             yield outcome
 
-    def _submit(
+    def put(
         self,
         item: Any,
-        reply: Any,
+        reply: Reply,
         token: Any,
         deadline_s: float | None,
         priority: int,
         parameters: Mapping[str, Any],
     ) -> Request:
+        """Send an item whose answer goes to a reply of the caller's own, `token` with it."""
         value = self._accept(item)
         if parameters or self.parameters:
             value = self._arguments.beside(value, parameters)
         return self._scheduler.submit(self._entrance, value, reply, token, deadline_s, priority)
+
+    def cancel(self, request: Request) -> bool:
+        """Give a request up: it leaves the queue and its answer is dropped. False if it is over."""
+        return self._scheduler.cancel(request)
 
     def _accept_beside(self, parameters: Mapping[str, Any], item: Any) -> Any:
         return self._arguments.beside(self._accept(item), parameters)

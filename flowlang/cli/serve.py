@@ -37,6 +37,15 @@ if TYPE_CHECKING:
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option(
+    "--ingest",
+    "fronts",
+    type=click.IntRange(0, 64),
+    default=0,
+    metavar="N",
+    help="Read HTTP in N processes of their own. One interpreter reads a few thousand pictures a "
+    "second.",
+)
+@click.option(
     "--watch",
     "watches",
     is_flag=True,
@@ -72,6 +81,7 @@ def serve(
     files: tuple[str, ...],
     host: str,
     port: int,
+    fronts: int,
     watches: bool,
     grpc_port: int | None,
     thrift_port: int | None,
@@ -120,6 +130,7 @@ def serve(
             certificate=certificate,
             token=token,
             metrics_port=metrics_port,
+            fronts=fronts,
         )
     )
 

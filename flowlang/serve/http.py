@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import uvicorn
@@ -54,6 +55,25 @@ class Face(Protocol):
         """Answer what is inside, then stop. Returns whether that was done in time."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a server is to be: the arguments of `serve`, for whichever of its processes.
+
+    `port` is the one told; who listens to it is another matter.
+    """
+
+    host: str
+    port: int
+    grace_s: float
+    max_body_bytes: int
+    faces: Sequence[Callable[[Inference], Face]] = ()
+    certificate: Certificate | None = None
+    token: Token | None = None
+    metrics_listener: socket.socket | None = None
+    on_listen: Callable[[str], None] | None = None
+    on_ready: Callable[[str], None] | None = None
+
+
 def serve(
     load: Callable[[], App],
     host: str,
@@ -68,6 +88,7 @@ def serve(
     certificate: Certificate | None = None,
     token: Token | None = None,
     metrics_port: int | None = None,
+    fronts: int = 0,
 ) -> int:
     """Serve flows until SIGTERM or SIGINT. Returns the exit status.
 
@@ -87,42 +108,51 @@ def serve(
     told is then a list of them, HTTP's the last. With a `certificate` HTTP is spoken over TLS, and
     with a `token` only who has it is let in; whoever makes the faces gives them theirs.
     At `metrics_port` /metrics is told to everybody, and nothing else.
+
+    With `fronts`, as many processes read HTTP, and one more has the flows and the other protocols.
     """
+    _allow_many_connections()
     try:
-        listener = _listen(host, port)
-        metrics_listener = None if metrics_port is None else _listen(host, metrics_port)
+        listeners = [listen(host, port, is_shared=fronts > 0)]
+        there = listeners[0].getsockname()[1]
+        listeners += [listen(host, there, is_shared=True) for _ in range(fronts - 1)]
+        metrics_listener = None if metrics_port is None else listen(host, metrics_port)
     except FlowError as error:
         _report(error)
         return 1
-    _allow_many_connections()
-    service = Service(max_body_bytes=max_body_bytes, token=token)
-    server = _Server(
-        service,
-        Local(load, service.let_in, watches=watches, grace_s=grace_s),
-        grace_s,
-        host,
-        listener,
-        on_listen or (lambda url: _say(f"loading, on {url}")),
-        on_ready or (lambda url: _say(f"serving {', '.join(service.names)} on {url}")),
-        faces=[make(service.inference) for make in faces],
+    setup = Setup(
+        host=host,
+        port=there,
+        grace_s=grace_s,
+        max_body_bytes=max_body_bytes,
+        faces=faces,
         certificate=certificate,
+        token=token,
         metrics_listener=metrics_listener,
+        on_listen=on_listen,
+        on_ready=on_ready,
     )
-    uvloop.run(server.serve())
-    if server.is_cut_short:
-        # A thread inside ONNX Runtime aborts the process if the interpreter ends around it.
-        _end(server.status)
-    return server.status
+    if fronts:
+        from flowlang.serve.ingest import serve_by_fronts
+
+        return serve_by_fronts(setup, load, listeners, watches=watches)
+    service = Service(max_body_bytes=max_body_bytes, token=token)
+    backend = Local(load, service.let_in, watches=watches, grace_s=grace_s)
+    return Server(setup, service, backend, listeners[0]).finish()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises FlowError where that cannot be."""
+def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """A socket that listens there, a shared one beside others. Raises FlowError if it cannot."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(
-            address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both
+            address[:2],
+            family=family,
+            backlog=BACKLOG,
+            dualstack_ipv6=both,
+            reuse_port=is_shared,
         )
     except OSError as error:
         raise FlowError(f"cannot listen on {host}:{port}: {error.strerror}") from error
@@ -141,6 +171,10 @@ def _allow_many_connections() -> None:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _say_where(url: str) -> None:
+    _say(f"loading, on {url}")
 
 
 def _end(status: int) -> None:
@@ -213,47 +247,55 @@ def _config(application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> u
     )
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, loading the flows once it listens, and emptying them before it stops."""
+class Server(uvicorn.Server):
+    """uvicorn, loading the flows once it listens, and emptying them before it stops.
+
+    It stops on a signal, or where there is one when the file `stops` can be read. Without a
+    listener it speaks the other protocols alone.
+    """
 
     def __init__(
         self,
+        setup: Setup,
         service: Service,
         backend: Backend,
-        grace_s: float,
-        host: str,
-        listener: socket.socket,
-        on_listen: Callable[[str], None],
-        on_ready: Callable[[str], None],
-        *,
-        faces: Sequence[Face] = (),
-        certificate: Certificate | None = None,
-        metrics_listener: socket.socket | None = None,
+        listener: socket.socket | None,
+        stops: int | None = None,
     ) -> None:
         super().__init__(_config(service))
         self.status = 0
         self.is_cut_short = False  # stopped with threads left inside a model's code
+        self._setup = setup
         self._service = service
         self._backend = backend
-        self._grace_s = grace_s
-        self._host = host
         self._listener = listener
-        self._metrics_listener = metrics_listener
-        self._scheme = "https" if certificate else "http"
-        self._url = _url(self._scheme, host, listener.getsockname()[1])
-        self._context = certificate.context if certificate else None
+        self._stops = stops
+        self._scheme = "https" if setup.certificate else "http"
+        self._url = _url(self._scheme, setup.host, setup.port)
+        self._context = setup.certificate.context if setup.certificate else None
         self._listening: list[asyncio.Server] = []
-        self._faces = faces
-        self._on_listen = on_listen
-        self._on_ready = on_ready
+        self._faces = [make(service.inference) for make in setup.faces]
         self._emptying: asyncio.Task[None] | None = None
+
+    def finish(self) -> int:
+        """Serve until it is to stop. Returns the exit status."""
+        uvloop.run(self.serve())
+        if self.is_cut_short:
+            # A thread inside ONNX Runtime aborts the process if the interpreter ends around it.
+            _end(self.status)
+        return self.status
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        if self._stops is not None:
+            loop.add_reader(self._stops, self._stop)
+            yield
+            loop.remove_reader(self._stops)
+            return
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        loop = asyncio.get_running_loop()
         for stop in STOPS:
             loop.add_signal_handler(stop, self._on_signal)
         try:
@@ -266,16 +308,18 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=[])
         try:
-            await self._listen(self._listener, self.config)
-            urls = [_url(face.scheme, self._host, await face.start()) for face in self._faces]
-            if self._metrics_listener is not None:
-                urls.append(await self._listen_for_metrics(self._metrics_listener))
+            if self._listener is not None:
+                await self._listen(self._listener, self.config)
+            host, metrics = self._setup.host, self._setup.metrics_listener
+            urls = [_url(face.scheme, host, await face.start()) for face in self._faces]
+            if metrics is not None:
+                urls.append(await self._listen_for_metrics(metrics))
         except OSError as error:
             self._fail(error)
             return
         self._url = ", ".join([*urls, self._url])
-        self._on_listen(self._url)
-        self._backend.start(lambda: self._on_ready(self._url), self._fail)
+        (self._setup.on_listen or _say_where)(self._url)
+        self._backend.start(self._tell_ready, self._fail)
 
     async def _listen(self, listener: socket.socket, config: uvicorn.Config) -> None:
         """Take connections. uvicorn itself would wait at the end for handshakes under way."""
@@ -299,7 +343,7 @@ class _Server(uvicorn.Server):
         config = _config(self._service.tell_metrics)
         config.load()
         await self._listen(listener, config)
-        return f"{_url(self._scheme, self._host, listener.getsockname()[1])}/metrics"
+        return f"{_url(self._scheme, self._setup.host, listener.getsockname()[1])}/metrics"
 
     # Stopping
 
@@ -308,32 +352,44 @@ class _Server(uvicorn.Server):
             _end(1)
         self._stop()
 
+    def _tell_ready(self) -> None:
+        if self._setup.on_ready is not None:
+            self._setup.on_ready(self._url)
+        else:
+            _say(f"serving {', '.join(self._service.names)} on {self._url}")
+
     def _fail(self, failure: BaseException) -> None:
         _report(failure)
         self.status = 1
         self._stop()
 
     def _stop(self) -> None:
+        if self._stops is not None:
+            self._loop.remove_reader(self._stops)  # or it would say so again and again
         if self._emptying is None:
             self._emptying = self._loop.create_task(self._empty())
 
     async def _empty(self) -> None:
         """Answer what is inside, then close the flows and let uvicorn end."""
         clock = self._loop.time
-        until_s = clock() + self._grace_s
+        until_s = clock() + self._setup.grace_s
         is_loaded = self._backend.is_loaded or self.status != 0
         in_time = False
         try:
             self._service.refuse()
-            stopping = (face.stop(self._grace_s) for face in self._faces)
-            in_time = all(await asyncio.gather(self._service.emptied(self._grace_s), *stopping))
+            stopping = (face.stop(self._setup.grace_s) for face in self._faces)
+            in_time = all(
+                await asyncio.gather(self._service.emptied(self._setup.grace_s), *stopping)
+            )
             in_time = await self._backend.close(max(0.0, until_s - clock())) and in_time
             for listening in self._listening:
                 listening.close()
             await asyncio.sleep(LINGER_S)
         finally:
             if not in_time:
-                print(f"flowlang: not all was answered in {self._grace_s:g} s", file=sys.stderr)
+                print(
+                    f"flowlang: not all was answered in {self._setup.grace_s:g} s", file=sys.stderr
+                )
                 self.status = 1
             self.is_cut_short = not (in_time and is_loaded)
             self.config.timeout_graceful_shutdown = max(1, math.ceil(until_s - clock()))

@@ -296,13 +296,13 @@ class Inference:
         for name, model in self.models.items():
             stages = app.scheduler.entrances[name].stages
             model.statistics.follow([s for s in stages if s.plan.model is not None])
-        self._become("ready")
+        self.become("ready")
 
     def refuse(self) -> None:
         """Let no request in any more. Those inside go on."""
-        self._become("draining")
+        self.become("draining")
 
-    def _become(self, state: Literal["ready", "draining"]) -> None:
+    def become(self, state: Literal["loading", "ready", "draining"]) -> None:
         self.state = state
         for tell in self.on_change:
             tell()

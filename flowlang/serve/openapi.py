@@ -58,6 +58,7 @@ ERRORS: Mapping[str, tuple[int, str]] = {
     "unsupported-encoding": (415, "The body has a Content-Encoding."),
     "internal": (500, "The server is at fault; its log says why, under the request's id."),
     "loading": (503, "The flows are not loaded yet."),
+    "restarting": (503, "The process of the models has stopped, and is being started again."),
 }
 _OF_CALLS = (400, 404, 408, 413, 415, 429, 499, 500, 503, 504)
 _HEADERS: Mapping[int, tuple[str, ...]] = {

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flowlang.diagnostics import BadRequest, Draining, RequestError, StageFailed
 from flowlang.items import plain
@@ -43,7 +43,9 @@ from flowlang.serve.token import Token
 from flowlang.serve.v2 import InferenceRoutes, is_below, is_health, refused
 
 if TYPE_CHECKING:
-    from flowlang.app import App, Flow
+    from flowlang.app import App
+    from flowlang.plan.graph import Parameter
+    from flowlang.plan.types import Type
 
 MAX_BODY_BYTES = MAX_BYTES + (64 << 10)  # the largest picture, and room for what wraps it
 BODY_S = 120.0  # a body that takes longer is cut off
@@ -65,11 +67,30 @@ _PAGE_HEADERS = (
 log = logging.getLogger("flowlang.serve")
 
 
+class Called(Protocol):
+    """What is asked of a flow here, wherever it runs."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def doc(self) -> str | None: ...
+    @property
+    def input(self) -> Type: ...
+    @property
+    def output(self) -> Type: ...
+    @property
+    def parameters(self) -> Sequence[Parameter]: ...
+
+    async def acall(
+        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> Any: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Door:
     """A flow that can be called, and what makes its item of a body."""
 
-    flow: Flow
+    flow: Called
     read: Callable[[bytes], Any] | None
     parameters: ParameterReader
 
@@ -109,26 +130,27 @@ class Service:
     def let_in(self, app: App) -> None:
         """Take requests for these flows."""
         self._app = app
-        doors = {
-            f"/flows/{name}": _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
-            for name, flow in app.flows.items()
-        }
-        self.names = list(app.flows)
+        self.open(app.flows)
         self._drawn = {
             f"/flows/{program.name}/plan.svg": (app.physical, program)
             for program in app.physical.programs
         }
-        self._listing = to_json({"flows": [_listed(path, d) for path, d in doors.items()]})
-        self._described = to_json(
-            document(
-                [door.flow for door in doors.values()],
-                free=None if self._token is None else OPEN,
-            )
-        )
+        listed = [_listed(path, door) for path, door in self._doors.items() if path != "/"]
+        self._listing = to_json({"flows": listed})
+        free = None if self._token is None else OPEN
+        self._described = to_json(document(list(app.flows.values()), free=free))
+        self.inference.let_in(app)
+
+    def open(self, flows: Mapping[str, Called]) -> None:
+        """Let in calls of these flows."""
+        doors = {
+            f"/flows/{name}": _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
+            for name, flow in flows.items()
+        }
+        self.names = list(flows)
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
         self._doors = self._open = doors
-        self.inference.let_in(app)
         self.state = "ready"
 
     def refuse(self) -> None:
@@ -163,7 +185,7 @@ class Service:
                 return
         door = self._open.get(path) if method == "POST" else None
         if door is None and not self._inference_routes.is_inference(method, path):
-            answer = self._answer_elsewhere(method, path, request_id)
+            answer = await self._look(method, path, request_id)
             await self._send(send, answer, request_id)
             return
         self.under_way += 1
@@ -269,8 +291,12 @@ class Service:
             body = await self._bodies.read(found, receive)
         except RequestError as error:
             return refused(error)
-        answer = self._inference_routes.infer(scope["path"], dict(scope["headers"]), body)
+        answer = self.infer(scope["path"], dict(scope["headers"]), body)
         return await unless_hung_up(answer, receive)
+
+    async def infer(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Answer:
+        """The answer to an inference of the Open Inference Protocol."""
+        return await self._inference_routes.infer(path, headers, body)
 
     async def _call(self, door: _Door, call: Callable[[_Door], Awaitable[Any]]) -> Any:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""
@@ -284,7 +310,10 @@ class Service:
 
     # Everything else
 
-    def _answer_elsewhere(self, method: str, path: str, request_id: bytes) -> Answer:
+    async def _look(self, method: str, path: str, request_id: bytes) -> Answer:
+        return self.look(method, path, request_id)
+
+    def look(self, method: str, path: str, request_id: bytes) -> Answer:
         """The answer to all but a call of a flow that is let in."""
         if is_below(path):
             return self._inference_routes.look(method, path)
@@ -311,12 +340,12 @@ class Service:
             return error_answer(error, None, request_id)
 
     def _refusal_of_call(self, method: str, path: str) -> RequestError:
+        if self.state == "loading" and method == "POST":
+            return Refusal("loading", 503, "the flows are not loaded yet")
         if path in self._doors:
             if method != "POST":
                 return _wrong_method(method, "POST")
             return Draining("the app is stopping and takes no more requests")
-        if self.state == "loading" and method == "POST":
-            return Refusal("loading", 503, "the flows are not loaded yet")
         known = ", ".join(f"/flows/{name}" for name in self.names)
         if path == "/":
             return Refusal("not-found", 404, f"there are several flows, so POST to one: {known}")

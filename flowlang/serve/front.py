@@ -1,0 +1,185 @@
+"""The front's side of `--ingest`: HTTP here, the flows in the engine process.
+
+Layer 4. A front is a server as any other, but that its flows are names: what they are called with
+goes to the engine over a channel. `flowlang.serve.desk` is the other side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flowlang.diagnostics import InternalError, RequestError
+from flowlang.serve.answer import Answer, Refusal, error_answer
+from flowlang.serve.channel import Channel, Record, connect
+from flowlang.serve.desk import Card, Kind
+from flowlang.serve.routes import Service
+from flowlang.serve.v2 import is_below, refused
+
+RETRY_S = 0.05  # between tries to connect
+
+
+class RemoteFlow:
+    """A flow of the engine, called as one of this process is."""
+
+    def __init__(self, engine: Engine, card: Card) -> None:
+        self.name, self.doc = card.name, card.doc
+        self.input, self.output = card.input, card.output
+        self.parameters = card.parameters
+        self._number = card.number
+        self._engine = engine
+
+    async def acall(
+        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+    ) -> Any:
+        """See flowlang.app.Flow.acall."""
+        within_s = deadline_s or 0.0
+        if isinstance(item, bytes) and not priority and not parameters:
+            return await self._engine.call(Kind.CALL, item, self._number, within_s)
+        message = pickle.dumps((item, priority, parameters), pickle.HIGHEST_PROTOCOL)
+        return await self._engine.call(Kind.CALL_WITH, message, self._number, within_s)
+
+
+class Engine:
+    """The engine as a front sees it: a connection, made again when it is lost.
+
+    `let_in` is told of the flows whenever they have changed, `shut` when the engine is gone.
+    """
+
+    channel: Channel
+
+    def __init__(
+        self,
+        path: str,
+        let_in: Callable[[dict[str, RemoteFlow]], object],
+        shut: Callable[[], object],
+    ) -> None:
+        self._path = path
+        self._let_in = let_in
+        self._shut = shut
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count()
+        self._connecting: asyncio.Task[None] | None = None
+        self._is_closed = False
+        self._on_ready: Callable[[], object] | None = None
+        self.is_loaded = False
+
+    def start(
+        self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
+    ) -> None:
+        """See flowlang.serve.backend.Backend. An engine that is not there yet is waited for."""
+        self._on_ready = on_ready
+        self._connecting = asyncio.get_running_loop().create_task(self._connect())
+
+    async def _connect(self) -> None:
+        while not self._is_closed:
+            try:
+                await connect(self._path, self)
+            except OSError:
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+
+    async def close(self, within_s: float) -> bool:
+        self._is_closed = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self.is_loaded:
+            self.channel.close()
+        return True
+
+    # Asking
+
+    async def call(self, kind: Kind, message: bytes, part: int = 0, within_s: float = 0.0) -> Any:
+        """What the engine answers. Raises what it failed with, and Refusal where it is gone."""
+        if not self.is_loaded:
+            raise _gone()
+        number = next(self._numbers) & 0xFFFFFFFF
+        future = asyncio.get_running_loop().create_future()
+        self._calls[number] = future
+        self.channel.send(number, kind, message, part, within_s)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if self._calls.pop(number, None) is not None and self.channel.is_open:
+                self.channel.send(number, Kind.CANCEL, b"")
+            raise
+
+    async def ask(self, question: str, *words: Any) -> Any:
+        """What the engine answers to a question that is no call of a flow."""
+        return await self.call(Kind.ASK, pickle.dumps((question, *words), pickle.HIGHEST_PROTOCOL))
+
+    # Hearing
+
+    def receive(self, record: Record, message: bytes) -> None:
+        if record.kind == Kind.ANSWERS:
+            for number, outcome in pickle.loads(message):
+                future = self._calls.pop(number, None)
+                if future is None or future.done():
+                    continue
+                if isinstance(outcome, BaseException):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+        elif record.kind == Kind.FLOWS:
+            self.is_loaded = True
+            self._let_in({card.name: RemoteFlow(self, card) for card in pickle.loads(message)})
+            self.channel.send(0, Kind.OPEN, b"")
+            if self._on_ready is not None:
+                self._on_ready()
+                self._on_ready = None
+
+    def lost(self) -> None:
+        """The engine is gone: whoever waits is told, and whoever comes, until it is there again."""
+        self.is_loaded = False
+        calls, self._calls = self._calls, {}
+        for future in calls.values():
+            if not future.done():
+                future.set_exception(_gone())
+        if not self._is_closed:
+            self._shut()
+            self._connecting = asyncio.get_running_loop().create_task(self._connect())
+
+
+def _gone() -> Refusal:
+    return Refusal("restarting", 503, "the engine has stopped, and is being started again")
+
+
+class FrontService(Service):
+    """The application of a front: it reads calls of flows, and passes on everything else."""
+
+    engine: Engine
+
+    def let_in_remote(self, flows: Mapping[str, RemoteFlow]) -> None:
+        """Take requests for these flows."""
+        self.open(flows)
+        self.inference.become("ready")
+
+    def shut(self) -> None:
+        """Take none until there are flows again."""
+        if self.state == "ready":
+            self.state = "loading"
+            self._open = {}
+            self.inference.become("loading")
+
+    async def infer(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Answer:
+        return await self._ask(path, b"", "infer", path, headers, body)
+
+    async def _look(self, method: str, path: str, request_id: bytes) -> Answer:
+        if self.state != "ready" or path.startswith("/health/"):
+            return self.look(method, path, request_id)
+        return await self._ask(path, request_id, "look", method, path, request_id)
+
+    async def _ask(self, path: str, request_id: bytes, question: str, *words: Any) -> Answer:
+        try:
+            answer: Answer = await self.engine.ask(question, *words)
+        except RequestError as error:
+            told = error
+        except InternalError:
+            told = Refusal("internal", 500, "internal error")
+        else:
+            return answer
+        return refused(told) if is_below(path) else error_answer(told, None, request_id)
