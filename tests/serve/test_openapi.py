@@ -232,7 +232,7 @@ def test_every_error_is_described(document: dict[str, Any]) -> None:
         if isinstance(kind, type) and issubclass(kind, diagnostics.RequestError)
     } - {("request-failed", 500)}
     serve = Path(flowlang.__file__).parent / "serve"
-    for name in ("routes", "body", "answer", "form", "token"):
+    for name in ("routes", "body", "answer", "form", "token", "front"):
         for node in ast.walk(ast.parse((serve / f"{name}.py").read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Refusal":
                 code, status = (ast.literal_eval(argument) for argument in node.args[:2])
