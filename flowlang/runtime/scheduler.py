@@ -80,12 +80,11 @@ class Entrance:
         self.width = 2 * room if room and len(units) > 1 else self.limit
         self.track = Track(program.steps)
         self.has_parameters = bool(program.plan.parameters)
-        # The stage of a flow that is one stage without a timeout, which most are: its requests
-        # are queued there at once, without what only the others need.
+        # The stage of a flow that is one stage, which most are: its requests are queued there at
+        # once, without what only the others need.
         self.door: Stage | None = None
         if len(units) == 1 and units[0].stage is not None and units[0].inputs == (0,):
-            only = stages[units[0].stage]
-            self.door = only if only.plan.timeout_s is None else None
+            self.door = stages[units[0].stage]
 
 
 class _Afterwards:
@@ -137,18 +136,23 @@ class Scheduler:
         now = self.clock()
         request = Request(entrance, value, reply, token, now)
         allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
+        after = _Afterwards()
         if allowed_s is None and entrance.door is not None:
+            stage = entrance.door
             with self._lock:
                 self._admit(entrance)
                 entrance.under_way += 1
                 request.is_under_way = True
                 # The parameters of such a flow are used by nothing.
                 only = value[0] if entrance.has_parameters else value
-                bell = entrance.door.put(Item(request, 0, only, now))
+                item = Item(request, 0, only, now)
+                if stage.plan.timeout_s is not None:
+                    self._expire_at(now + stage.plan.timeout_s, request, item, after)
+                bell = stage.put(item)
             if bell is not None:
-                bell()
+                after.bells.append(bell)
+            after.run()
             return request
-        after = _Afterwards()
         with self._lock:
             self._admit(entrance)
             if allowed_s is not None:
