@@ -100,6 +100,7 @@ class Service:
         self._drawn: dict[str, tuple[PhysicalPlan, FlowProgram]] = {}  # by path of the drawing
         self._listing = b""
         self._reading: dict[asyncio.Task[Any], bool] = {}  # True once it is cut off
+        self._watches = _Watches()
         self._page = resources.files(__package__).joinpath("page.html").read_bytes()
 
     def let_in(self, apps: Iterable[App]) -> None:
@@ -207,7 +208,9 @@ class Service:
                     return _call_each(door, items, deadline_s, parameters, request_id)
                 return door.flow.acall(door.item(body), deadline_s=deadline_s, **parameters)
 
-            kind, encoded = encode(await _unless_hung_up(self._call(door, call), receive))
+            kind, encoded = encode(
+                await self._watches.unless_hung_up(self._call(door, call), receive)
+            )
             return Answer(200, encoded, kind)
         except RequestError as error:
             level = logging.WARNING if isinstance(error, StageFailed) else logging.INFO
@@ -228,7 +231,7 @@ class Service:
         except RequestError as error:
             return refused(error)
         answer = self._inference_routes.infer(scope["path"], dict(scope["headers"]), body)
-        return await _unless_hung_up(answer, receive)
+        return await self._watches.unless_hung_up(answer, receive)
 
     async def _call(self, door: _Door, call: Callable[[_Door], Awaitable[Any]]) -> Any:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""
@@ -349,19 +352,6 @@ class Service:
         return Answer(200 if self.state == "ready" else 503, body)
 
 
-async def _unless_hung_up(call: Awaitable[Result], receive: Receive) -> Result:
-    """The result of a call. Raises _HungUp once nobody is there to be told."""
-    watch = _Watch(receive)
-    try:
-        return await call
-    except asyncio.CancelledError:
-        if watch.hung_up:
-            raise _HungUp from None
-        raise
-    finally:
-        watch.stop()
-
-
 async def _call_each(
     door: _Door,
     items: list[Part],
@@ -384,28 +374,62 @@ async def _call_each(
     return {"results": await asyncio.gather(*(call(part) for part in items))}
 
 
-class _Watch:
-    """Cancels the task that made it when its client hangs up.
+class _Watches:
+    """Cancels calls whose clients hang up.
 
-    It begins once the answer is late: most answers come before, and then a timer is all it costs.
+    A client is watched once its answer is late, WATCH_AFTER_S to twice that: most answers come
+    before. One timer looks after all calls, for a timer each would cost more than the rest of this.
     """
 
-    __slots__ = ("_receive", "_task", "_timer", "_watcher", "hung_up")
+    def __init__(self) -> None:
+        self._young: set[_Watch] = set()  # since the timer last went off
+        self._old: set[_Watch] = set()
+        self._is_ticking = False
+
+    async def unless_hung_up(self, call: Awaitable[Result], receive: Receive) -> Result:
+        """The result of a call. Raises _HungUp once nobody is there to be told."""
+        watch = _Watch(receive)
+        self._young.add(watch)
+        if not self._is_ticking:
+            self._is_ticking = True
+            asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._tick)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if watch.hung_up:
+                raise _HungUp from None
+            raise
+        finally:
+            self._young.discard(watch)
+            self._old.discard(watch)
+            watch.stop()
+
+    def _tick(self) -> None:
+        for watch in self._old:
+            watch.begin()
+        self._old, self._young = self._young, set()
+        self._is_ticking = bool(self._old)
+        if self._is_ticking:
+            asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._tick)
+
+
+class _Watch:
+    """Cancels the task that made it when its client hangs up, once it has begun."""
+
+    __slots__ = ("_receive", "_task", "_watcher", "hung_up")
 
     def __init__(self, receive: Receive) -> None:
         self.hung_up = False
         self._receive = receive
         self._task = _this_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
+
+    def begin(self) -> None:
+        self._watcher = asyncio.get_running_loop().create_task(self._wait())
 
     def stop(self) -> None:
-        self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
-
-    def _begin(self) -> None:
-        self._watcher = asyncio.get_running_loop().create_task(self._wait())
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
