@@ -37,6 +37,7 @@ KEEP_ALIVE_S = 75  # longer than clients and balancers keep an idle connection
 LINGER_S = 0.2  # once all is answered: so that who writes just now is told, and not cut off
 KEPT_BYTES = 64 << 20  # at the top of a heap; and half of that, the most glibc takes, is a heap's
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers
+MAX_CORKED_BYTES = 64 << 10  # of a body that is written with its head
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -170,7 +171,11 @@ class _Corked:
 
     def write(self, data: bytes) -> None:
         if self._head:
-            data, self._head = self._head + data, b""
+            head, self._head = self._head, b""
+            if len(data) <= MAX_CORKED_BYTES:
+                data = head + data
+            else:  # to copy it would cost more than a packet
+                self._transport.write(head)
         elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100 "):
             self._head = data
             return
