@@ -55,10 +55,10 @@ class Classifier:
     def __call__(self, inputs: Sequence[NDArray[np.float32]]) -> list[dict[str, Any]]:
         """The answers for what `prepare` made, run as one batch."""
         batch = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
-        return [best(logits) for logits in self._session.run(None, {"data": batch})[0]]
+        return [best_class(logits) for logits in self._session.run(None, {"data": batch})[0]]
 
 
-def best(logits: NDArray[np.float32]) -> dict[str, Any]:
+def best_class(logits: NDArray[np.float32]) -> dict[str, Any]:
     """The class of the largest logit, and its share of the softmax."""
     powers = np.exp(logits - logits.max())
     index = int(powers.argmax())

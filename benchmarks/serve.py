@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks import wrk
-from benchmarks.classifier import Classifier, prepare
+from benchmarks.classifier import Classifier, best_class, prepare
 from benchmarks.cpu import Run, independent_loops, rates, spread, summary, write
 from benchmarks.load import Result, Sampler, percentile, thread_clients
 from benchmarks.servers import (
@@ -235,12 +235,12 @@ def classify(bench: Bench) -> None:
     """A model of about 3 ms, beside loops that serve nobody."""
     run = bench.run
     best, tried = bench.tuned("classify", CLASSIFY_CLIENTS)
-    loops = independent_loops(run, bench.model, prepare)
+    logits = independent_loops(run, bench.model, prepare)
     variants: dict[str, Callable[[], Result]] = {
         "loops in threads": partial(
             thread_clients,
             "no server: a loop on every core, threads",
-            loops,
+            lambda picture: best_class(logits(picture)[0][0]),
             bench.pictures,
             run.cores,
             run.seconds,
