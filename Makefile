@@ -66,7 +66,7 @@ $(PEERS)/.done: $(VENV)/.done
 bench: $(MODELS)/.done $(VENV)/.bench $(PEERS)/.done
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 	$(BIN)/python -m benchmarks.read_text
-	$(BIN)/python -m benchmarks.serve $(ARGS)
+	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.readme
 
 clean:

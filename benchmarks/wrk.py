@@ -15,6 +15,10 @@ SCRIPT = Path(__file__).with_name("post.lua")
 TIMEOUT_S = 10
 
 
+class Silent(RuntimeError):
+    """A server that answers nothing any more."""
+
+
 def check_installed() -> None:
     """Raises SystemExit where there is no wrk."""
     if shutil.which("wrk") is None:
@@ -35,7 +39,10 @@ def load(
     seconds: float,
     processes: Sequence[int] = (),
 ) -> Result:
-    """Files posted in turn. What `processes` and wrk itself use is measured; whole seconds."""
+    """Files posted in turn. What `processes` and wrk itself use is measured; whole seconds.
+
+    Raises Silent where nothing at all was answered.
+    """
     command = [
         *("wrk", "--threads", "1", "--connections", str(clients)),
         *("--duration", f"{max(1, round(seconds))}s", "--timeout", f"{TIMEOUT_S}s"),
@@ -44,6 +51,8 @@ def load(
     with PoolSampler(processes) as usage:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
+    if not found["requests"]:
+        raise Silent(f"{what} answered none of {clients} clients")
     qps = found["requests"] / found["microseconds"] * 1e6
     p50, p90, p99 = (found[name] / 1e3 for name in ("p50", "p90", "p99"))
     return Result(

@@ -35,7 +35,7 @@ GRACE_S = 30.0
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # longer than clients and balancers keep an idle connection
 LINGER_S = 0.2  # once all is answered: so that who writes just now is told, and not cut off
-KEPT_BYTES = 64 << 20  # at the top of a heap; and half of that, the most glibc takes, is a heap's
+KEPT_BYTES = 64 << 20  # at the top of a heap; what is larger than half of it lies in none
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers
 MAX_CORKED_BYTES = 64 << 10  # of a body that is written with its head
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -130,9 +130,9 @@ def _allow_many_connections() -> None:
 def _keep_freed_memory() -> None:
     """Have glibc keep what bodies and pictures have used, rather than give it back each time.
 
-    Given back and had again, memory is cleared by the kernel page by page: ten page faults a
-    request of 65 KB, measured, and a third of what the server itself spent on it. Naming one of
-    the two thresholds stops glibc from raising the other by itself, so both are named.
+    Given back and had again, memory is cleared by the kernel page by page: measured on bodies of
+    65 KB, up to ten page faults a request and a third of the processor time spent on it. Naming
+    one of the two thresholds stops glibc from raising the other by itself, so both are named.
     """
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         set_option = ctypes.CDLL(None).mallopt
