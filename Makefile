@@ -54,9 +54,19 @@ $(VENV)/.bench: $(VENV)/.done
 	$(PIP) --editable '.[bench]'
 	touch $@
 
-bench: $(MODELS)/.done $(VENV)/.bench
+# Other servers, in an environment of their own: what they depend on is none of ours.
+PEERS := $(VENV)/peers
+$(PEERS)/.done: $(VENV)/.done
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
+		litserve mosec numpy onnxruntime opencv-python-headless
+	touch $@
+
+# benchmarks.serve needs wrk too, which is no Python package.
+bench: $(MODELS)/.done $(VENV)/.bench $(PEERS)/.done
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 	$(BIN)/python -m benchmarks.read_text
+	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.readme
 
 clean:

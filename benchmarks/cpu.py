@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from benchmarks.classifier import prepare, session
 from benchmarks.load import (
     Result,
     Sampler,
@@ -44,7 +44,6 @@ from examples.models import mlp, resnet
 from flowlang import Flow, load
 from tests.pictures import photographs
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CLIENTS, MANY = 10, 64
 QUIET_CORES = 0.15  # what others may use without the machine counting as noisy
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
@@ -150,33 +149,6 @@ def latencies(found: Mapping[str, list[Result]], name: str, over: str) -> list[f
 
 
 # A classifier: JPEG to logits
-
-
-def prepare(picture: bytes) -> NDArray[np.float32]:
-    """A JPEG as the model's input, float32 1x3x224x224, with what is fastest in OpenCV."""
-    import cv2
-
-    image: Any = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
-    image = cv2.cvtColor(cv2.resize(image, (224, 224)), cv2.COLOR_BGR2RGB)
-    out = np.empty((1, 3, 224, 224), np.float32)
-    for plane, levels, target in zip(cv2.split(image), LEVELS, out[0], strict=True):
-        cv2.LUT(plane, levels, dst=target)
-    return out
-
-
-LEVELS = [
-    ((np.arange(256, dtype=np.float32) - np.float32(m)) / np.float32(s)).astype(np.float32)
-    for m, s in zip(MEAN, STD, strict=True)
-]
-
-
-def session(model: Path, threads: int = 0) -> Any:
-    """An ONNX Runtime session with its default options, or with this many threads."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
 def independent_loops(run: Run, model: Path, inputs: Callable[[Any], Any]) -> Callable[[Any], Any]:

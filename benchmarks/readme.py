@@ -90,6 +90,48 @@ def text_table() -> str:
     return f"{head}\n\n{table}"
 
 
+def serve_table() -> str:
+    """Serving over HTTP beside other servers, and what a corrupt picture does to others."""
+    found = _found("serve")
+    machine, jobs = found["machine"], found["jobs"]
+    versions = ", ".join(f"{n} {of[n]}" for n, of in machine["peers"].items())
+    noise = " Other programs were at work on it." if jobs["classify"]["is_noisy"] else ""
+    head = (
+        f"On {machine['cores']} cores of an {machine['processor']}, wrk {machine['wrk']} with C "
+        f"connections taking its part of them: {versions}, each with the best of the settings "
+        f"tried for that C. A picture has about 65 KB.{noise}"
+    )
+    rows = [
+        (
+            f"{job}: {_middle(rounds)['what']}",
+            str(rounds[0]["clients"]),
+            _number(_middle(rounds)["qps"]),
+            *(_number(statistics.median(r[n] for r in rounds)) for n in ("p50_ms", "p99_ms")),
+        )
+        for job in ("size", "classify")
+        for rounds in jobs[job]["rounds"].values()
+    ]
+    said = [
+        f"- {name}: {ratio['median']:.3g} ({ratio['least']:.3g} to {ratio['most']:.3g})"
+        for job in ("size", "classify")
+        for name, ratio in jobs[job]["ratios"].items()
+    ]
+    corrupt = [_corrupt_row(server) for server in jobs["corrupt"]["servers"]]
+    tables = (
+        _table(("job", "C", "a second", "p50 ms", "p99 ms"), rows),
+        "\n".join(said),
+        _table(("one corrupt picture among eight", "of the others, answered", "it got"), corrupt),
+    )
+    return "\n\n".join((head, *tables))
+
+
+def _corrupt_row(server: Mapping[str, Any]) -> tuple[str, str, str]:
+    right = server["others_right"]
+    counts = sorted({right["least"], right["most"]})
+    statuses = ", ".join(map(str, server["corrupt_statuses"]))
+    return server["what"], f"{' to '.join(map(str, counts))} of {right['of']}", statuses
+
+
 def gpu_table() -> str:
     """What one GPU reached, with the ceilings of the same run."""
     found = _found("h200")
@@ -109,7 +151,12 @@ def gpu_table() -> str:
     return head + "\n\n" + _table(("job", "C", "pictures a second", "p50 ms", "p99 ms"), rows)
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"cpu": cpu_table, "text": text_table, "gpu": gpu_table}
+TABLES: Mapping[str, Callable[[], str]] = {
+    "cpu": cpu_table,
+    "text": text_table,
+    "serve": serve_table,
+    "gpu": gpu_table,
+}
 
 
 def replace_tables(text: str) -> str:

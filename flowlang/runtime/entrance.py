@@ -65,12 +65,11 @@ class Entrance:
         self.width = 2 * room if room and len(units) > 1 else self.limit
         self.track = Track(program.steps)
         self.has_parameters = bool(program.plan.parameters)
-        # The stage of a flow that is one stage without a timeout, which most are: its requests
-        # are queued there at once, without what only the others need.
+        # The stage of a flow that is one stage, which most are: its requests are queued there at
+        # once, without what only the others need.
         self.door: Stage | None = None
         if len(units) == 1 and units[0].stage is not None and units[0].inputs == (0,):
-            only = stages[units[0].stage]
-            self.door = only if only.plan.timeout_s is None else None
+            self.door = stages[units[0].stage]
 
     def rank_by(self, priority: int) -> None:
         """Have queues in order of rank, now that a request has a priority. Raises BadRequest."""
@@ -80,13 +79,3 @@ class Entrance:
             for stage in self.stages:
                 stage.batcher.is_ranked = True
             self.is_ranked = True
-
-
-def knock(door: Stage, request: Request, now: float) -> Wake | None:
-    """Queue a request of a flow that is one stage. Returns the bell to ring, if any."""
-    entrance = request.entrance
-    entrance.under_way += 1
-    request.is_under_way = True
-    # The parameters of such a flow are used by nothing.
-    value = request.value[0] if entrance.has_parameters else request.value
-    return door.put(Item(request, 0, value, now))

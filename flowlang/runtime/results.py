@@ -75,6 +75,8 @@ def _ranked(values: Array) -> Array:
     """The values with NaN, which a model gone wrong may give, as the least."""
     import numpy as np
 
+    if not np.isnan(values).any():  # nearly always, and a fifth of the cost of replacing none
+        return values
     return np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
 
 

@@ -26,7 +26,7 @@ from flowlang.diagnostics import (
 )
 from flowlang.plan.physical import PhysicalPlan
 from flowlang.runtime.batcher import Item, first_of, place
-from flowlang.runtime.entrance import Entrance, Stage, knock
+from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
 from flowlang.runtime.walk import Ended, Work, arrive, begin
 
@@ -88,17 +88,13 @@ class Scheduler:
             entrance.rank_by(priority)
             request.priority = priority
         allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
-        if allowed_s is None and entrance.door is not None:
-            with self._lock:
-                self._admit(entrance)
-                bell = knock(entrance.door, request, now)
-            if bell is not None:
-                bell()
-            return request
         after = _Afterwards()
         with self._lock:
             self._admit(entrance)
-            self._enter(request, now, allowed_s, after)
+            if allowed_s is None and entrance.door is not None:
+                self._knock(entrance.door, request, now, after)
+            else:
+                self._enter(request, now, allowed_s, after)
         after.run()
         return request
 
@@ -328,9 +324,7 @@ class Scheduler:
         if allowed_s is not None:
             self._expire_at(now + allowed_s, request, None, after)
         if entrance.door is not None:
-            bell = knock(entrance.door, request, now)
-            if bell is not None:
-                after.bells.append(bell)
+            self._knock(entrance.door, request, now, after)
         elif entrance.under_way >= entrance.width:
             backlog = entrance.backlog
             while backlog and backlog[0].is_answered:
@@ -341,6 +335,19 @@ class Scheduler:
                 backlog.append(request)
         else:
             self._start(entrance, request, now, after)
+
+    def _knock(self, door: Stage, request: Request, now: float, after: _Afterwards) -> None:
+        """Queue a request of a flow that is one stage."""
+        entrance = request.entrance
+        entrance.under_way += 1
+        request.is_under_way = True
+        # The parameters of such a flow are used by nothing.
+        item = Item(request, 0, request.value[0] if entrance.has_parameters else request.value, now)
+        if door.plan.timeout_s is not None:
+            self._expire_at(now + door.plan.timeout_s, request, item, after)
+        bell = door.put(item)
+        if bell is not None:
+            after.bells.append(bell)
 
     def _expire_at(
         self, when_s: float, request: Request, item: Item | None, after: _Afterwards

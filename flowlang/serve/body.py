@@ -100,41 +100,62 @@ class BodyReader:
         return Refusal("too-large", 413, message, is_last=is_last)
 
 
-async def unless_hung_up(call: Awaitable[Result], receive: Receive) -> Result:
-    """The result of a call. Raises HungUp once nobody is there to be told."""
-    watch = _Watch(receive)
-    try:
-        return await call
-    except asyncio.CancelledError:
-        if watch.hung_up:
-            raise HungUp from None
-        raise
-    finally:
-        watch.stop()
+class Watches:
+    """Cancels calls whose clients hang up.
+
+    A client is watched once its answer is late, WATCH_AFTER_S to twice that: most answers come
+    before. One timer looks after all calls, for a timer each would cost more than the rest of this.
+    """
+
+    def __init__(self) -> None:
+        self._young: set[_Watch] = set()  # since the timer last went off
+        self._old: set[_Watch] = set()
+        self._is_ticking = False
+
+    async def unless_hung_up(self, call: Awaitable[Result], receive: Receive) -> Result:
+        """The result of a call. Raises HungUp once nobody is there to be told."""
+        watch = _Watch(receive)
+        self._young.add(watch)
+        if not self._is_ticking:
+            self._is_ticking = True
+            asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._tick)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if watch.hung_up:
+                raise HungUp from None
+            raise
+        finally:
+            self._young.discard(watch)
+            self._old.discard(watch)
+            watch.stop()
+
+    def _tick(self) -> None:
+        for watch in self._old:
+            watch.begin()
+        self._old, self._young = self._young, set()
+        self._is_ticking = bool(self._old)
+        if self._is_ticking:
+            asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._tick)
 
 
 class _Watch:
-    """Cancels the task that made it when its client hangs up.
+    """Cancels the task that made it when its client hangs up, once it has begun."""
 
-    It begins once the answer is late: most answers come before, and then a timer is all it costs.
-    """
-
-    __slots__ = ("_receive", "_task", "_timer", "_watcher", "hung_up")
+    __slots__ = ("_receive", "_task", "_watcher", "hung_up")
 
     def __init__(self, receive: Receive) -> None:
         self.hung_up = False
         self._receive = receive
         self._task = _this_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
+
+    def begin(self) -> None:
+        self._watcher = asyncio.get_running_loop().create_task(self._wait())
 
     def stop(self) -> None:
-        self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
-
-    def _begin(self) -> None:
-        self._watcher = asyncio.get_running_loop().create_task(self._wait())
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -33,7 +33,7 @@ from flowlang.serve.answer import (
     to_json,
     told,
 )
-from flowlang.serve.body import BodyReader, HungUp, Receive, Scope, Send, unless_hung_up
+from flowlang.serve.body import BodyReader, HungUp, Receive, Scope, Send, Watches
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
 from flowlang.serve.inference import Inference
 from flowlang.serve.metrics import KIND as METRICS
@@ -113,6 +113,7 @@ class Service:
         self.under_way = 0
         self.inference = Inference()
         self._inference_routes = InferenceRoutes(self.inference, max_body_bytes)
+        self._watches = Watches()
         self._bodies = BodyReader(max_body_bytes, body_s)
         self._token = token
         self._doors: dict[str, _Door] = {}  # by path
@@ -271,7 +272,9 @@ class Service:
                     return _call_each(door, items, asked | parameters, request_id)
                 return door.flow.acall(door.item(body), **asked, **parameters)
 
-            kind, encoded = encode(await unless_hung_up(self._call(door, call), receive))
+            kind, encoded = encode(
+                await self._watches.unless_hung_up(self._call(door, call), receive)
+            )
             return Answer(200, encoded, kind)
         except RequestError as error:
             level = logging.WARNING if isinstance(error, StageFailed) else logging.INFO
@@ -292,7 +295,7 @@ class Service:
         except RequestError as error:
             return refused(error)
         answer = self.infer(scope["path"], dict(scope["headers"]), body)
-        return await unless_hung_up(answer, receive)
+        return await self._watches.unless_hung_up(answer, receive)
 
     async def infer(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Answer:
         """The answer to an inference of the Open Inference Protocol."""

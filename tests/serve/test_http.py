@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 import flowlang
 from flowlang.diagnostics import FlowError
 from flowlang.serve import asgi
+from flowlang.serve.http import MAX_CORKED_BYTES, _Corked
 from flowlang.serve.routes import Service
 from tests.pictures import bad, photographs
 from tests.serve.server import (
@@ -362,6 +363,51 @@ def test_requests_on_one_connection_are_answered_in_order(server: Server) -> Non
         for number in range(20):
             connection.post("/flows/echo", b"%d" % number)
         assert [connection.answer()[2] for _ in range(20)] == [b"%d" % n for n in range(20)]
+
+
+class Written:
+    """A transport that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.is_closed = False
+
+    def write(self, data: bytes) -> None:
+        self.parts.append(data)
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_head_is_written_with_its_body() -> None:
+    """An answer takes one write; a head without a body is written at the end or at the close."""
+    transport = Written()
+    corked = _Corked(transport)  # type: ignore[arg-type]
+    corked.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    corked.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    corked.write(b"body")
+    corked.write(b"the second chunk")
+    corked.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+    corked.flush()
+    corked.flush()
+    large = bytes(MAX_CORKED_BYTES + 1)
+    corked.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    corked.write(large)
+    corked.write(b"HTTP/1.1 500 Internal Server Error\r\n\r\n")
+    corked.close()
+    assert transport.parts == [
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\nbody",
+        b"the second chunk",
+        b"HTTP/1.1 204 No Content\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        large,
+        b"HTTP/1.1 500 Internal Server Error\r\n\r\n",
+    ]
+    assert transport.is_closed
 
 
 def test_a_client_that_waits_for_leave_gets_it(server: Server) -> None:
