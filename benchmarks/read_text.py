@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import psutil
 
 from benchmarks.cpu import QUIET_CORES, Run, middle, rates, spread, summary, write
-from benchmarks.load import Result, Sampler, fastest_loop, percentile
+from benchmarks.load import PoolSampler, Result, Sampler, fastest_loop, percentile
 from flowlang import Flow, load
 from tests.pages import Page, pages
 
@@ -113,27 +112,6 @@ def processes(count: int) -> Iterator[tuple[Read, Callable[[], Sampler]]]:
             return pool.submit(_read_here, picture).result()
 
         yield read, lambda: PoolSampler(list(pool._processes))
-
-
-class PoolSampler(Sampler):
-    """What this process and the workers of a pool use."""
-
-    def __init__(self, workers: Sequence[int]) -> None:
-        self._workers = [psutil.Process(worker) for worker in workers]
-
-    def __enter__(self) -> PoolSampler:
-        super().__enter__()
-        self._workers_s = self._cpu_s_of_workers()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        super().__exit__(*failure)
-        used_s = self._cpu_s_of_workers() - self._workers_s
-        self._used_s += used_s
-        self._others_s -= used_s
-
-    def _cpu_s_of_workers(self) -> float:
-        return sum(sum(worker.cpu_times()[:2]) for worker in self._workers)
 
 
 # What is read
