@@ -315,7 +315,7 @@ def on_gpu(run: Run) -> None:
 
 
 HTTP_CLIENTS, HTTP_THREADS = 256, 4
-FRONTS = (4, 6, 8)
+FRONTS = (6, 8)
 
 
 def over_http(run: Run) -> None:

@@ -6,7 +6,7 @@ Layer 4.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from flowlang.diagnostics import FlowError
 
 if TYPE_CHECKING:
     from flowlang.app import App
-    from flowlang.plan.physical import PhysicalPlan
+    from flowlang.plan.check import Plan
     from flowlang.runtime.seal import Key
     from flowlang.serve.http import Face
     from flowlang.serve.inference import Inference
@@ -105,20 +105,23 @@ def serve(
 
     certificate = _certificate(tls_cert, tls_key)
     faces = _faces(host, grpc_port, thrift_port, thrift_flow, certificate, token)
-    machine = this_machine(device)
     opener = opener_of(key)
 
-    def compiled() -> PhysicalPlan:
-        return lower(compile_files(files, values=values, schedule=schedule, opener=opener), machine)
+    def check() -> Sequence[Plan]:
+        return compile_files(files, values=values, schedule=schedule, opener=opener)
 
-    first = [compiled()]  # what is wrong now is told before anything listens
-    names = [program.name for program in first[0].programs]
+    # What is wrong now is told before anything listens. The GPU is looked at where it will be used:
+    # what a process has begun with CUDA is of no use to those that it forks.
+    plans = check()
+    first = [] if fronts else [lower(plans, this_machine(device))]
+    names = [flow.name for plan in plans for flow in plan.flows]
     if thrift_flow is not None and thrift_flow not in names:
         there = ", ".join(f"`{name}`" for name in names)
         raise FlowError(f"--thrift-flow: there is no flow `{thrift_flow}`; there is {there}")
 
     def load() -> App:
-        return App(first.pop() if first else compiled(), engines=engines, key=key)
+        physical = first.pop() if first else lower(check(), this_machine(device))
+        return App(physical, engines=engines, key=key)
 
     sys.exit(
         serve_http(
