@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flowlang.cli.log import log_options
 from flowlang.cli.options import (
     FILE,
     device_option,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from flowlang.serve.inference import Inference
     from flowlang.serve.tls import Certificate
     from flowlang.serve.token import Token
+    from flowlang.serve.trace import Tracer
 
 
 @click.command()
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tls-key", type=FILE, help="The private key of that certificate, in PEM.")
 @token_option
+@log_options
 @device_option
 @engines_option
 @plan_options
@@ -80,6 +83,8 @@ def serve(
     tls_cert: str | None,
     tls_key: str | None,
     token: Token | None,
+    tells_requests: bool,
+    tracer: Tracer | None,
     device: str | None,
     engines: Path | None,
     values: dict[str, str],
@@ -108,7 +113,8 @@ def serve(
         raise FlowError(f"--thrift-flow: there is no flow `{thrift_flow}`; there is {there}")
 
     def load() -> App:
-        return App(first.pop() if first else compiled(), engines=engines, key=key)
+        plan = first.pop() if first else compiled()
+        return App(plan, engines=engines, key=key, observer=tracer)
 
     sys.exit(
         serve_http(
@@ -120,6 +126,8 @@ def serve(
             certificate=certificate,
             token=token,
             metrics_port=metrics_port,
+            tells_requests=tells_requests,
+            tracer=tracer,
         )
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import resource
@@ -14,7 +15,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +23,7 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flowlang.diagnostics import CompileError, FlowError
+from flowlang.serve.access import AccessLog
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
 from flowlang.serve.tls import Certificate
 from flowlang.serve.token import Token
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from flowlang.app import App
     from flowlang.serve.body import Receive, Scope, Send
     from flowlang.serve.inference import Inference
+    from flowlang.serve.trace import Tracer
 
 GRACE_S = 30.0
 BACKLOG = 2048
@@ -40,6 +42,8 @@ HANDSHAKE_S = 20.0  # of TLS
 LINGER_S = 0.2  # once all is answered: so that who writes just now is told, and not cut off
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers
 STOPS = (signal.SIGTERM, signal.SIGINT)
+
+log = logging.getLogger("flowlang.serve")
 
 
 class Face(Protocol):
@@ -68,6 +72,8 @@ def serve(
     certificate: Certificate | None = None,
     token: Token | None = None,
     metrics_port: int | None = None,
+    tracer: Tracer | None = None,
+    tells_requests: bool = False,
 ) -> int:
     """Serve flows until SIGTERM or SIGINT. Returns the exit status.
 
@@ -86,7 +92,9 @@ def serve(
     `faces` are other protocols to serve the same flows by, made of what they answer with; the URL
     told is then a list of them, HTTP's the last. With a `certificate` HTTP is spoken over TLS, and
     with a `token` only who has it is let in; whoever makes the faces gives them theirs.
-    At `metrics_port` /metrics is told to everybody, and nothing else.
+    At `metrics_port` /metrics is told to everybody, and nothing else. Requests are followed by a
+    `tracer`, which is also the observer of what `load` gives; with `tells_requests` each of them
+    over HTTP has a line in the log.
     """
     try:
         listener = _listen(host, port)
@@ -95,7 +103,7 @@ def serve(
         _report(error)
         return 1
     _allow_many_connections()
-    service = Service(max_body_bytes=max_body_bytes, token=token)
+    service = Service(max_body_bytes=max_body_bytes, token=token, tracer=tracer)
     server = _Server(
         service,
         load,
@@ -108,8 +116,11 @@ def serve(
         faces=[make(service.inference) for make in faces],
         certificate=certificate,
         metrics_listener=metrics_listener,
+        tells_requests=tells_requests,
     )
     uvloop.run(server.serve())
+    if tracer is not None:
+        tracer.close()
     if server.is_cut_short:
         # A thread inside ONNX Runtime aborts the process if the interpreter ends around it.
         _end(server.status)
@@ -145,7 +156,7 @@ def _say(line: str) -> None:
 
 
 def _warn(line: str) -> None:
-    print(f"flowlang: {line}", file=sys.stderr, flush=True)
+    log.warning("flowlang: %s", line)
 
 
 def _end(status: int) -> None:
@@ -235,8 +246,9 @@ class _Server(uvicorn.Server):
         faces: Sequence[Face] = (),
         certificate: Certificate | None = None,
         metrics_listener: socket.socket | None = None,
+        tells_requests: bool = False,
     ) -> None:
-        super().__init__(_config(service))
+        super().__init__(_config(AccessLog(service) if tells_requests else service))
         self.status = 0
         self.is_cut_short = False  # stopped with threads left inside a model's code
         self._service = service
@@ -386,7 +398,7 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(LINGER_S)
         finally:
             if not in_time:
-                print(f"flowlang: not all was answered in {self._grace_s:g} s", file=sys.stderr)
+                _warn(f"not all was answered in {self._grace_s:g} s")
                 self.status = 1
             self.is_cut_short = not (in_time and is_loaded)
             self.config.timeout_graceful_shutdown = max(1, math.ceil(until_s - clock()))
@@ -396,8 +408,8 @@ class _Server(uvicorn.Server):
 def _report(failure: BaseException) -> None:
     """Say why the flows cannot be served."""
     if isinstance(failure, CompileError):
-        print(failure, file=sys.stderr)
+        log.error("%s", failure)
     elif isinstance(failure, (FlowError, OSError)):
-        print(f"flowlang: {failure}", file=sys.stderr)
+        log.error("flowlang: %s", failure)
     else:
-        traceback.print_exception(failure, file=sys.stderr)
+        log.error("flowlang: the flows cannot be loaded", exc_info=failure)
