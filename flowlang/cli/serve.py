@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flowlang.cli.log import log_options
 from flowlang.cli.options import (
     FILE,
     device_option,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from flowlang.serve.inference import Inference
     from flowlang.serve.tls import Certificate
     from flowlang.serve.token import Token
+    from flowlang.serve.trace import Tracer
 
 
 @click.command()
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tls-key", type=FILE, help="The private key of that certificate, in PEM.")
 @token_option
+@log_options
 @device_option
 @engines_option
 @plan_options
@@ -90,6 +93,8 @@ def serve(
     tls_cert: str | None,
     tls_key: str | None,
     token: Token | None,
+    tells_requests: bool,
+    tracer: Tracer | None,
     device: str | None,
     engines: Path | None,
     values: dict[str, str],
@@ -103,6 +108,8 @@ def serve(
     from flowlang.runtime.machine import this_machine
     from flowlang.serve.http import serve as serve_http
 
+    if fronts and tracer is not None:
+        raise FlowError("--otel follows requests in one process: leave it or --ingest out")
     certificate = _certificate(tls_cert, tls_key)
     faces = _faces(host, grpc_port, thrift_port, thrift_flow, certificate, token)
     opener = opener_of(key)
@@ -121,7 +128,7 @@ def serve(
 
     def load() -> App:
         physical = first.pop() if first else lower(check(), this_machine(device))
-        return App(physical, engines=engines, key=key)
+        return App(physical, engines=engines, key=key, observer=tracer)
 
     sys.exit(
         serve_http(
@@ -134,6 +141,8 @@ def serve(
             token=token,
             metrics_port=metrics_port,
             fronts=fronts,
+            tells_requests=tells_requests,
+            tracer=tracer,
         )
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
+import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +16,8 @@ from flowlang.serve.watch import reload_on_change
 
 if TYPE_CHECKING:
     from flowlang.app import App
+
+log = logging.getLogger("flowlang.serve")
 
 
 class Backend(Protocol):
@@ -116,4 +118,4 @@ class Local:
 
 
 def _warn(line: str) -> None:
-    print(f"flowlang: {line}", file=sys.stderr, flush=True)
+    log.warning("flowlang: %s", line)

@@ -8,16 +8,18 @@ to signals; the others are told to stop through a pipe, whose end they take for 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+log = logging.getLogger("flowlang.serve")
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 SHORT_S = 1.0  # a process that lived no longer is started again after a pause
@@ -135,7 +137,7 @@ class Supervisor:
                 signal.signal(stop, signal.SIG_IGN)
             status = work(self._path, reins)
         except BaseException:
-            traceback.print_exc()
+            log.exception("flowlang: a process could not go on")
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -156,7 +158,7 @@ class Supervisor:
             self._stop()
             return
         name = "the engine" if is_engine else f"front {child.role}"
-        print(f"flowlang: {name} {_how(status)}: it is started again", file=sys.stderr, flush=True)
+        log.warning("flowlang: %s %s: it is started again", name, _how(status))
         self._short = self._short + 1 if time.monotonic() - child.since_s < SHORT_S else 0
         if self._short:
             first, longest = PAUSES_S
