@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -67,6 +68,7 @@ class Local:
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
     ) -> None:
         loop = asyncio.get_running_loop()
+        since_ns = time.time_ns()
 
         def take(loaded: App | BaseException) -> None:
             if self._is_closed:
@@ -78,7 +80,9 @@ class Local:
             self._let_in(loaded)
             on_ready()
             if self._watches:
-                watching = reload_on_change(self._files, self._load, self._take_over, _warn)
+                watching = reload_on_change(
+                    self._files, self._load, self._take_over, _warn, since_ns
+                )
                 self._watching = loop.create_task(watching)
 
         def load() -> None:
@@ -92,8 +96,7 @@ class Local:
         threading.Thread(target=load, name="flowlang-load", daemon=True).start()
 
     def _files(self) -> list[str]:
-        plans = self._app.physical.plans if self._app is not None else ()
-        return [file for plan in plans for file in plan.files]
+        return self._app.physical.files if self._app is not None else []
 
     def _take_over(self, app: App) -> None:
         """Let new flows take over; the old ones answer what they have, and are closed."""
