@@ -317,6 +317,7 @@ class _Answers:
         def read(model: Model) -> Request:
             return read_request(request, context.time_remaining())
 
+        self._inference.check_open()
         return await self._inference.infer(
             request.model_name, request.model_version, read, self._write
         )

@@ -362,12 +362,11 @@ class Inference:
         read: Callable[[Model], Request],
         write: Callable[[Model, Request, list[Tensor]], Carried],
     ) -> Carried:
-        """Answer one request. Raises RequestError, of which a client may be told.
+        """Answer one request that was let in. Raises RequestError, of which a client may be told.
 
         `read` and `write` are the transport's: they make a request of what came, and of the tensors
         what goes back.
         """
-        self.check_open()
         model = self.model(name, version)
         model.statistics.last_ms = time.time_ns() // 1_000_000
         self.under_way += 1

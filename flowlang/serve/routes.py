@@ -128,6 +128,11 @@ class Service:
             for name in ("page.html", "docs.html")
         )
 
+    @property
+    def inside(self) -> int:
+        """How many requests are inside the server: other processes of it may have some too."""
+        return self.under_way
+
     def let_in(self, app: App) -> None:
         """Take requests for these flows."""
         self._app = app
@@ -356,7 +361,7 @@ class Service:
         return Refusal("not-found", 404, f"there is nothing at this path{hint}")
 
     def _once_loaded(self, body: bytes) -> Answer:
-        if self.state == "loading":
+        if not body:
             raise Refusal("loading", 503, "the flows are not loaded yet")
         return Answer(200, body)
 
@@ -364,7 +369,7 @@ class Service:
         return Answer(200, metrics_text(self._app, self.state), METRICS)
 
     def _tell_ready(self) -> Answer:
-        body = to_json({"status": self.state, "requests": self.under_way})
+        body = to_json({"status": self.state, "requests": self.inside})
         return Answer(200 if self.state == "ready" else 503, body)
 
 
