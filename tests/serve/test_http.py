@@ -49,10 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=[(), ("--ingest", "2")], ids=["one-process", "ingest"])
+def server(folder: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server of all flows, shared by the tests that leave it as it was."""
-    with serving(folder, str(folder / "all.flow")) as server:
+    with serving(folder, str(folder / "all.flow"), *request.param) as server:
         yield server.wait_ready()
 
 
