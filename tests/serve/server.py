@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from examples import models
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 30.0  # a test that waits longer than this for anything has failed
+
+# What a server may be made of: the parameters of a fixture, where it is the same to the tests.
+KINDS = [pytest.param((), id="one-process"), pytest.param(("--ingest", "2"), id="ingest")]
 
 FLOWS = """
 ## Three best classes of one picture.

@@ -27,6 +27,7 @@ from flowlang.serve.http import MAX_CORKED_BYTES, _Corked
 from flowlang.serve.routes import Service
 from tests.pictures import bad, photographs
 from tests.serve.server import (
+    KINDS,
     PATIENCE_S,
     Server,
     head,
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[(), ("--ingest", "2")], ids=["one-process", "ingest"])
+@pytest.fixture(scope="module", params=KINDS)
 def server(folder: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server of all flows, shared by the tests that leave it as it was."""
     with serving(folder, str(folder / "all.flow"), *request.param) as server:
