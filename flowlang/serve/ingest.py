@@ -25,6 +25,8 @@ from flowlang.serve.supervisor import Reins, Supervisor
 if TYPE_CHECKING:
     from flowlang.app import App
 
+LEAVE_S = 1.0  # for fronts to pass on why they have no answer
+
 
 def serve_by_fronts(
     setup: Setup, load: Callable[[], App], listeners: Sequence[socket.socket], *, watches: bool
@@ -111,5 +113,8 @@ class _Flows(Local):
         until_s = clock() + within_s
         # Fronts stop at the same time, and leave once they have answered all that they let in.
         in_time = not self.is_loaded or await self._desk.deserted(within_s)
+        in_time = await super().close(max(0.0, until_s - clock())) and in_time
+        if not in_time:  # the flows have answered what they could not do
+            await self._desk.deserted(LEAVE_S)
         self._desk.close()
-        return await super().close(max(0.0, until_s - clock())) and in_time
+        return in_time
