@@ -26,6 +26,9 @@ class Backend(Protocol):
     def is_loaded(self) -> bool:
         """Whether there are flows."""
 
+    async def prepare(self) -> None:
+        """What is to be done before anything listens. It is short."""
+
     def start(
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
     ) -> None:
@@ -63,6 +66,8 @@ class Local:
     @property
     def is_loaded(self) -> bool:
         return self._app is not None
+
+    async def prepare(self) -> None: ...
 
     def start(
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]

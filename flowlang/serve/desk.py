@@ -44,7 +44,7 @@ class Kind(IntEnum):
     CANCEL = 4  # the number of a call that nobody waits for any more
     OPEN = 5  # the front has its flows, and lets requests in
     ANSWERS = 6  # pickled: the number and the outcome of each
-    FLOWS = 7  # pickled: the flows there are now, each a Card
+    FLOWS = 7  # pickled: the flows there are now, each a Card; none while they are loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +108,14 @@ class Desk:
             self._flows[card.number] = flow
             self._cards.append(card)
         for front in self._fronts:
-            self._tell(front)
+            front.tell(self._cards)
 
     def _meet(self) -> _Front:
         front = _Front(self, self._questions)
         self._fronts.add(front)
-        asyncio.get_running_loop().call_soon(self._tell, front)  # once it has its channel
+        # Once it has its channel; that there are no flows yet is told too.
+        asyncio.get_running_loop().call_soon(lambda: front.tell(self._cards))
         return front
-
-    def _tell(self, front: _Front) -> None:
-        if self._cards:
-            front.tell(self._cards)
 
     def flow(self, number: int) -> Flow:
         """A flow by its number. Raises Draining where another has taken over."""

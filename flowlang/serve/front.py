@@ -7,6 +7,7 @@ goes to the engine over a channel. `flowlang.serve.desk` is the other side.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import pickle
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from flowlang.serve.routes import Service
 from flowlang.serve.v2 import is_below, is_health, refused
 
 RETRY_S = 0.05  # between tries to connect
+FIRST_WORD_S = 1.0  # of the engine: for so long a front that begins takes no connections
 
 
 class RemoteFlow:
@@ -66,15 +68,21 @@ class Engine:
         self._numbers = itertools.count()
         self._connecting: asyncio.Task[None] | None = None
         self._is_closed = False
-        self._on_ready: Callable[[], object] | None = None
+        self._has_heard = asyncio.Event()
         self.is_loaded = False
+
+    async def prepare(self) -> None:
+        """See flowlang.serve.backend.Backend. Who has waited for this front is not to be refused
+        for want of flows that are there: the engine says so as soon as it is met.
+        """
+        self._connecting = asyncio.get_running_loop().create_task(self._connect())
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._has_heard.wait(), FIRST_WORD_S)
 
     def start(
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
     ) -> None:
-        """See flowlang.serve.backend.Backend. An engine that is not there yet is waited for."""
-        self._on_ready = on_ready
-        self._connecting = asyncio.get_running_loop().create_task(self._connect())
+        """See flowlang.serve.backend.Backend. The engine tells it of all: a front says nothing."""
 
     async def _connect(self) -> None:
         while not self._is_closed:
@@ -131,12 +139,15 @@ class Engine:
                 else:
                     future.set_result(outcome)
         elif record.kind == Kind.FLOWS:
-            self.is_loaded = True
-            self._let_in({card.name: RemoteFlow(self, card) for card in pickle.loads(message)})
-            self.channel.send(0, Kind.OPEN, b"")
-            if self._on_ready is not None:
-                self._on_ready()
-                self._on_ready = None
+            self._has_heard.set()
+            self._take([RemoteFlow(self, card) for card in pickle.loads(message)])
+
+    def _take(self, flows: list[RemoteFlow]) -> None:
+        if not flows:
+            return
+        self.is_loaded = True
+        self._let_in({flow.name: flow for flow in flows})
+        self.channel.send(0, Kind.OPEN, b"")
 
     def lost(self) -> None:
         """The engine is gone: whoever waits is told, and whoever comes, until it is there again."""

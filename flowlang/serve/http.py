@@ -376,6 +376,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=[])
+        await self._backend.prepare()
         try:
             if self._listener is not None:
                 await self._listen(self._listener, self.config)

@@ -51,7 +51,7 @@ def _be_front(
     _close([*held[:number], *held[number + 1 :]])
     service = FrontService(inside, number, max_body_bytes=setup.max_body_bytes, token=setup.token)
     service.engine = Engine(path, service.let_in_remote, service.shut)
-    own = replace(setup, faces=(), metrics_listener=None, on_listen=_nothing, on_ready=_nothing)
+    own = replace(setup, faces=(), metrics_listener=None, on_listen=_nothing)
     return Server(own, service, service.engine, held[number], reins.fileno()).finish()
 
 
