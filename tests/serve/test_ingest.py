@@ -192,6 +192,25 @@ sys.exit(serve(load, "127.0.0.1", 0, fronts=2))
         assert server.errors == "flowlang: the engine was ended by signal 9\n"
 
 
+def test_gpus_are_asked_about_by_another_process(folder: Path) -> None:
+    """CUDA, once it has been asked anything, is of no use to the processes forked after that."""
+    asked = folder / "asked"
+    code = f"""
+import os, pathlib
+from flowlang.runtime import machine
+found = machine.this_machine
+def this_machine(device):
+    pathlib.Path({str(asked)!r}).write_text(str(os.getpid()))
+    return found(device)
+machine.this_machine = this_machine
+from flowlang.cli import main
+main(["serve", "--ingest", "2", "--port", "0", {str(folder / "light.flow")!r}])
+"""
+    with running(folder, "-c", code) as server:
+        server.wait_ready()
+        assert int(asked.read_text()) not in (server.process.pid, *processes(server).all)
+
+
 def test_a_port_in_use_is_told(folder: Path) -> None:
     """A port that another server has is not shared with it."""
     command = [sys.executable, "-m", "flowlang", "serve", "--ingest", "2", "--port"]

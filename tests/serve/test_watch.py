@@ -54,10 +54,12 @@ def test_a_changed_file_takes_over_and_no_request_is_lost(server: Server, tmp_pa
         with httpx.Client(base_url=server.url, timeout=30.0) as client:
             while not stop.is_set():
                 response = client.post("/", content=b"12345")
-                told = response.json()
+                form = client.post("/", files=[("a", b"12345"), ("b", b"54321")])
+                results = [told.get("result", told) for told in form.json()["results"]]
                 with lock:
-                    seen[response.status_code, told.get("version", 0)] += 1
-                    assert told.get("size") == 5, told
+                    for told in (response.json(), *results):
+                        seen[response.status_code, told.get("version", 0)] += 1
+                        assert told.get("size") == 5, told
 
     clients = [threading.Thread(target=ask) for _ in range(6)]
     for client in clients:
