@@ -58,6 +58,8 @@ export flow word = ops.word
 schedule { echo(queue=1000) }
 """
 HOLDING = FLOWS + 'export flow held = trt("identity.onnx", batch=1..64, wait=60s)\n'
+TOKEN = "the-token-of-both"
+RIGHT = {"Authorization": f"Bearer {TOKEN}"}
 TENSOR = {"name": "input", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}
 INFERENCE = json.dumps({"inputs": [TENSOR]}).encode()
 
@@ -226,6 +228,79 @@ def test_a_port_in_use_is_told(folder: Path) -> None:
 
 
 # What the engine is asked
+
+
+@pytest.fixture(scope="module")
+def alike(folder: Path) -> Iterator[tuple[Server, Server]]:
+    """A server of one process, and one of several, which do the same."""
+    (token := write(folder / "token", TOKEN)).chmod(0o600)
+    command = ("--device", "cpu", "--token-file", str(token), str(folder / "holding.flow"))
+    with (
+        serving(folder, *command) as alone,
+        serving(folder, "--ingest", "2", *command) as together,
+    ):
+        yield alone.wait_ready(), together.wait_ready()
+
+
+LOOKS = (
+    *("/", "/docs", "/openapi.json", "/flows", "/flows/echo", "/flows/echo/plan.svg", "/nothing"),
+    *("/flows/none/plan.svg", "/health/live", "/health/ready", "/v2", "/v2/health/live"),
+    *("/v2/health/ready", "/v2/models/echo", "/v2/models/echo/ready", "/v2/models/echo/config"),
+    *("/v2/models/echo/stats", "/v2/models/none", "/v2/models/echo/versions/2", "/v2/models/stats"),
+    *("/v2/models/echo/infer", "/v2/nothing", "/v2/repository/index", "/flows/", "//"),
+)
+POSTS: tuple[tuple[str, bytes, dict[str, str]], ...] = (
+    ("/flows/word", b"even", {}),
+    ("/flows/word", b"odd", {"X-Priority": "1", "X-Deadline-Ms": "20000"}),
+    ("/flows/word", b"\xff", {}),
+    ("/flows/word?k=1", b"even", {}),
+    ("/flows/word", b"even", {"X-Priority": "first"}),
+    ("/flows/held", b"[1, 2]", {}),
+    ("/flows/held", b"[1, 2, 3", {}),
+    ("/flows/held", b"[1, 2, 3]", {"X-Deadline-Ms": "20"}),
+    ("/flows/slow", b"soon", {}),
+    ("/flows/none", b"", {}),
+    ("/", b"", {}),
+    ("/metrics", b"", {}),
+    ("/v2/models/held/infer", INFERENCE, {"X-Deadline-Ms": "20"}),
+    ("/v2/models/held/infer", b"{}", {}),
+    ("/v2/models/none/infer", INFERENCE, {}),
+    ("/v2/models/slow/infer", INFERENCE, {}),
+    ("/v2/models/held/load", b"", {}),
+    ("/v2/repository/index", b"", {}),
+    ("/v2/repository/models/held/load", b"", {}),
+)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS"])
+@pytest.mark.parametrize("path", LOOKS)
+def test_what_is_looked_at_is_what_one_process_shows(
+    alike: tuple[Server, Server], method: str, path: str
+) -> None:
+    """To the byte, with its headers, and for who has not the token too."""
+    for headers in ({}, RIGHT):
+        alone, together = (_seen(server, method, path, b"", headers) for server in alike)
+        assert together == alone
+
+
+@pytest.mark.parametrize(("path", "body", "headers"), POSTS)
+def test_what_is_asked_is_answered_as_by_one_process(
+    alike: tuple[Server, Server], path: str, body: bytes, headers: dict[str, str]
+) -> None:
+    """Results and errors are the same, to the byte."""
+    asked = headers | RIGHT
+    alone, together = (_seen(server, "POST", path, body, asked) for server in alike)
+    assert together == alone
+
+
+def _seen(
+    server: Server, method: str, path: str, body: bytes, headers: dict[str, str]
+) -> tuple[int, list[tuple[str, str]], bytes]:
+    """All that a client sees of an answer, but for the time."""
+    given = headers | {"X-Request-Id": "the-same"}
+    response = server.client.request(method, path, content=body, headers=given)
+    shown = [(name, value) for name, value in response.headers.items() if name != "date"]
+    return response.status_code, shown, response.content
 
 
 def test_bodies_that_no_ring_holds_come_back(server: Server) -> None:
