@@ -24,7 +24,8 @@ from typing import Protocol
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 HEARD = (*STOPS, signal.SIGCHLD)
-SHORT_S = 1.0  # a process that lived no longer is started again after a pause
+# A process that lived no longer is started again after a pause, as is an engine without flows.
+SHORT_S = 1.0
 PAUSES_S = (0.1, 5.0)  # the first, and the longest
 
 
@@ -195,7 +196,8 @@ class Supervisor:
                 return
         _say(f"{how}: it is started again")
         now_s = time.monotonic()
-        self._short[role] = self._short[role] + 1 if now_s - child.since_s < SHORT_S else 0
+        is_short = now_s - child.since_s < SHORT_S or (role is None and not was_ready)
+        self._short[role] = self._short[role] + 1 if is_short else 0
         first_s, longest_s = PAUSES_S
         pause_s = first_s * 2 ** min(self._short[role] - 1, 10) if self._short[role] else 0.0
         self._due[role] = now_s + min(longest_s, pause_s)
