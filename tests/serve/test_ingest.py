@@ -213,18 +213,18 @@ main(["serve", "--ingest", "2", "--port", "0", {str(folder / "light.flow")!r}])
         assert int(asked.read_text()) not in (server.process.pid, *processes(server).all)
 
 
-def test_a_port_in_use_is_told(folder: Path) -> None:
-    """A port that another server has is not shared with it."""
+def test_a_port_in_use_is_told(folder: Path, server: Server) -> None:
+    """A port that another has is not shared with it, even if that shares it among its own."""
     command = [sys.executable, "-m", "flowlang", "serve", "--ingest", "2", "--port"]
     file = str(folder / "light.flow")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        done = subprocess.run(
-            [*command, port, file], capture_output=True, text=True, timeout=PATIENCE_S
-        )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"flowlang: cannot listen on 127.0.0.1:{port}: ")
-    assert done.stderr.count("\n") == 1
+        for port in (taken.getsockname()[1], server.port):
+            done = subprocess.run(
+                [*command, str(port), file], capture_output=True, text=True, timeout=PATIENCE_S
+            )
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr.startswith(f"flowlang: cannot listen on 127.0.0.1:{port}: ")
+            assert done.stderr.count("\n") == 1
 
 
 # What the engine is asked
