@@ -476,7 +476,8 @@ def test_a_restarted_engine_serves_what_the_file_says_now(tmp_path: Path) -> Non
         write(flow, "export flow second = pass\n")
         server.line("reloaded: second")
         kill(processes(server).engine)
-        wait_serving(server)
+        server.line("loading, on ")
+        server.line("serving second on ")
         assert server.client.post("/flows/second", content=b"x").content == b"x"
         assert server.client.post("/flows/first", content=b"x").status_code == 404
 
