@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 MODELS := examples/models
 EXAMPLE := examples/read_text.flow
 
-.PHONY: setup serve test lint bench clean
+.PHONY: setup serve test chaos lint bench clean
 
 setup: $(VENV)/.done
 
@@ -42,6 +42,10 @@ serve: $(MODELS)/.done
 
 test: $(MODELS)/.done $(VENV)/.dali
 	$(BIN)/python -m pytest -m 'not gpu' -n auto --dist loadfile $(ARGS)
+
+# A server under everything at once, for minutes; the tests have a short form of it.
+chaos: $(VENV)/.done
+	$(BIN)/python -m tests.serve.chaos $(ARGS)
 
 lint: $(VENV)/.done
 	$(BIN)/ruff format --check .

@@ -158,6 +158,11 @@ class PhysicalPlan:
     programs: tuple[FlowProgram, ...]
     remarks: tuple[Diagnostic, ...]
 
+    @property
+    def files(self) -> list[str]:
+        """All that it was made from."""
+        return [file for plan in self.plans for file in plan.files]
+
 
 def lower(plans: Sequence[Plan], machine: Machine) -> PhysicalPlan:
     """Checked plans, of a file each, to one physical plan for a machine."""

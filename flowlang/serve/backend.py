@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +27,9 @@ class Backend(Protocol):
     @property
     def is_loaded(self) -> bool:
         """Whether there are flows."""
+
+    async def prepare(self) -> None:
+        """What is to be done before anything listens. It is short."""
 
     def start(
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
@@ -65,10 +69,13 @@ class Local:
     def is_loaded(self) -> bool:
         return self._app is not None
 
+    async def prepare(self) -> None: ...
+
     def start(
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
     ) -> None:
         loop = asyncio.get_running_loop()
+        since_ns = time.time_ns()
 
         def take(loaded: App | BaseException) -> None:
             if self._is_closed:
@@ -80,7 +87,9 @@ class Local:
             self._let_in(loaded)
             on_ready()
             if self._watches:
-                watching = reload_on_change(self._files, self._load, self._take_over, _warn)
+                watching = reload_on_change(
+                    self._files, self._load, self._take_over, _warn, since_ns
+                )
                 self._watching = loop.create_task(watching)
 
         def load() -> None:
@@ -94,8 +103,7 @@ class Local:
         threading.Thread(target=load, name="flowlang-load", daemon=True).start()
 
     def _files(self) -> list[str]:
-        plans = self._app.physical.plans if self._app is not None else ()
-        return [file for plan in plans for file in plan.files]
+        return self._app.physical.files if self._app is not None else []
 
     def _take_over(self, app: App) -> None:
         """Let new flows take over; the old ones answer what they have, and are closed."""

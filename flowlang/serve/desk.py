@@ -7,24 +7,30 @@ one turn of the event loop go back in one message. `flowlang.serve.front` is the
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
+import json
 import logging
 import pickle
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import InternalError, RequestError
+from flowlang.diagnostics import Draining, InternalError, RequestError
 from flowlang.plan.graph import Parameter
 from flowlang.plan.types import Type
+from flowlang.serve.answer import OCTETS, encode
 from flowlang.serve.channel import Channel, Listener, Record
 from flowlang.serve.inference import emptied
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
     from flowlang.runtime.request import Request
+
+KNOWN = frozenset(("builtins", "copyreg", "flowlang", "numpy"))  # whose values travel as they are
 
 log = logging.getLogger("flowlang.serve")
 
@@ -38,7 +44,7 @@ class Kind(IntEnum):
     CANCEL = 4  # the number of a call that nobody waits for any more
     OPEN = 5  # the front has its flows, and lets requests in
     ANSWERS = 6  # pickled: the number and the outcome of each
-    FLOWS = 7  # pickled: the flows there are now, each a Card
+    FLOWS = 7  # pickled: the flows there are now, each a Card; none while they are loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,9 @@ class Card:
 Question = Callable[..., "Awaitable[Any] | Any"]
 
 
+def _nothing() -> None: ...
+
+
 class Desk:
     """Takes the connections of fronts, and expects so many. Belongs to one event loop."""
 
@@ -67,13 +76,13 @@ class Desk:
     ) -> None:
         self._path = path
         self._questions = questions
-        self._missing = expects
-        self._on_complete: Callable[[], object] = lambda: None
+        self._expects = expects
+        self._on_complete: Callable[[], object] = _nothing
         self._fronts: set[_Front] = set()
         self._listener: Listener | None = None
         self._numbers = itertools.count()
         self._cards: list[Card] = []
-        self.flows: dict[int, Flow] = {}  # by number; those taken over from stay, and refuse
+        self._flows: dict[int, Flow] = {}  # by number
 
     def start(self, on_complete: Callable[[], object]) -> None:
         """Begin to take connections. Raises OSError.
@@ -85,9 +94,8 @@ class Desk:
 
     def let_in(self, app: App) -> None:
         """These are the flows from now on."""
-        before = {card.number for card in self._cards}
-        self.flows = {n: flow for n, flow in self.flows.items() if n in before}
         self._cards = []
+        self._flows = {}
         for flow in app.flows.values():
             card = Card(
                 next(self._numbers) & 0xFFFF,
@@ -97,7 +105,7 @@ class Desk:
                 flow.output,
                 tuple(flow.parameters),
             )
-            self.flows[card.number] = flow
+            self._flows[card.number] = flow
             self._cards.append(card)
         for front in self._fronts:
             front.tell(self._cards)
@@ -105,22 +113,29 @@ class Desk:
     def _meet(self) -> _Front:
         front = _Front(self, self._questions)
         self._fronts.add(front)
-        if self._cards:
-            asyncio.get_running_loop().call_soon(front.tell, self._cards)
+        # Once it has its channel; that there are no flows yet is told too.
+        asyncio.get_running_loop().call_soon(lambda: front.tell(self._cards))
         return front
+
+    def flow(self, number: int) -> Flow:
+        """A flow by its number. Raises Draining where another has taken over."""
+        try:
+            return self._flows[number]
+        except KeyError:
+            raise Draining("the flow has been taken over from") from None
 
     def forget(self, front: _Front) -> None:
         self._fronts.discard(front)
 
-    def count_open(self) -> None:
-        """A front has opened its doors."""
-        self._missing -= 1
-        if not self._missing:
-            self._on_complete()
+    def look_for_all(self) -> None:
+        """To be called when a front has opened its doors."""
+        if sum(front.is_open for front in self._fronts) == self._expects:
+            on_complete, self._on_complete = self._on_complete, _nothing
+            on_complete()
 
-    async def emptied(self, within_s: float) -> bool:
-        """Wait until no front waits for an answer. Returns whether that is so."""
-        return await emptied(lambda: sum(f.under_way for f in self._fronts), within_s)
+    async def deserted(self, within_s: float) -> bool:
+        """Wait until no front is there. Returns whether that is so."""
+        return await emptied(lambda: len(self._fronts), within_s)
 
     def close(self) -> None:
         if self._listener is not None:
@@ -139,14 +154,10 @@ class _Front:
         self._questions = questions
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, tuple[Flow, Request]] = {}
-        self._asked: set[asyncio.Task[None]] = set()
-        self._is_open = False
+        self._asked: dict[int, asyncio.Task[None]] = {}
+        self.is_open = False
         self._answers: deque[tuple[int, Any]] = deque()
         self._wake = self._call_loop  # bound once: it is looked up for every answer
-
-    @property
-    def under_way(self) -> int:
-        return len(self._calls) + len(self._asked) + len(self._answers)
 
     def tell(self, cards: list[Card]) -> None:
         self.channel.send(0, Kind.FLOWS, pickle.dumps(cards))
@@ -165,11 +176,7 @@ class _Front:
             elif kind == Kind.OPEN:
                 self._open()
             else:
-                question, *words = pickle.loads(message)
-                self._asked.add(
-                    task := self._loop.create_task(self._answer(number, question, words))
-                )
-                task.add_done_callback(self._asked.discard)
+                self._ask(number, *pickle.loads(message))
         except RequestError as error:
             self._tell_soon(number, error)
         except Exception as error:
@@ -184,21 +191,27 @@ class _Front:
         priority: int,
         parameters: Mapping[str, Any],
     ) -> None:
-        flow = self._desk.flows[record.part]
+        flow = self._desk.flow(record.part)
         request = flow.put(item, self, number, record.within_s or None, priority, parameters)
         self._calls[number] = flow, request
+
+    def _ask(self, number: int, question: str, *words: Any) -> None:
+        task = self._loop.create_task(self._answer(number, question, words))
+        self._asked[number] = task
+        task.add_done_callback(lambda _: self._asked.pop(number))
 
     def _cancel(self, number: int) -> None:
         if number in self._calls:
             flow, request = self._calls.pop(number)
             flow.cancel(request)
+        elif number in self._asked:
+            self._asked[number].cancel()
 
     def _open(self) -> None:
-        if not self._is_open:
-            self._is_open = True
-            self._desk.count_open()
+        self.is_open = True
+        self._desk.look_for_all()
 
-    async def _answer(self, number: int, question: str, words: list[Any]) -> None:
+    async def _answer(self, number: int, question: str, words: tuple[Any, ...]) -> None:
         try:
             answer = self._questions[question](*words)
             self._tell_soon(number, await answer if isinstance(answer, Awaitable) else answer)
@@ -209,10 +222,8 @@ class _Front:
     def lost(self) -> None:
         """The front is gone, and its clients with it."""
         self._desk.forget(self)
-        for number in list(self._calls):
+        for number in [*self._calls, *self._asked]:
             self._cancel(number)
-        for task in self._asked:
-            task.cancel()
 
     # What goes
 
@@ -241,17 +252,39 @@ class _Front:
             self.channel.send(0, Kind.ANSWERS, _pickled(answers))
 
 
+class _Pickler(pickle.Pickler):
+    """Refuses what a front could not read: it has none of the code that operators are."""
+
+    def reducer_override(self, value: Any) -> Any:
+        is_named = isinstance(value, (type, FunctionType, BuiltinFunctionType))
+        home = value.__module__ if is_named else type(value).__module__
+        if (home or "").partition(".")[0] not in KNOWN:
+            raise pickle.PicklingError(f"a front does not know {home}")
+        return NotImplemented
+
+
+def _dumps(value: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
+
+
 def _pickled(answers: list[tuple[int, Any]]) -> bytes:
     try:
-        return pickle.dumps(answers, pickle.HIGHEST_PROTOCOL)
+        return _dumps(answers)
     except Exception:  # one of them cannot travel: which?
-        return pickle.dumps([(number, _portable(outcome)) for number, outcome in answers])
+        return _dumps([(number, _portable(outcome)) for number, outcome in answers])
 
 
 def _portable(outcome: Any) -> Any:
+    """An outcome as it is if it can travel, or else what it is over HTTP."""
     try:
-        pickle.dumps(outcome)
+        _dumps(outcome)
     except Exception:
-        log.exception("an answer of type %s cannot be sent to a front", type(outcome).__name__)
-        return InternalError("an answer that cannot travel between processes")
+        try:
+            kind, body = encode(outcome)
+            return body if kind == OCTETS else json.loads(body)
+        except Exception:
+            log.exception("an answer of type %s cannot be sent", type(outcome).__name__)
+            return InternalError("an answer that cannot be sent")
     return outcome

@@ -7,19 +7,22 @@ goes to the engine over a channel. `flowlang.serve.desk` is the other side.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flowlang.diagnostics import InternalError, RequestError
+from flowlang.diagnostics import Draining, InternalError, RequestError
 from flowlang.serve.answer import Answer, Refusal, error_answer
 from flowlang.serve.channel import Channel, Record, connect
 from flowlang.serve.desk import Card, Kind
+from flowlang.serve.inference import emptied
 from flowlang.serve.routes import Service
-from flowlang.serve.v2 import is_below, refused
+from flowlang.serve.v2 import is_below, is_health, refused
 
 RETRY_S = 0.05  # between tries to connect
+FIRST_WORD_S = 1.0  # of the engine: for so long a front that begins takes no connections
 
 
 class RemoteFlow:
@@ -61,18 +64,25 @@ class Engine:
         self._let_in = let_in
         self._shut = shut
         self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._is_connected = False
         self._numbers = itertools.count()
         self._connecting: asyncio.Task[None] | None = None
         self._is_closed = False
-        self._on_ready: Callable[[], object] | None = None
+        self._has_heard = asyncio.Event()
         self.is_loaded = False
+
+    async def prepare(self) -> None:
+        """See flowlang.serve.backend.Backend. Who has waited for this front is not to be refused
+        for want of flows that are there: the engine says so as soon as it is met.
+        """
+        self._connecting = asyncio.get_running_loop().create_task(self._connect())
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._has_heard.wait(), FIRST_WORD_S)
 
     def start(
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
     ) -> None:
-        """See flowlang.serve.backend.Backend. An engine that is not there yet is waited for."""
-        self._on_ready = on_ready
-        self._connecting = asyncio.get_running_loop().create_task(self._connect())
+        """See flowlang.serve.backend.Backend. The engine tells it of all: a front says nothing."""
 
     async def _connect(self) -> None:
         while not self._is_closed:
@@ -81,15 +91,19 @@ class Engine:
             except OSError:
                 await asyncio.sleep(RETRY_S)
             else:
+                self._is_connected = True
                 return
 
     async def close(self, within_s: float) -> bool:
+        """See flowlang.serve.backend.Backend. The engine goes on until no front is connected."""
+        in_time = await emptied(lambda: len(self._calls), within_s)
         self._is_closed = True
+        self._fail_all(Draining("the app stopped before this was done"))
         if self._connecting is not None:
             self._connecting.cancel()
-        if self.is_loaded:
+        if self._is_connected:
             self.channel.close()
-        return True
+        return in_time
 
     # Asking
 
@@ -125,23 +139,29 @@ class Engine:
                 else:
                     future.set_result(outcome)
         elif record.kind == Kind.FLOWS:
-            self.is_loaded = True
-            self._let_in({card.name: RemoteFlow(self, card) for card in pickle.loads(message)})
-            self.channel.send(0, Kind.OPEN, b"")
-            if self._on_ready is not None:
-                self._on_ready()
-                self._on_ready = None
+            self._has_heard.set()
+            self._take([RemoteFlow(self, card) for card in pickle.loads(message)])
+
+    def _take(self, flows: list[RemoteFlow]) -> None:
+        if not flows:
+            return
+        self.is_loaded = True
+        self._let_in({flow.name: flow for flow in flows})
+        self.channel.send(0, Kind.OPEN, b"")
 
     def lost(self) -> None:
         """The engine is gone: whoever waits is told, and whoever comes, until it is there again."""
-        self.is_loaded = False
-        calls, self._calls = self._calls, {}
-        for future in calls.values():
-            if not future.done():
-                future.set_exception(_gone())
+        self.is_loaded = self._is_connected = False
+        self._fail_all(_gone())
         if not self._is_closed:
             self._shut()
             self._connecting = asyncio.get_running_loop().create_task(self._connect())
+
+    def _fail_all(self, error: RequestError) -> None:
+        calls, self._calls = self._calls, {}
+        for future in calls.values():
+            if not future.done():
+                future.set_exception(error)
 
 
 def _gone() -> Refusal:
@@ -152,6 +172,23 @@ class FrontService(Service):
     """The application of a front: it reads calls of flows, and passes on everything else."""
 
     engine: Engine
+
+    def __init__(self, inside: memoryview[int], number: int, **options: Any) -> None:
+        self._inside = inside  # of each front, in memory that they share
+        self._number = number
+        super().__init__(**options)
+
+    @property
+    def under_way(self) -> int:
+        return self._inside[self._number]
+
+    @under_way.setter
+    def under_way(self, count: int) -> None:
+        self._inside[self._number] = count
+
+    @property
+    def inside(self) -> int:
+        return sum(self._inside)
 
     def let_in_remote(self, flows: Mapping[str, RemoteFlow]) -> None:
         """Take requests for these flows."""
@@ -171,7 +208,10 @@ class FrontService(Service):
         return await self._ask("infer", path, request_id, headers, body)
 
     async def _look(self, method: str, path: str, request_id: bytes) -> Answer:
-        if self.state != "ready" or path.startswith("/health/"):
+        is_own = path.startswith("/health/") or is_health(path)
+        # The engine is told to stop at the same time, and may not know it yet.
+        is_refused = self.state == "draining" and path.endswith("/infer")
+        if is_own or is_refused or not self.engine.is_loaded:
             return self.look(method, path, request_id)
         answer, _ = await self._ask("look", path, request_id, method)
         return answer

@@ -321,6 +321,7 @@ class _Answers:
         return await self._infer(request, context, exchange)
 
     async def _infer(self, request: Message, context: Call, exchange: _Exchange) -> Message:
+        self._inference.check_open()
         name, version = request.model_name, request.model_version
         tracer = self._inference.tracer
         if tracer is None:

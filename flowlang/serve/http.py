@@ -129,9 +129,12 @@ def serve(
     _allow_many_connections()
     _keep_freed_memory()
     try:
-        listeners = [listen(host, port, is_shared=fronts > 0)]
+        listeners = [listen(host, port)]
         there = listeners[0].getsockname()[1]
-        listeners += [listen(host, there, is_shared=True) for _ in range(fronts - 1)]
+        if fronts:
+            # It is known now that nobody has the port: two servers could share it unnoticed.
+            listeners[0].close()
+            listeners = [listen(host, there, is_shared=True) for _ in range(fronts)]
         metrics_listener = None if metrics_port is None else listen(host, metrics_port)
     except FlowError as error:
         _report(error)
@@ -394,6 +397,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=[])
+        await self._backend.prepare()
         try:
             if self._listener is not None:
                 await self._listen(self._listener, self.config)

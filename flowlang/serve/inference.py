@@ -376,8 +376,7 @@ class Inference:
         ]
 
     async def infer(self, name: str, version: str, exchange: Exchange[Carried]) -> Carried:
-        """Answer one request. Raises RequestError, of which a client may be told."""
-        self.check_open()
+        """Answer a request that was let in. Raises RequestError, of which a client may be told."""
         model = self.model(name, version)
         model.statistics.last_ms = time.time_ns() // 1_000_000
         self.under_way += 1

@@ -7,6 +7,8 @@ what they read goes to the engine through shared memory.
 
 from __future__ import annotations
 
+import asyncio
+import mmap
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,30 +26,55 @@ from flowlang.serve.supervisor import Reins, Supervisor
 if TYPE_CHECKING:
     from flowlang.app import App
 
+LEAVE_S = 1.0  # for fronts to pass on why they have no answer
+
 
 def serve_by_fronts(
     setup: Setup, load: Callable[[], App], listeners: Sequence[socket.socket], *, watches: bool
 ) -> int:
     """Serve flows with a front for each listener. Returns the exit status."""
-    # The listeners stay open here: who connects while a front is started again waits for it.
-    fronts = [partial(_be_front, setup, listener) for listener in listeners]
-    engine = partial(_be_engine, setup, load, len(fronts), watches)
-    return Supervisor(engine, fronts).run()
+    metrics = setup.metrics_listener
+    held = [*listeners, *([] if metrics is None else [metrics])]
+    inside = memoryview(mmap.mmap(-1, 4 * len(listeners))).cast("I")  # which all of them share
+    fronts = [partial(_be_front, setup, held, inside, number) for number in range(len(listeners))]
+    engine = partial(_be_engine, setup, load, listeners, watches)
+    return Supervisor(engine, fronts, held).run()
 
 
-def _be_front(setup: Setup, listener: socket.socket, path: str, reins: Reins) -> int:
-    service = FrontService(max_body_bytes=setup.max_body_bytes, token=setup.token)
+def _be_front(
+    setup: Setup,
+    held: Sequence[socket.socket],
+    inside: memoryview[int],
+    number: int,
+    path: str,
+    reins: Reins,
+) -> int:
+    _close([*held[:number], *held[number + 1 :]])
+    service = FrontService(inside, number, max_body_bytes=setup.max_body_bytes, token=setup.token)
     service.engine = Engine(path, service.let_in_remote, service.shut)
-    own = replace(setup, faces=(), metrics_listener=None, on_listen=_nothing, on_ready=_nothing)
-    return Server(own, service, service.engine, listener, reins.fileno()).finish()
+    own = replace(setup, faces=(), metrics_listener=None, on_listen=_nothing)
+    return Server(own, service, service.engine, held[number], reins.fileno()).finish()
 
 
 def _be_engine(
-    setup: Setup, load: Callable[[], App], fronts: int, watches: bool, path: str, reins: Reins
+    setup: Setup,
+    load: Callable[[], App],
+    listeners: Sequence[socket.socket],
+    watches: bool,
+    path: str,
+    reins: Reins,
 ) -> int:
-    service = Service(max_body_bytes=setup.max_body_bytes)
-    flows = _Flows(path, fronts, service, load, watches, setup.grace_s, reins)
+    _close(listeners)
+    # It is the fronts that ask for the token; what is told of the server is told here.
+    service = Service(max_body_bytes=setup.max_body_bytes, token=setup.token)
+    flows = _Flows(path, len(listeners), service, load, watches, setup.grace_s, reins)
     return Server(setup, service, flows, None, reins.fileno()).finish()
+
+
+def _close(others: Sequence[socket.socket]) -> None:
+    """A port is given up once nobody holds it, so that each process holds its own alone."""
+    for listener in others:
+        listener.close()
 
 
 def _nothing(url: str) -> None: ...
@@ -93,6 +120,12 @@ class _Flows(Local):
         self._desk.let_in(app)
 
     async def close(self, within_s: float) -> bool:
-        in_time = await self._desk.emptied(within_s)
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + within_s
+        # Fronts stop at the same time, and leave once they have answered all that they let in.
+        in_time = not self.is_loaded or await self._desk.deserted(within_s)
+        in_time = await super().close(max(0.0, until_s - clock())) and in_time
+        if not in_time:  # the flows have answered what they could not do
+            await self._desk.deserted(LEAVE_S)
         self._desk.close()
-        return await super().close(within_s) and in_time
+        return in_time

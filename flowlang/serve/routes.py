@@ -7,7 +7,7 @@ everything here. Knows nothing of sockets, signals or the loading of models.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -128,6 +128,11 @@ class Service:
             resources.files(__package__).joinpath(name).read_bytes()
             for name in ("page.html", "docs.html")
         )
+
+    @property
+    def inside(self) -> int:
+        """How many requests are inside the server: other processes of it may have some too."""
+        return self.under_way
 
     def let_in(self, app: App) -> None:
         """Take requests for these flows."""
@@ -285,14 +290,11 @@ class Service:
                 parameters |= given
                 body = only_item(items, given)
 
-            def call(door: _Door) -> Awaitable[Any]:
-                if len(items) > 1:
-                    return _call_each(door, items, asked | parameters, request_id)
-                return door.flow.acall(door.item(body), **asked, **parameters)
-
-            kind, encoded = encode(
-                await self._watches.unless_hung_up(self._call(door, call), receive)
-            )
+            if len(items) > 1:
+                call = self._call_each(door, items, asked | parameters, request_id)
+            else:
+                call = self._call(door, body, asked | parameters)
+            kind, encoded = encode(await self._watches.unless_hung_up(call, receive))
             return Answer(200, encoded, kind)
         except RequestError as error:
             tell_unanswered(request_id.decode(), flow.name, error)
@@ -321,15 +323,31 @@ class Service:
         """The answer to an inference of the Open Inference Protocol, and the request's id."""
         return await self._inference_routes.infer(path, headers, body, request_id)
 
-    async def _call(self, door: _Door, call: Callable[[_Door], Awaitable[Any]]) -> Any:
+    async def _call(self, door: _Door, body: bytes, asked: dict[str, Any]) -> Any:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""
         try:
-            return await call(door)
+            return await door.flow.acall(door.item(body), **asked)
         except Draining:
             successor = self._open.get(f"/flows/{door.flow.name}", door)
             if successor is door:
                 raise
-            return await call(successor)
+            return await successor.flow.acall(successor.item(body), **asked)
+
+    async def _call_each(
+        self, door: _Door, items: list[Part], asked: dict[str, Any], request_id: bytes
+    ) -> dict[str, Any]:
+        """Every item of a form through the flow: a result or an error for each, in order."""
+
+        async def call(part: Part) -> dict[str, Any]:
+            name = part.file_name if part.file_name is not None else part.name
+            try:
+                result = await self._call(door, part.content, asked)
+            except RequestError as error:
+                tell_unanswered_part(request_id.decode(), door.flow.name, name, error)
+                return {"name": name, "error": told(error, door.flow.name, request_id)}
+            return {"name": name, "result": plain(result)}
+
+        return {"results": await asyncio.gather(*(call(part) for part in items))}
 
     # Everything else
 
@@ -376,7 +394,7 @@ class Service:
         return Refusal("not-found", 404, f"there is nothing at this path{hint}")
 
     def _once_loaded(self, body: bytes) -> Answer:
-        if self.state == "loading":
+        if not body:
             raise Refusal("loading", 503, "the flows are not loaded yet")
         return Answer(200, body)
 
@@ -384,34 +402,13 @@ class Service:
         return Answer(200, metrics_text(self._app, self.state), METRICS)
 
     def _tell_ready(self) -> Answer:
-        body = to_json({"status": self.state, "requests": self.under_way})
+        body = to_json({"status": self.state, "requests": self.inside})
         return Answer(200 if self.state == "ready" else 503, body)
 
 
 def _is_open(method: str, path: str) -> bool:
     """Whether a request is answered without a token."""
     return method in ("GET", "HEAD") and (path in OPEN or is_health(path))
-
-
-async def _call_each(
-    door: _Door,
-    items: list[Part],
-    asked: dict[str, Any],
-    request_id: bytes,
-) -> dict[str, Any]:
-    """Every item of a form through the flow: a result or an error for each, in order."""
-
-    async def call(part: Part) -> dict[str, Any]:
-        name = part.file_name if part.file_name is not None else part.name
-        try:
-            item = door.item(part.content)
-            result = await door.flow.acall(item, **asked)
-        except RequestError as error:
-            tell_unanswered_part(request_id.decode(), door.flow.name, name, error)
-            return {"name": name, "error": told(error, door.flow.name, request_id)}
-        return {"name": name, "result": plain(result)}
-
-    return {"results": await asyncio.gather(*(call(part) for part in items))}
 
 
 def _wrong_method(method: str, allowed: str) -> Refusal:

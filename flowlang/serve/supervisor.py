@@ -10,19 +10,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 log = logging.getLogger("flowlang.serve")
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
-SHORT_S = 1.0  # a process that lived no longer is started again after a pause
+HEARD = (*STOPS, signal.SIGCHLD)
+# A process that lived no longer is started again after a pause, as is an engine without flows.
+SHORT_S = 1.0
 PAUSES_S = (0.1, 5.0)  # the first, and the longest
 
 
@@ -78,35 +83,49 @@ class _Child:
 
 
 class Supervisor:
-    """Runs an engine and fronts until a signal comes. Must be made in the main thread."""
+    """Runs an engine and fronts until a signal comes. Must be made in the main thread.
 
-    def __init__(self, engine: Work, fronts: Sequence[Work]) -> None:
+    `held` are the sockets that the fronts listen to: they are kept open while a front is started
+    again, so that who connects meanwhile waits for it, and closed here once all is to stop.
+    """
+
+    def __init__(self, engine: Work, fronts: Sequence[Work], held: Sequence[socket.socket]) -> None:
         self._folder = tempfile.mkdtemp(prefix="flowlang-")  # for its owner alone
         self._path = os.path.join(self._folder, "engine")
         self._engine = engine
         self._fronts = fronts
+        self._held = held
+        self._pid = os.getpid()
+        self._signals = _Signals()
         self._children: dict[int, _Child] = {}
+        self._due: dict[int | None, float] = {}  # when those that ended are started again
         self._was_ready = False
         self._is_stopping = False
         self._status = 0
-        self._short = 0  # children that ended at once, one after the other
+        self._short: Counter[int | None] = Counter()  # how often each ended at once, in a row
 
     def run(self) -> int:
         """Returns the exit status: 0 if all that was accepted has been answered."""
-        for stop in STOPS:
-            signal.signal(stop, self._on_signal)
         try:
-            self._start(None)
-            for number in range(len(self._fronts)):
-                self._start(number)
-            while self._children:
-                pid, status = os.wait()
-                child = self._children.pop(pid, None)
-                if child is not None:
-                    self._ended(child, status)
+            for role in (None, *range(len(self._fronts))):
+                self._start(role)
+            while self._children or self._due:
+                for number in self._signals.wait(self._pause_s()):
+                    if number in STOPS:
+                        self._be_told_to_stop()
+                self._reap()
+                self._start_due()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
         return self._status
+
+    def _pause_s(self) -> float | None:
+        """How long to wait for a signal; None for as long as it takes."""
+        if not self._due:
+            return None
+        return max(0.0, min(self._due.values()) - time.monotonic())
+
+    # Beginning
 
     def _start(self, role: int | None) -> None:
         if role is None:
@@ -116,82 +135,134 @@ class Supervisor:
         os.set_blocking(ready, False)
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        with _signals_held_back():  # one that came in between would count as the supervisor's
+            pid = os.fork()
+            if not pid:
+                os.close(tell)
+                os.close(ready)
+                self._signals.heed_none()
         if not pid:
-            os.close(tell)
-            os.close(ready)
             self._be(self._engine if role is None else self._fronts[role], _Reins(stop, told))
         os.close(stop)
         os.close(told)
-        self._children[pid] = child = _Child(role, tell, ready, time.monotonic())
-        if self._is_stopping:  # the signal came in between
-            child.tell()
+        self._children[pid] = _Child(role, tell, ready, time.monotonic())
+
+    def _start_due(self) -> None:
+        now_s = time.monotonic()
+        for role in [role for role, due_s in self._due.items() if due_s <= now_s]:
+            del self._due[role]
+            self._start(role)
 
     def _be(self, work: Work, reins: Reins) -> None:
-        """The whole life of a child. A terminal's Ctrl-C is not for it: it is told."""
+        """The whole life of a child."""
         status = 1
         try:
             for child in self._children.values():
                 child.close()
-            for stop in STOPS:
-                signal.signal(stop, signal.SIG_IGN)
             status = work(self._path, reins)
         except BaseException:
             log.exception("flowlang: a process could not go on")
         finally:
+            if os.getppid() != self._pid:  # nobody else is there to do it
+                shutil.rmtree(self._folder, ignore_errors=True)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
 
+    # Ending
+
+    def _reap(self) -> None:
+        while self._children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            child = self._children.pop(pid, None)
+            if child is not None:  # as the first process of a container it has other orphans too
+                self._ended(child, status)
+
     def _ended(self, child: _Child, status: int) -> None:
         was_ready = child.was_ready()
         child.close()
-        is_engine = child.role is None
-        if is_engine:
-            self._was_ready = self._was_ready or was_ready
+        role = child.role
         if self._is_stopping:
             self._status = self._status or min(1, status)
-            self._stop_engine()
             return
-        if is_engine and not self._was_ready:  # it cannot begin: its reason is told already
-            self._status = 1
+        how = f"{'the engine' if role is None else f'front {role}'} {_how(status)}"
+        if role is None:
+            self._was_ready = self._was_ready or was_ready
+            if not self._was_ready:  # it cannot begin, and says why unless it was ended
+                if os.WIFSIGNALED(status):
+                    _say(how)
+                self._status = 1
+                self._stop()
+                return
+        _say(f"{how}: it is started again")
+        now_s = time.monotonic()
+        is_short = now_s - child.since_s < SHORT_S or (role is None and not was_ready)
+        self._short[role] = self._short[role] + 1 if is_short else 0
+        first_s, longest_s = PAUSES_S
+        pause_s = first_s * 2 ** min(self._short[role] - 1, 10) if self._short[role] else 0.0
+        self._due[role] = now_s + min(longest_s, pause_s)
+
+    def _be_told_to_stop(self) -> None:
+        """A second time it ends all at once."""
+        if not self._is_stopping:
             self._stop()
             return
-        name = "the engine" if is_engine else f"front {child.role}"
-        log.warning("flowlang: %s %s: it is started again", name, _how(status))
-        self._short = self._short + 1 if time.monotonic() - child.since_s < SHORT_S else 0
-        if self._short:
-            first, longest = PAUSES_S
-            time.sleep(min(longest, first * 2 ** min(self._short - 1, 10)))
-        self._start_unless_stopping(child.role)
-
-    def _start_unless_stopping(self, role: int | None) -> None:
-        if self._is_stopping:
-            self._stop_engine()
-        else:
-            self._start(role)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self._is_stopping:
-            for pid in self._children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            shutil.rmtree(self._folder, ignore_errors=True)
-            os._exit(1)
-        self._stop()
+        self._status = 1
+        for pid in self._children:
+            os.kill(pid, signal.SIGKILL)  # none of them is reaped, so that all are ours
 
     def _stop(self) -> None:
-        """Have the fronts answer what they accepted. The engine comes last: they need it."""
+        """Have all answer what they accepted. The engine does so until the fronts have left it."""
         self._is_stopping = True
-        for child in list(self._children.values()):
-            if child.role is not None:
-                child.tell()
-        self._stop_engine()
+        self._due.clear()
+        for listener in self._held:
+            listener.close()
+        for child in self._children.values():
+            child.tell()
 
-    def _stop_engine(self) -> None:
-        if all(child.role is None for child in self._children.values()):
-            for child in self._children.values():
-                child.tell()
+
+class _Signals:
+    """Signals as they come, one after the other, rather than in the middle of anything."""
+
+    def __init__(self) -> None:
+        self._heard, self._told = os.pipe()
+        os.set_blocking(self._heard, False)
+        os.set_blocking(self._told, False)
+        signal.set_wakeup_fd(self._told)
+        for number in HEARD:
+            signal.signal(number, _note)
+
+    def wait(self, within_s: float | None) -> bytes:
+        """The numbers of those that have come, at least one unless it takes longer."""
+        select.select([self._heard], [], [], within_s)
+        try:
+            return os.read(self._heard, 1 << 10)
+        except BlockingIOError:
+            return b""
+
+    def heed_none(self) -> None:
+        """A terminal's Ctrl-C is not for a child, nor what is sent to a whole group: it is told."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._heard)
+        os.close(self._told)
+        for stop in STOPS:
+            signal.signal(stop, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _note(number: int, frame: object) -> None:
+    """That the signal came is in the pipe."""
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _how(status: int) -> str:
@@ -199,3 +270,7 @@ def _how(status: int) -> str:
     if os.WIFSIGNALED(status):
         return f"was ended by signal {os.WTERMSIG(status)}"
     return f"ended with status {os.WEXITSTATUS(status)}"
+
+
+def _say(line: str) -> None:
+    log.warning("flowlang: %s", line)

@@ -42,13 +42,14 @@ async def reload_on_change(
     load: Callable[[], App],
     change: Callable[[App], None],
     told: Callable[[str], None],
+    since_ns: int,
 ) -> None:
-    """Load flows anew whenever `files` have changed, for ever.
+    """Load flows anew whenever `files` have changed since that time, for ever.
 
     `load` runs in a thread, while the old flows go on; `change` gets what it gave. Where it fails,
-    the reason is `told` and the old flows stay.
+    the reason is `told` and the old flows stay. A change while it runs counts as another.
     """
-    seen = look(files())
+    seen: Seen = {f: state for f, state in look(files()).items() if state and state[0] < since_ns}
     while True:
         await asyncio.sleep(LOOK_S)
         now = look(files())
@@ -68,4 +69,4 @@ async def reload_on_change(
             told(f"kept as it was: {type(error).__name__}: {error}")
             continue
         change(app)
-        seen = look(files())
+        seen = {file: now.get(file, state) for file, state in look(files()).items()}

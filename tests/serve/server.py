@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from examples import models
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 30.0  # a test that waits longer than this for anything has failed
+
+# What a server may be made of: the parameters of a fixture, where it is the same to the tests.
+KINDS = [pytest.param((), id="one-process"), pytest.param(("--ingest", "2"), id="ingest")]
 
 FLOWS = """
 ## Three best classes of one picture.
@@ -78,13 +82,19 @@ class Server:
                 stderr=file,
                 text=True,
             )
-        self._guard = threading.Timer(PATIENCE_S * 2, self.process.kill)
-        self._guard.daemon = True
-        self._guard.start()
+        self._guard = threading.Timer(0.0, self.process.kill)
+        self.outlast(PATIENCE_S * 2)
         self.urls = self.line("loading, on ").removeprefix("loading, on ").strip().split(", ")
         self.url = self.urls[-1]
         self.port = int(self.url.rpartition(":")[2])
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S, verify=trust or True)
+
+    def outlast(self, seconds: float) -> None:
+        """Kill it unless it has ended within so long."""
+        self._guard.cancel()
+        self._guard = threading.Timer(seconds, self.process.kill)
+        self._guard.daemon = True
+        self._guard.start()
 
     def line(self, start: str) -> str:
         """The next line it prints, which begins with `start`."""
@@ -225,10 +235,14 @@ class Raw:
         status, _, body = self.answer()
         return status, json.loads(body)["error"]["code"]
 
+    def rest(self) -> bytes:
+        """All that comes until the server closes the connection."""
+        return self._reader.read()
+
     def wait_closed(self) -> None:
         """Wait for the server to close the connection. Raises TimeoutError if it does not."""
         with contextlib.suppress(ConnectionResetError):
-            self._reader.read()
+            self.rest()
 
 
 def head(path: str, length: int, *headers: str) -> str:

@@ -19,7 +19,7 @@ from thriftpy2.rpc import client_context
 import flowlang
 from tests.pictures import photographs
 from tests.serve.faces import write_types
-from tests.serve.server import PATIENCE_S, free_port, serving, wait_until, write
+from tests.serve.server import KINDS, PATIENCE_S, free_port, serving, wait_until, write
 
 PICTURE = photographs(1)[0]
 IDL = thriftpy2.load(
@@ -41,10 +41,11 @@ def _sent(data: bytes) -> list[triton.InferInput]:
     return [found]
 
 
-def test_one_process_speaks_them_all(folder: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_server_speaks_them_all(folder: Path, kind: tuple[str, ...]) -> None:
     """HTTP, gRPC and Thrift answer from the same flows; SIGTERM ends all, losing nothing."""
     grpc_port, thrift_port = free_port(), free_port()
-    options = ["--grpc-port", str(grpc_port), "--thrift-port", str(thrift_port)]
+    options = ["--grpc-port", str(grpc_port), "--thrift-port", str(thrift_port), *kind]
     files = [str(folder / "all.flow"), str(folder / "types.flow")]
     with (
         serving(folder, *options, "--thrift-flow", "classify", *files) as server,

@@ -14,7 +14,7 @@ from flowlang.plan.graph import Node, Parameter, Site
 from flowlang.plan.types import STR
 from flowlang.serve.form import MAX_PARTS, ParameterReader
 from tests.pictures import photographs
-from tests.serve.server import Server, serving, write
+from tests.serve.server import KINDS, Server, serving, write
 
 PICTURES = photographs(3)
 OPS = '''
@@ -47,12 +47,14 @@ export flow echo = pass
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=KINDS)
+def server(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("forms")
     write(folder / "ops.py", OPS)
     flows = write(folder / "forms.flow", FLOWS)
-    with serving(folder, str(flows)) as server:
+    with serving(folder, *request.param, str(flows)) as server:
         yield server.wait_ready()
 
 

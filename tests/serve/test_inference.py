@@ -32,7 +32,7 @@ from flowlang.serve.tensor import BYTES, NUMPY, Tensor, from_list, from_raw, to_
 from flowlang.serve.v2 import InferenceRoutes
 from tests.pictures import bad, photographs
 from tests.serve.faces import write_types
-from tests.serve.server import PATIENCE_S, Server, serving, wait_until
+from tests.serve.server import KINDS, PATIENCE_S, Server, serving, wait_until
 
 PICTURES = photographs(3)
 RAW = {"Inference-Header-Content-Length": "0"}
@@ -48,10 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=KINDS)
+def server(folder: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server of every flow."""
-    with serving(folder, str(folder / "all.flow"), str(folder / "types.flow")) as server:
+    with serving(
+        folder, *request.param, str(folder / "all.flow"), str(folder / "types.flow")
+    ) as server:
         yield server.wait_ready()
         # Only the operator that fails on purpose may show up.
         assert server.errors.count("Traceback") == server.errors.count("\nRuntimeError: a secret")

@@ -15,7 +15,7 @@ from examples import models
 from flowlang.runtime.metrics import Histogram
 from tests.pictures import photographs
 from tests.serve.certificates import make_pair
-from tests.serve.server import Server, refused, serving, write_flows
+from tests.serve.server import KINDS, Server, refused, serving, write_flows
 
 PICTURE = photographs(1)[0]
 
@@ -28,9 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    with serving(folder, str(folder / "all.flow"), "--device", "cpu") as server:
+@pytest.fixture(scope="module", params=KINDS)
+def server(folder: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    with serving(folder, *request.param, str(folder / "all.flow"), "--device", "cpu") as server:
         yield server.wait_ready()
 
 

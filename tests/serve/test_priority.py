@@ -15,7 +15,7 @@ import tritonclient.http as over_http
 
 import flowlang
 from flowlang.diagnostics import BadRequest
-from tests.serve.server import PATIENCE_S, Server, free_port, serving, wait_until
+from tests.serve.server import KINDS, PATIENCE_S, Server, free_port, serving, wait_until
 
 FLOWS = """
 use "turns.py" as turns
@@ -51,10 +51,10 @@ def grpc_port() -> int:
     return free_port()
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path, grpc_port: int) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=KINDS)
+def server(folder: Path, grpc_port: int, request: pytest.FixtureRequest) -> Iterator[Server]:
     options = ["--device", "cpu", "--grpc-port", str(grpc_port)]
-    with serving(folder, str(folder / "turns.flow"), *options) as server:
+    with serving(folder, *request.param, str(folder / "turns.flow"), *options) as server:
         yield server.wait_ready()
 
 

@@ -20,7 +20,7 @@ from thriftpy2.rpc import client_context
 import flowlang
 from tests.pictures import photographs
 from tests.serve.certificates import Pair, make_pair
-from tests.serve.server import PATIENCE_S, Server, head, refused, serving, write, write_flows
+from tests.serve.server import KINDS, PATIENCE_S, Server, head, refused, serving, write, write_flows
 
 PICTURE = photographs(1)[0]
 IDL = thriftpy2.load(
@@ -47,12 +47,14 @@ def trust(pair: Pair) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(pair.cert))
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path, pair: Pair, trust: ssl.SSLContext) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=KINDS)
+def server(
+    folder: Path, pair: Pair, trust: ssl.SSLContext, request: pytest.FixtureRequest
+) -> Iterator[Server]:
     """A server of all flows by all protocols, with a certificate."""
     options = ["--grpc-port", "0", "--thrift-port", "0", "--thrift-flow", "classify"]
     file = str(folder / "all.flow")
-    with serving(folder, *pair.options, *options, file, trust=trust) as server:
+    with serving(folder, *request.param, *pair.options, *options, file, trust=trust) as server:
         yield server.wait_ready()
 
 

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 import flowlang
 from flowlang.serve.token import Token, read_token
-from tests.serve.server import Server, head, refused, serving, wait_until, write
+from tests.serve.server import KINDS, Server, head, refused, serving, wait_until, write
 
 TOKEN = "c2VjcmV0-of.the~server+1/2=="
 RIGHT = {"Authorization": f"Bearer {TOKEN}"}
@@ -42,10 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=KINDS)
+def server(folder: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     options = ["--token-file", str(folder / "token"), "--grpc-port", "0"]
-    with serving(folder, *options, str(folder / "echo.flow")) as server:
+    with serving(folder, *request.param, *options, str(folder / "echo.flow")) as server:
         yield server.wait_ready()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve.server import Server, serving, wait_until
+from tests.serve.server import KINDS, Server, serving, wait_until
 
 FLOW = """use "post.py" as post
 export flow tell: bytes -> {{ size: int, version: int }} = post.{name}
@@ -30,12 +30,12 @@ def write(folder: Path, version: int, name: str = "tell") -> None:
     (folder / "post.py").write_text(POST.format(name=name, version=version))
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+@pytest.fixture(params=KINDS)
+def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     write(tmp_path, 1)
     flow = tmp_path / "tell.flow"
     flow.write_text(FLOW.format(name="tell"))
-    with serving(tmp_path, str(flow), "--device", "cpu", "--watch") as server:
+    with serving(tmp_path, str(flow), *request.param, "--device", "cpu", "--watch") as server:
         yield server.wait_ready()
 
 
@@ -54,10 +54,12 @@ def test_a_changed_file_takes_over_and_no_request_is_lost(server: Server, tmp_pa
         with httpx.Client(base_url=server.url, timeout=30.0) as client:
             while not stop.is_set():
                 response = client.post("/", content=b"12345")
-                told = response.json()
+                form = client.post("/", files=[("a", b"12345"), ("b", b"54321")])
+                results = [told.get("result", told) for told in form.json()["results"]]
                 with lock:
-                    seen[response.status_code, told.get("version", 0)] += 1
-                    assert told.get("size") == 5, told
+                    for told in (response.json(), *results):
+                        seen[response.status_code, told.get("version", 0)] += 1
+                        assert told.get("size") == 5, told
 
     clients = [threading.Thread(target=ask) for _ in range(6)]
     for client in clients:
