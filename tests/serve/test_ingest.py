@@ -40,8 +40,7 @@ OPERATORS = """
 import time
 
 class Word(str):
-    def __reduce__(self):
-        raise RuntimeError("no front knows this")
+    pass
 
 def slow(seconds: bytes) -> bytes:
     time.sleep(float(seconds))
