@@ -19,11 +19,13 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import wrk
 from benchmarks.load import (
     Result,
     Sampler,
@@ -32,6 +34,7 @@ from benchmarks.load import (
     table,
     thread_clients,
 )
+from benchmarks.servers import started
 from examples.models import resnet
 from flowlang import load
 from flowlang.plan.physical import GPU_LANES
@@ -311,6 +314,35 @@ def on_gpu(run: Run) -> None:
     flowlang_flow(run, "flowlang, GPU decode", path, ALL, maps=ALL, threads=(1, 10, 20, 64))
 
 
+HTTP_CLIENTS, HTTP_THREADS = 256, 4
+FRONTS = (6, 8)
+
+
+def over_http(run: Run) -> None:
+    """The five best classes of each picture, asked over HTTP by wrk on the same machine.
+
+    The cores named are those of the server's processes; what wrk takes is among the others.
+    """
+    files = [run.folder / f"{number}.jpg" for number in range(len(run.pictures))]
+    for file, picture in zip(files, run.pictures, strict=True):
+        file.write_bytes(picture)
+    path = run.flow("http")
+    path.write_text(path.read_text().rstrip() + " -> softmax -> top(5)\n")
+    for fronts in FRONTS:
+
+        def command(port: int, fronts: int = fronts) -> list[str | Path]:
+            return [
+                *(sys.executable, "-m", "flowlang", "serve", path, "--device", "gpu"),
+                *("--engines", run.engines, "--ingest", str(fronts), "--port", str(port)),
+            ]
+
+        with started(command, "/", run.pictures[0], run.folder / "server.log") as server:
+            what = f"flowlang, HTTP, {fronts} fronts"
+            ask = partial(wrk.load, what, server.url, files, HTTP_CLIENTS, threads=HTTP_THREADS)
+            ask(seconds=2.0)
+            run.note(ask(seconds=run.seconds, processes=server.processes()))
+
+
 def on_cpu(run: Run) -> None:
     flow = run.flow("cpu", decoder="libjpeg")
     flowlang_flow(run, "flowlang, CPU decode", flow, (1, 10, 64, 256))
@@ -451,6 +483,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "pure": pure_tensorrt,
     "gpu": on_gpu,
     "cpu": on_cpu,
+    "http": over_http,
     "variants": variants,
     "python": python_share,
     "correct": correct,
@@ -462,7 +495,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--only", default="ceilings,correct,python,pure,gpu,cpu,share")
+    parser.add_argument("--only", default="ceilings,correct,python,pure,gpu,cpu,http,share")
     parser.add_argument("--engines", type=Path, default=default_directory())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

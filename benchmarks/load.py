@@ -213,6 +213,29 @@ class Sampler:
         }
 
 
+class PoolSampler(Sampler):
+    """What this process and the workers of a pool use."""
+
+    def __init__(self, workers: Sequence[int]) -> None:
+        import psutil
+
+        self._workers = [psutil.Process(worker) for worker in workers]
+
+    def __enter__(self) -> PoolSampler:
+        super().__enter__()
+        self._workers_s = self._cpu_s_of_workers()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        super().__exit__(*failure)
+        used_s = self._cpu_s_of_workers() - self._workers_s
+        self._used_s += used_s
+        self._others_s -= used_s
+
+    def _cpu_s_of_workers(self) -> float:
+        return sum(sum(worker.cpu_times()[:2]) for worker in self._workers)
+
+
 def _cpu_seconds() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

@@ -8,8 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.load import Result
-from benchmarks.read_text import PoolSampler
+from benchmarks.load import PoolSampler, Result
 
 SCRIPT = Path(__file__).with_name("post.lua")
 TIMEOUT_S = 10
@@ -38,13 +37,14 @@ def load(
     clients: int,
     seconds: float,
     processes: Sequence[int] = (),
+    threads: int = 1,
 ) -> Result:
     """Files posted in turn. What `processes` and wrk itself use is measured; whole seconds.
 
     Raises Silent where nothing at all was answered.
     """
     command = [
-        *("wrk", "--threads", "1", "--connections", str(clients)),
+        *("wrk", "--threads", str(threads), "--connections", str(clients)),
         *("--duration", f"{max(1, round(seconds))}s", "--timeout", f"{TIMEOUT_S}s"),
         *("--script", str(SCRIPT), url, "--", *map(str, files)),
     ]

@@ -25,6 +25,7 @@ from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
 from flowlang.runtime import seal
 from flowlang.runtime.instances import Instances
 from flowlang.runtime.machine import this_machine
+from flowlang.runtime.observer import Observer
 from flowlang.runtime.request import FutureReply, LoopReply, Reply, Request, Waiter
 from flowlang.runtime.scheduler import Scheduler
 from flowlang.runtime.seal import KeySource
@@ -215,9 +216,10 @@ class App:
         *,
         engines: PathLike | None = None,
         key: seal.Key | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.physical = physical
-        self.scheduler = Scheduler(physical, time.monotonic)
+        self.scheduler = Scheduler(physical, time.monotonic, observer)
         self.flows: Mapping[str, Flow] = {p.name: Flow(self, p) for p in physical.programs}
         self._instances = Instances(physical, Path(engines) if engines is not None else None, key)
         lanes = Lanes(self.scheduler, self._instances.make)

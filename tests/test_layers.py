@@ -36,7 +36,8 @@ HOMES = {
     "prometheus_client": {"serve.metrics"},
     "python_multipart": {"serve.form"},
     "uvicorn": {"serve.http"},
-    "click": {"cli", "cli.options", "cli.serve", "rows"},
+    "opentelemetry": {"serve.trace"},
+    "click": {"cli", "cli.log", "cli.options", "cli.serve", "rows"},
     "pygls": {"editor.server"},
     "lsprotocol": {"editor.server"},
     "pygments": {"highlight"},
@@ -48,10 +49,11 @@ MAY_BE_AT_THE_TOP = {
     "pygls",
     "lsprotocol",
     "pygments",
+    "opentelemetry",
 }  # only where serving or on the command line
 NOT_FOR_CHECKING = (
     "numpy", "cv2", "onnx", "onnxruntime", "uvicorn", "tensorrt", "nvidia",
-    "cryptography", "rich", "pygls", "pygments",
+    "cryptography", "rich", "pygls", "pygments", "opentelemetry",
     "flowlang.app", "flowlang.runtime.host", "flowlang.serve",
 )  # fmt: skip
 

@@ -20,9 +20,12 @@ class Item:
     """One unit of a request's work, waiting for a stage.
 
     `walk` is where in its flow it stands; None where the flow is one stage and nothing else.
+    `taken_s` is when its batch was taken, which is kept for an observer only.
     """
 
-    __slots__ = ("arrived_s", "is_over", "request", "unit", "value", "walk")
+    __slots__ = ("arrived_s", "is_over", "request", "taken_s", "unit", "value", "walk")
+
+    taken_s: float
 
     def __init__(
         self,

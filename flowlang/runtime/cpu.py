@@ -5,6 +5,7 @@ Layer 3. An item that fails leaves the batch and takes nobody with it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from flowlang.plan.onnx import Port
 from flowlang.plan.physical import StagePlan
 from flowlang.plan.types import Image, Shape
 from flowlang.runtime.frame import run_framed
-from flowlang.runtime.host import work_of
+from flowlang.runtime.host import row_work_of, work_of
 from flowlang.runtime.ort import Session, Sessions, numpy_dtype
 
 if TYPE_CHECKING:
@@ -82,12 +83,37 @@ class Chain:
         self._has_extras = any(self._extras)
         # An image that leaves the stage knows where it lies in the picture it is a part of.
         self._is_framed = bool(nodes) and isinstance(nodes[-1].type, Image)
+        makers = (None if extras[n] else row_work_of(n) for n in nodes)
+        self._row_works = list(itertools.takewhile(lambda work: work is not None, makers))
 
     def __bool__(self) -> bool:
         return bool(self.works)
 
-    def through(self, value: Any, item: Any) -> Any:
-        """What becomes of a value, or the exception it fails with. `item` has the extras."""
+    def of_rows(self, rows: NDArray[Any], items: Sequence[Any]) -> list[Any]:
+        """The outcome of each row of a batch, as `through` gives it, at once as far as possible."""
+        values, start = self._at_once(rows)
+        if start == len(self.works):
+            return list(values)
+        return [self.through(v, i, start) for v, i in zip(values, items, strict=True)]
+
+    def _at_once(self, rows: NDArray[Any]) -> tuple[Sequence[Any], int]:
+        """What becomes of the rows together, and by how many of the works."""
+        values: Any = rows
+        for start, work in enumerate(self._row_works):
+            try:
+                done = work(values) if work is not None and hasattr(values, "ndim") else None
+            except Exception:
+                done = None  # one by one it is told whose fault it is
+            if done is None:
+                return values, start
+            values = done
+        return values, len(self._row_works)
+
+    def through(self, value: Any, item: Any, start: int = 0) -> Any:
+        """What becomes of a value, or the exception it fails with, from a work on.
+
+        `item` has the extras.
+        """
         try:
             given = (
                 [[item[i] for i in places] for places in self._extras] if self._has_extras else ()
@@ -95,10 +121,10 @@ class Chain:
             if self._is_framed:
                 return run_framed(self.works, self._nodes, value, given)
             if given:
-                for work, more in zip(self.works, given, strict=True):
+                for work, more in zip(self.works[start:], given[start:], strict=True):
                     value = work(value, *more)
                 return value
-            for work in self.works:
+            for work in self.works[start:]:
                 value = work(value)
         except Exception as error:
             return error

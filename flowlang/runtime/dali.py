@@ -258,7 +258,7 @@ def choose_decodings(device: int, lanes: int, pictures: Sequence[bytes]) -> Deco
     uses_engines = _rate(device, Decoding(1.0, 2), 1, pictures) > 1.5 * without
     few = min(4, share)
     if uses_engines:
-        large = [Decoding(1.0, 2), Decoding(1.0, few), Decoding(0.9, min(8, share))]
+        large = [Decoding(1.0, 2), Decoding(1.0, few)]
         small = [Decoding(1.0, 1), Decoding(1.0, 2), Decoding(1.0, few), Decoding(0.65, few)]
     else:
         large = [Decoding(load, share) for load in (0.0, 0.65, 1.0)]

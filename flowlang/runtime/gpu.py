@@ -7,9 +7,9 @@ waiting for it; outputs come back once a batch through pinned memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import BadRequest, InternalError, RequestError, StageFailed
 from flowlang.plan import graph
@@ -23,6 +23,9 @@ from flowlang.runtime.host import Work, check_picture, work_of
 from flowlang.runtime.picture import Picture, is_plain_jpeg
 from flowlang.runtime.rework import Prologue
 from flowlang.runtime.vision import as_bmp, sample_pictures
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 log = logging.getLogger("flowlang.gpu")
 
@@ -132,26 +135,22 @@ class GpuInstance:
 
     def collect(self, batch: _Batch) -> list[Any]:
         """Wait for the stream and give each item its outcome."""
-        outcomes = batch.outcomes
-        if batch.good:
-            outputs = self.context.collect(len(batch.good))
-            self._scatter(outputs, batch.good, outcomes)
+        outcomes, good = batch.outcomes, batch.good
+        outputs = self.context.collect(len(good)) if good else {}
         batch.held = None  # DALI's buffers may go back only now that the stream is done with them
-        if not self.after:
-            return outcomes
-        return [
-            o if isinstance(o, Exception) else self.after.through(o, item)
-            for o, item in zip(outcomes, batch.items, strict=True)
-        ]
+        if good:
+            items = [batch.items[i] for i in good]
+            for index, value in zip(good, self._values(outputs, items), strict=True):
+                outcomes[index] = value
+        return outcomes
 
-    def _scatter(self, outputs: Any, good: Sequence[int], outcomes: list[Any]) -> None:
+    def _values(self, outputs: Mapping[str, NDArray[Any]], items: Sequence[Any]) -> Sequence[Any]:
+        """What the stage gives for each of the items that got through the model."""
         if len(outputs) == 1:
             (rows,) = outputs.values()
-            for index, row in zip(good, rows, strict=True):
-                outcomes[index] = row
-            return
-        for row, index in enumerate(good):
-            outcomes[index] = {name: values[row] for name, values in outputs.items()}
+            return self.after.of_rows(rows, items)
+        records = [{n: rows[i] for n, rows in outputs.items()} for i in range(len(items))]
+        return [self.after.through(r, item) for r, item in zip(records, items, strict=True)]
 
     def close(self) -> None:
         self.source.close()

@@ -24,7 +24,7 @@ from flowlang.plan.ops import OPS, Param
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS
 from flowlang.plan.rewrite import levels_of
 from flowlang.plan.types import Image
-from flowlang.runtime import results, vision
+from flowlang.runtime import results, rows, vision
 from flowlang.runtime.frame import (
     Frame,
     crop_place,
@@ -37,6 +37,7 @@ from flowlang.runtime.frame import (
 )
 from flowlang.runtime.picture import Picture, UnreadablePicture, is_plain_jpeg, read_picture
 from flowlang.runtime.results import read_lines
+from flowlang.runtime.rows import RowWork
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,6 +72,14 @@ def work_of(node: Node, settings: Mapping[str, Any]) -> Work:
             raise StageFailed(message, stage=name, place=place) from error
 
     return work
+
+
+def row_work_of(node: Node) -> RowWork | None:
+    """What an operator does to all rows of a batch; None where each needs work of its own."""
+    make = rows.MAKERS.get(node.op)
+    if make is None or _lives(node) or node.params.get("by") is not None:
+        return None
+    return make(node)
 
 
 # Parameters that requests bring

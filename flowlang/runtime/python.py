@@ -76,6 +76,7 @@ class PythonInstance:
         self._wanted: PythonFunction = node.params["function"]
         self._function = function_of(self._wanted)
         self._place = str(node.span)
+        self._fields = {"stage": self._wanted.shown, "place": self._place}  # of a line in the log
         self._conform = conforming(self._wanted.gives)
         params = {n: v for n, v in node.params.items() if n != "function"}
         self._live = {n: v.index for n, v in params.items() if isinstance(v, Live)}
@@ -148,12 +149,12 @@ class PythonInstance:
         shown = self._wanted.shown
         if isinstance(error, NotOfType):
             message = f"`{shown}` is declared to give {self._wanted.gives}, and {error}"
-            log.error("%s (%s)", message, self._place)
+            log.error("%s (%s)", message, self._place, extra=self._fields)
             return StageFailed(message, stage=shown, place=self._place)
         if isinstance(error, RequestError):
             error.stage, error.place = error.stage or shown, error.place or self._place
             return error
-        log.error("`%s` failed (%s)", shown, self._place, exc_info=error)
+        log.error("`%s` failed (%s)", shown, self._place, exc_info=error, extra=self._fields)
         message = f"`{shown}` failed: {type(error).__name__}: {error}"
         return StageFailed(message, stage=shown, place=self._place)
 

@@ -40,18 +40,19 @@ class Request:
     `queued_s` is how long no instance was at work on it, once it has a result. The scheduler counts
     it up for a request that walks: `at_work` are its items in instances, `idle_since_s` is when the
     last of them was finished. One whose flow is one stage waits once, and needs neither. `priority`
-    is there if it was given one.
+    is there if it was given one, and `trace` if it is followed: it belongs to the observer.
     """
 
     __slots__ = (
         "arrived_s", "at_work", "entrance", "idle_since_s", "is_under_way", "outcome", "priority",
-        "queued_s", "reply", "token", "value",
+        "queued_s", "reply", "token", "trace", "value",
     )  # fmt: skip
 
     at_work: int
     idle_since_s: float
     priority: int
     queued_s: float
+    trace: Any
 
     def __init__(
         self, entrance: Entrance, value: Any, reply: Reply, token: Any, arrived_s: float

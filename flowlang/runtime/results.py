@@ -71,7 +71,7 @@ def _l2(node: Node, settings: Mapping[str, Any]) -> Work:
     return work
 
 
-def _ranked(values: Array) -> Array:
+def ranked(values: Array) -> Array:
     """The values with NaN, which a model gone wrong may give, as the least."""
     import numpy as np
 
@@ -84,13 +84,14 @@ def _argmax(node: Node, settings: Mapping[str, Any]) -> Work:
     import numpy as np
 
     def work(values: Array) -> Any:
-        places = _ranked(values).argmax(-1)
+        places = ranked(values).argmax(-1)
         return int(places) if values.ndim == 1 else np.asarray(places, np.int64)
 
     return work
 
 
-def _label(index: int, score: float, names: list[str] | None) -> dict[str, Any]:
+def label(index: int, score: float, names: list[str] | None) -> dict[str, Any]:
+    """A label, by its name where there is one."""
     named = names is not None and index < len(names)
     return {
         "index": index,
@@ -111,14 +112,14 @@ def _top(node: Node, settings: Mapping[str, Any]) -> Work:
     def work(values: Any) -> list[Any]:
         if isinstance(values, list):
             return list(of_list(values))
-        ranked = _ranked(values)  # of equals the first comes first
+        order = ranked(values)  # of equals the first comes first
         count = min(k, len(values))
         if not count:
             return []
-        least = np.partition(ranked, len(ranked) - count)[len(ranked) - count]
-        found = np.flatnonzero(ranked >= least)
-        order = found[np.argsort(-ranked[found], kind="stable")][:count]
-        return [_label(i, float(values[i]), names) for i in order.tolist()]
+        least = np.partition(order, len(order) - count)[len(order) - count]
+        found = np.flatnonzero(order >= least)
+        places = found[np.argsort(-order[found], kind="stable")][:count]
+        return [label(i, float(values[i]), names) for i in places.tolist()]
 
     return work
 
@@ -144,7 +145,7 @@ def _labels(node: Node, settings: Mapping[str, Any]) -> Work:
     def work(values: Array) -> list[dict[str, Any]]:
         found = np.flatnonzero(values >= least)
         order = found[np.argsort(-values[found], kind="stable")]
-        return [_label(i, float(values[i]), names) for i in order.tolist()]
+        return [label(i, float(values[i]), names) for i in order.tolist()]
 
     return work
 
@@ -153,8 +154,8 @@ def _best(node: Node, settings: Mapping[str, Any]) -> Work:
     names = read_lines(node.params["names"])
 
     def work(values: Array) -> dict[str, Any]:
-        index = int(_ranked(values).argmax())
-        return _label(index, float(values[index]), names)
+        index = int(ranked(values).argmax())
+        return label(index, float(values[index]), names)
 
     return work
 

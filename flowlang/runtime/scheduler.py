@@ -27,6 +27,7 @@ from flowlang.diagnostics import (
 from flowlang.plan.physical import PhysicalPlan
 from flowlang.runtime.batcher import Item, first_of, place
 from flowlang.runtime.entrance import Entrance, Stage
+from flowlang.runtime.observer import Observer
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
 from flowlang.runtime.walk import Ended, Work, arrive, begin
 
@@ -50,8 +51,11 @@ class _Afterwards:
 class Scheduler:
     """All public methods may be called from any thread."""
 
-    def __init__(self, plan: PhysicalPlan, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, plan: PhysicalPlan, clock: Callable[[], float], observer: Observer | None = None
+    ) -> None:
         self.clock = clock
+        self.observer = observer
         self.stages = [Stage(s) for s in plan.stages]
         self.entrances = {p.name: Entrance(p, self.stages) for p in plan.programs}
         for stage in self.stages:
@@ -84,6 +88,8 @@ class Scheduler:
         """
         now = self.clock()
         request = Request(entrance, value, reply, token, now)
+        if self.observer is not None and (trace := self.observer.current()) is not None:
+            request.trace = trace
         if priority:
             entrance.rank_by(priority)
             request.priority = priority
@@ -117,6 +123,7 @@ class Scheduler:
             entrance.rank_by(priority)
         now = self.clock()
         allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
+        trace = None if self.observer is None else self.observer.current()
         after = _Afterwards()
         with self._lock:
             while values and (self._is_draining or entrance.outstanding < entrance.limit):
@@ -124,6 +131,8 @@ class Scheduler:
                 request = Request(entrance, values.popleft(), reply, None, now)
                 if priority:
                     request.priority = priority
+                if trace is not None:
+                    request.trace = trace
                 requests.append(request)
                 self._enter(request, now, allowed_s, after)
         after.run()
@@ -372,6 +381,9 @@ class Scheduler:
             counts.sizes[size] = counts.sizes.get(size, 0) + 1
             oldest = first_of(batch) if stage.batcher.is_ranked else batch[0]
             counts.waited_s.add(now - oldest.arrived_s)
+            if self.observer is not None:
+                for item in batch:
+                    item.taken_s = now
             for item in batch:
                 request = item.request
                 if item.walk is None:

@@ -19,6 +19,7 @@ from flowlang.plan import graph
 from flowlang.plan.physical import StagePlan
 from flowlang.runtime.batcher import Item
 from flowlang.runtime.entrance import Stage
+from flowlang.runtime.observer import Worked
 from flowlang.runtime.scheduler import Scheduler
 
 log = logging.getLogger("flowlang")
@@ -84,6 +85,7 @@ class Lane(threading.Thread):
         self.items: list[Item] = []  # the batch being worked on
         self.number = number
         self.is_abandoned = False  # nobody waits for it any more: another lane has its place
+        self.fields = {"stage": stage.plan.name, "instance": number}  # of a line in the log
         self._began_s = 0.0  # when the batch being worked on was begun
         self._bell = threading.Lock()
         self._bell.acquire()
@@ -104,9 +106,12 @@ class Lane(threading.Thread):
                     self._feed(instance)
                 break
             except InstanceLost as error:
-                log.error("an instance of stage `%s` is lost: %s", self.stage.plan.name, error)
+                name = self.stage.plan.name
+                log.error("an instance of stage `%s` is lost: %s", name, error, extra=self.fields)
                 items, self.items = self.items, []
-                self.scheduler.finish(items, [self._lost(error) for _ in items])
+                outcomes = [self._lost(error) for _ in items]
+                self.scheduler.finish(items, outcomes)
+                self._observe(items, outcomes)
                 self._close(instance)
                 instance = self._replacement()
         self._close(instance)
@@ -176,7 +181,7 @@ class Lane(threading.Thread):
             return _Failed(self._all_failed(items, error))
 
     def _all_failed(self, items: list[Item], error: Exception) -> list[Any]:
-        log.exception("stage `%s` failed a batch", self.stage.plan.name)
+        log.exception("stage `%s` failed a batch", self.stage.plan.name, extra=self.fields)
         return [_another(error) for _ in items]
 
     def _finish(self, items: list[Item], outcomes: Any, busy_s: float) -> None:
@@ -187,6 +192,18 @@ class Lane(threading.Thread):
             outcomes = self._all_failed(items, error)
         self.items = self.items[len(items) :]
         self.scheduler.finish(items, outcomes, busy_s)
+        if self.scheduler.observer is not None:
+            self._observe(items, outcomes)
+
+    def _observe(self, items: list[Item], outcomes: list[Any]) -> None:
+        """Show a batch to who follows requests. What goes wrong at that is not theirs."""
+        observer = self.scheduler.observer
+        if observer is None or not items:
+            return
+        try:
+            observer.observe(Worked(self.stage.plan.name, self.number, items, outcomes))
+        except Exception:
+            log.exception("a batch could not be observed", extra=self.fields)
 
     def _lost(self, error: Exception) -> StageFailed:
         return StageFailed(f"an instance was lost: {error}", stage=self.stage.plan.name)
@@ -205,7 +222,8 @@ class Lane(threading.Thread):
         try:
             instance.close()
         except Exception:
-            log.exception("an instance of stage `%s` did not close", self.stage.plan.name)
+            name = self.stage.plan.name
+            log.exception("an instance of stage `%s` did not close", name, extra=self.fields)
 
     def _replacement(self) -> Instance:
         """A new instance, however often it takes; until then what comes in is answered."""
@@ -215,7 +233,8 @@ class Lane(threading.Thread):
             try:
                 instance = self._new_instance()
             except Exception as error:
-                log.error("no new instance of stage `%s` yet: %s", self.stage.plan.name, error)
+                name = self.stage.plan.name
+                log.error("no new instance of stage `%s` yet: %s", name, error, extra=self.fields)
                 self.scheduler.fail_if_lost(self.stage, self._lost(error).message)
                 time.sleep(pause_s)
                 pause_s = min(2.0, pause_s * 2)
@@ -302,7 +321,8 @@ class Lanes:
             if stuck_at_s > now:
                 following_s = min(stuck_at_s, following_s or stuck_at_s)
                 continue
-            log.error("stage `%s`: a call does not come back, and is left to itself", name)
+            message = "stage `%s`: a call does not come back, and is left to itself"
+            log.error(message, name, extra=lane.fields)
             lane.is_abandoned = True
             replacement = self._lane(lane.stage, lane.number)
             self.all.append(replacement)

@@ -27,6 +27,7 @@ WANTED = frozenset(
     (
         *(b"content-length", b"content-encoding", b"content-type", b"authorization"),
         *(b"x-deadline-ms", b"x-priority", b"x-request-id", b"transfer-encoding"),
+        *(b"traceparent", b"tracestate"),
     )
 )
 RETRY_S = b"1"
@@ -40,12 +41,13 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response but for what every response carries."""
+    """A response but for what every response carries, and the `error` that it tells of, if any."""
 
     status: int
     body: bytes
     kind: bytes = JSON
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    error: RequestError | None = None
 
 
 class Refusal(RequestError):
@@ -101,7 +103,7 @@ def error_answer(error: RequestError, flow: str | None, request_id: bytes) -> An
     if error.http_status in (429, 503):
         headers = (*headers, (b"retry-after", RETRY_S))
     body = to_json({"error": told(error, flow, request_id)})
-    return Answer(error.http_status, body, JSON, headers)
+    return Answer(error.http_status, body, JSON, headers, error)
 
 
 def told(error: RequestError, flow: str | None, request_id: bytes) -> dict[str, Any]:
@@ -120,9 +122,14 @@ def told(error: RequestError, flow: str | None, request_id: bytes) -> dict[str, 
 
 def request_id_of(given: bytes | None) -> bytes:
     """The client's id for its request if it can be repeated as it is, else a new one."""
-    if given is not None and _ID.fullmatch(given):
+    if given is not None and is_request_id(given):
         return given
     return b"%016x" % random.getrandbits(64)
+
+
+def is_request_id(given: bytes) -> bool:
+    """Whether this can be repeated in a header, and stands on one line of a log."""
+    return _ID.fullmatch(given) is not None
 
 
 def deadline_of(given: bytes | None) -> float | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from flowlang.serve.watch import reload_on_change
 
 if TYPE_CHECKING:
     from flowlang.app import App
+
+log = logging.getLogger("flowlang.serve")
 
 
 class Backend(Protocol):
@@ -124,4 +126,4 @@ class Local:
 
 
 def _warn(line: str) -> None:
-    print(f"flowlang: {line}", file=sys.stderr, flush=True)
+    log.warning("flowlang: %s", line)

@@ -202,8 +202,10 @@ class FrontService(Service):
             self._open = {}
             self.inference.become("loading")
 
-    async def infer(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Answer:
-        return await self._ask(path, b"", "infer", path, headers, body)
+    async def infer(
+        self, path: str, headers: dict[bytes, bytes], body: bytes, request_id: bytes
+    ) -> tuple[Answer, bytes]:
+        return await self._ask("infer", path, request_id, headers, body)
 
     async def _look(self, method: str, path: str, request_id: bytes) -> Answer:
         is_own = path.startswith("/health/") or is_health(path)
@@ -211,15 +213,21 @@ class FrontService(Service):
         is_refused = self.state == "draining" and path.endswith("/infer")
         if is_own or is_refused or not self.engine.is_loaded:
             return self.look(method, path, request_id)
-        return await self._ask(path, request_id, "look", method, path, request_id)
+        answer, _ = await self._ask("look", path, request_id, method)
+        return answer
 
-    async def _ask(self, path: str, request_id: bytes, question: str, *words: Any) -> Answer:
+    async def _ask(
+        self, question: str, path: str, request_id: bytes, *words: Any
+    ) -> tuple[Answer, bytes]:
+        """The engine's answer to what was asked at a path, and the request's id."""
         try:
-            answer: Answer = await self.engine.ask(question, *words)
+            answer: tuple[Answer, bytes] = await self.engine.ask(question, path, request_id, *words)
         except RequestError as error:
             told = error
         except InternalError:
             told = Refusal("internal", 500, "internal error")
         else:
             return answer
-        return refused(told) if is_below(path) else error_answer(told, None, request_id)
+        if is_below(path):
+            return refused(told), request_id
+        return error_answer(told, None, request_id), request_id

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
 from flowlang.diagnostics import BadRequest, RequestError
-from flowlang.serve.answer import Refusal
+from flowlang.serve.answer import Refusal, is_request_id, request_id_of
 from flowlang.serve.inference import VERSION, Inference, Model, Request, emptied
 from flowlang.serve.proto import Method, Protocol, read_protocol
 from flowlang.serve.tensor import (
@@ -59,6 +59,8 @@ OPEN = frozenset(
         "/grpc.health.v1.Health/Check",
     )
 )
+REQUEST_ID = "x-request-id"  # in the metadata of a call, and behind its answer
+TRACED = {"rpc.system": "grpc", "rpc.method": "inference.GRPCInferenceService/ModelInfer"}
 _WORD = re.compile("(?<!^)(?=[A-Z])")  # where a word of a name begins, but for the first
 
 
@@ -314,18 +316,30 @@ class _Answers:
         return self._make("RepositoryIndexResponse", models=models)
 
     async def model_infer(self, request: Message, context: Call) -> Message:
-        def read(model: Model) -> Request:
-            return read_request(request, context.time_remaining())
+        exchange = _Exchange(request, context, self._messages["ModelInferResponse"])
+        context.set_trailing_metadata(((REQUEST_ID, exchange.request_id),))
+        return await self._infer(request, context, exchange)
 
+    async def _infer(self, request: Message, context: Call, exchange: _Exchange) -> Message:
         self._inference.check_open()
-        return await self._inference.infer(
-            request.model_name, request.model_version, read, self._write
-        )
+        name, version = request.model_name, request.model_version
+        tracer = self._inference.tracer
+        if tracer is None:
+            return await self._inference.infer(name, version, exchange)
+        parent = {
+            key: value
+            for key, value in context.invocation_metadata()
+            if key in ("traceparent", "tracestate")
+        }
+        known = self._inference.known(name)
+        with tracer.begin(known, parent, TRACED, exchange.request_id):
+            return await self._inference.infer(name, version, exchange)
 
     async def model_stream_infer(self, request: Message, context: Call) -> Message:
         """One answer of a stream; an error is an answer too, and the stream goes on."""
         try:
-            found = await self.model_infer(request, context)
+            exchange = _Exchange(request, context, self._messages["ModelInferResponse"])
+            found = await self._infer(request, context, exchange)
         except RequestError as error:
             empty = self._make("ModelInferResponse", id=request.id)
             return self._make(
@@ -335,15 +349,36 @@ class _Answers:
         found.parameters["triton_final_response"].bool_param = True
         return self._make("ModelStreamInferResponse", infer_response=found)
 
-    def _write(self, model: Model, request: Request, tensors: list[Tensor]) -> Message:
-        return self._make(
-            "ModelInferResponse",
+
+class _Exchange:
+    """One inference: a request out of a message, and a message out of its answer."""
+
+    def __init__(self, message: Message, call: Call, kind: Any) -> None:
+        self.request_id = _request_id(message, call)
+        self._message = message
+        self._call = call
+        self._kind = kind
+
+    def read(self, model: Model) -> Request:
+        return read_request(self._message, self._call.time_remaining())
+
+    def write(self, model: Model, request: Request, tensors: list[Tensor]) -> Message:
+        return self._kind(
             model_name=model.name,
             model_version=VERSION,
             id=request.id,
             outputs=[{"name": t.name, "datatype": t.datatype, "shape": t.shape} for t in tensors],
             raw_output_contents=[to_raw(tensor) for tensor in tensors],
         )
+
+
+def _request_id(message: Message, call: Call) -> str:
+    """The message's own id, else that of the call, else a new one: a stream has many messages."""
+    own = message.id.encode()
+    if is_request_id(own):
+        return str(message.id)
+    given = dict(call.invocation_metadata()).get(REQUEST_ID)
+    return request_id_of(None if given is None else given.encode()).decode("ascii")
 
 
 def read_request(message: Message, timeout_s: float | None) -> Request:

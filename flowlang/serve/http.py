@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import resource
@@ -15,7 +16,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +25,7 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flowlang.diagnostics import CompileError, FlowError
+from flowlang.serve.access import AccessLog
 from flowlang.serve.backend import Backend, Local
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
 from flowlang.serve.tls import Certificate
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from flowlang.app import App
     from flowlang.serve.body import Receive, Scope, Send
     from flowlang.serve.inference import Inference
+    from flowlang.serve.trace import Tracer
 
 GRACE_S = 30.0
 BACKLOG = 2048
@@ -46,6 +48,8 @@ MAX_CORKED_BYTES = 64 << 10  # of a body that is written with its head
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+log = logging.getLogger("flowlang.serve")
 
 
 class Face(Protocol):
@@ -77,6 +81,8 @@ class Setup:
     metrics_listener: socket.socket | None = None
     on_listen: Callable[[str], None] | None = None
     on_ready: Callable[[str], None] | None = None
+    tracer: Tracer | None = None
+    tells_requests: bool = False
 
 
 def serve(
@@ -94,6 +100,8 @@ def serve(
     token: Token | None = None,
     metrics_port: int | None = None,
     fronts: int = 0,
+    tracer: Tracer | None = None,
+    tells_requests: bool = False,
 ) -> int:
     """Serve flows until SIGTERM or SIGINT. Returns the exit status.
 
@@ -112,7 +120,9 @@ def serve(
     `faces` are other protocols to serve the same flows by, made of what they answer with; the URL
     told is then a list of them, HTTP's the last. With a `certificate` HTTP is spoken over TLS, and
     with a `token` only who has it is let in; whoever makes the faces gives them theirs.
-    At `metrics_port` /metrics is told to everybody, and nothing else.
+    At `metrics_port` /metrics is told to everybody, and nothing else. Requests are followed by a
+    `tracer`, which is also the observer of what `load` gives; with `tells_requests` each of them
+    over HTTP has a line in the log.
 
     With `fronts`, as many processes read HTTP, and one more has the flows and the other protocols.
     """
@@ -140,12 +150,14 @@ def serve(
         metrics_listener=metrics_listener,
         on_listen=on_listen,
         on_ready=on_ready,
+        tracer=tracer,
+        tells_requests=tells_requests,
     )
     if fronts:
         from flowlang.serve.ingest import serve_by_fronts
 
         return serve_by_fronts(setup, load, listeners, watches=watches)
-    service = Service(max_body_bytes=max_body_bytes, token=token)
+    service = Service(max_body_bytes=max_body_bytes, token=token, tracer=tracer)
     backend = Local(load, service.let_in, watches=watches, grace_s=grace_s)
     return Server(setup, service, backend, listeners[0]).finish()
 
@@ -197,6 +209,10 @@ def _say(line: str) -> None:
 
 def _say_where(url: str) -> None:
     _say(f"loading, on {url}")
+
+
+def _warn(line: str) -> None:
+    log.warning("flowlang: %s", line)
 
 
 def _end(status: int) -> None:
@@ -334,7 +350,7 @@ class Server(uvicorn.Server):
         listener: socket.socket | None,
         stops: int | None = None,
     ) -> None:
-        super().__init__(_config(service))
+        super().__init__(_config(AccessLog(service) if setup.tells_requests else service))
         self.status = 0
         self.is_cut_short = False  # stopped with threads left inside a model's code
         self._setup = setup
@@ -352,6 +368,8 @@ class Server(uvicorn.Server):
     def finish(self) -> int:
         """Serve until it is to stop. Returns the exit status."""
         uvloop.run(self.serve())
+        if self._setup.tracer is not None:
+            self._setup.tracer.close()
         if self.is_cut_short:
             # A thread inside ONNX Runtime aborts the process if the interpreter ends around it.
             _end(self.status)
@@ -460,9 +478,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(LINGER_S)
         finally:
             if not in_time:
-                print(
-                    f"flowlang: not all was answered in {self._setup.grace_s:g} s", file=sys.stderr
-                )
+                _warn(f"not all was answered in {self._setup.grace_s:g} s")
                 self.status = 1
             self.is_cut_short = not (in_time and is_loaded)
             self.config.timeout_graceful_shutdown = max(1, math.ceil(until_s - clock()))
@@ -472,8 +488,8 @@ class Server(uvicorn.Server):
 def _report(failure: BaseException) -> None:
     """Say why the flows cannot be served."""
     if isinstance(failure, CompileError):
-        print(failure, file=sys.stderr)
+        log.error("%s", failure)
     elif isinstance(failure, (FlowError, OSError)):
-        print(f"flowlang: {failure}", file=sys.stderr)
+        log.error("flowlang: %s", failure)
     else:
-        traceback.print_exception(failure, file=sys.stderr)
+        log.error("flowlang: the flows cannot be loaded", exc_info=failure)

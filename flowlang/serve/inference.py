@@ -8,24 +8,25 @@ same in different words: both are built on this module, which knows neither.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from flowlang import __version__
-from flowlang.diagnostics import BadRequest, Draining, RequestError, StageFailed
+from flowlang.diagnostics import BadRequest, Draining, RequestError
 from flowlang.plan.types import Scalar, without_null
 from flowlang.runtime.conform import PLAIN
 from flowlang.serve.answer import Refusal, told
 from flowlang.serve.form import ParameterReader
+from flowlang.serve.log import tell_broken, tell_unanswered
 from flowlang.serve.port import Port, Ports, port_of
 from flowlang.serve.statistics import Statistics
 from flowlang.serve.tensor import BYTES, Tensor
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
+    from flowlang.serve.trace import Tracer
 
 PLATFORM = "flowlang"
 VERSION = "1"  # of every model
@@ -42,8 +43,7 @@ RESERVED = frozenset(
 RESERVED_START = "triton_"
 _PLAIN = frozenset(Scalar(name) for name in PLAIN)
 
-log = logging.getLogger("flowlang.serve")
-Carried = TypeVar("Carried")
+Carried = TypeVar("Carried", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,21 @@ class Work:
     wanted: list[str]
     deadline_s: float | None
     priority: int
+
+
+class Exchange(Protocol[Carried]):
+    """A transport's side of one inference: a request out of what came, an answer out of tensors.
+
+    `request_id` is what the request is called in the log; it is settled once it has been read.
+    """
+
+    request_id: str
+
+    def read(self, model: Model) -> Request:
+        """What is asked of the model. Raises RequestError."""
+
+    def write(self, model: Model, request: Request, tensors: list[Tensor]) -> Carried:
+        """What goes back. Raises RequestError."""
 
 
 class Unanswered(RequestError):
@@ -280,9 +295,10 @@ def _sooner(one: float | None, other: float | None) -> float | None:
 class Inference:
     """All models of a server, and whether they take requests. Belongs to one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer | None = None) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.under_way = 0
+        self.tracer = tracer
         self.models: dict[str, Model] = {}
         self.on_change: list[Callable[[], object]] = []  # called when `state` has changed
 
@@ -330,6 +346,10 @@ class Inference:
             raise Refusal("not-found", 404, f"`{name}` has the version {VERSION}, not {version}")
         return found
 
+    def known(self, name: str) -> str:
+        """The name of a flow as traces have it: what clients make up is not one of theirs."""
+        return name if name in self.models else "unknown"
+
     def is_model_ready(self, name: str, version: str = "") -> bool:
         return self.is_ready and name in self.models and version in ("", VERSION)
 
@@ -355,38 +375,27 @@ class Inference:
             for name in self.models
         ]
 
-    async def infer(
-        self,
-        name: str,
-        version: str,
-        read: Callable[[Model], Request],
-        write: Callable[[Model, Request, list[Tensor]], Carried],
-    ) -> Carried:
-        """Answer one request that was let in. Raises RequestError, of which a client may be told.
-
-        `read` and `write` are the transport's: they make a request of what came, and of the tensors
-        what goes back.
-        """
+    async def infer(self, name: str, version: str, exchange: Exchange[Carried]) -> Carried:
+        """Answer a request that was let in. Raises RequestError, of which a client may be told."""
         model = self.model(name, version)
         model.statistics.last_ms = time.time_ns() // 1_000_000
         self.under_way += 1
         clock = _Clock()
-        request = Request(())
         try:
-            request = read(model)
+            request = exchange.read(model)
             work = model.read(request)
             clock.lap()
             answers, queued_s = await self._run(model, request, work)
             clock.lap()
-            carried = write(model, request, model.outputs.columns(answers, work.wanted))
+            carried = exchange.write(model, request, model.outputs.columns(answers, work.wanted))
             clock.lap()
         except RequestError as error:
-            cause = error.__cause__ or error
-            level = logging.WARNING if isinstance(cause, StageFailed) else logging.INFO
-            log.log(level, "request %r of flow `%s`: %s", request.id, name, cause)
+            cause = error.__cause__
+            told = cause if isinstance(cause, RequestError) else error
+            tell_unanswered(exchange.request_id, name, told)
             raise
         except Exception:
-            log.exception("request %r of flow `%s` failed", request.id, name)
+            tell_broken(exchange.request_id, name)
             raise Refusal("internal", 500, "internal error") from None
         else:
             input_ns, infer_ns, output_ns = clock.laps_ns

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from flowlang.serve.answer import Answer
 from flowlang.serve.backend import Local
 from flowlang.serve.desk import Desk
 from flowlang.serve.front import Engine, FrontService
@@ -95,7 +96,7 @@ class _Flows(Local):
         super().__init__(load, self._open, watches=watches, grace_s=grace_s)
         self._service = service
         self._reins = reins
-        self._desk = Desk(path, {"look": service.look, "infer": service.infer}, fronts)
+        self._desk = Desk(path, {"look": self._look, "infer": self._infer}, fronts)
 
     def start(
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
@@ -103,6 +104,16 @@ class _Flows(Local):
         """As any, but ready once every front lets requests in."""
         self._desk.start(on_ready)
         super().start(self._reins.is_ready, on_failure)
+
+    def _look(self, path: str, request_id: bytes, method: str) -> tuple[Answer, bytes]:
+        answer = self._service.look(method, path, request_id)
+        return replace(answer, error=None), request_id  # the error is told: it need not travel
+
+    async def _infer(
+        self, path: str, request_id: bytes, headers: dict[bytes, bytes], body: bytes
+    ) -> tuple[Answer, bytes]:
+        answer, request_id = await self._service.infer(path, headers, body, request_id)
+        return replace(answer, error=None), request_id
 
     def _open(self, app: App) -> None:
         self._service.let_in(app)

@@ -7,13 +7,12 @@ everything here. Knows nothing of sockets, signals or the loading of models.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from flowlang.diagnostics import BadRequest, Draining, RequestError, StageFailed
+from flowlang.diagnostics import BadRequest, Draining, RequestError
 from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES, FlowProgram, PhysicalPlan
@@ -36,6 +35,7 @@ from flowlang.serve.answer import (
 from flowlang.serve.body import BodyReader, HungUp, Receive, Scope, Send, Watches
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
 from flowlang.serve.inference import Inference
+from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
 from flowlang.serve.metrics import KIND as METRICS
 from flowlang.serve.metrics import metrics_text
 from flowlang.serve.openapi import document
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from flowlang.app import App
     from flowlang.plan.graph import Parameter
     from flowlang.plan.types import Type
+    from flowlang.serve.trace import Trace, Tracer
 
 MAX_BODY_BYTES = MAX_BYTES + (64 << 10)  # the largest picture, and room for what wraps it
 BODY_S = 120.0  # a body that takes longer is cut off
@@ -63,8 +64,6 @@ _PAGE_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-cache"),
 )
-
-log = logging.getLogger("flowlang.serve")
 
 
 class Called(Protocol):
@@ -108,14 +107,16 @@ class Service:
         max_body_bytes: int = MAX_BODY_BYTES,
         body_s: float = BODY_S,
         token: Token | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.under_way = 0
-        self.inference = Inference()
+        self.inference = Inference(tracer)
         self._inference_routes = InferenceRoutes(self.inference, max_body_bytes)
         self._watches = Watches()
         self._bodies = BodyReader(max_body_bytes, body_s)
         self._token = token
+        self._tracer = tracer
         self._doors: dict[str, _Door] = {}  # by path
         self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
@@ -195,18 +196,36 @@ class Service:
             await self._send(send, answer, request_id)
             return
         self.under_way += 1
+        trace = None if self._tracer is None else self._follow(self._tracer, scope, found, door)
         try:
             if door is None:
-                answer = await self._answer_inference(scope, found, receive)
+                answer, request_id = await self._answer_inference(scope, found, request_id, receive)
             else:
                 answer = await self._answer_call(
                     door, scope["query_string"], found, request_id, receive
                 )
+            if trace is not None:
+                trace.answered(request_id.decode("ascii"), answer.status, answer.error)
             await self._send(send, answer, request_id)
         except HungUp:
             pass
         finally:
             self.under_way -= 1
+            if trace is not None:
+                trace.end()
+
+    def _follow(
+        self, tracer: Tracer, scope: Scope, found: dict[bytes, bytes], door: _Door | None
+    ) -> Trace:
+        path: str = scope["path"]
+        name = door.flow.name if door is not None else path.split("/")[3]
+        parent = {
+            header.decode(): found[header].decode("latin-1")
+            for header in (b"traceparent", b"tracestate")
+            if header in found
+        }
+        attributes = {"http.request.method": scope["method"], "url.path": path}
+        return tracer.begin(self.inference.known(name), parent, attributes)
 
     async def _send(self, send: Send, answer: Answer, request_id: bytes) -> None:
         headers = [
@@ -232,10 +251,9 @@ class Service:
                 raise Refusal("not-found", 404, "this port has /metrics, and nothing else")
             if method not in ("GET", "HEAD"):
                 raise _wrong_method(method, "GET, HEAD")
-            answer = self._show_metrics()
+            await self._send(send, self._show_metrics(), request_id)
         except Refusal as error:
-            answer = error_answer(error, None, request_id)
-        await self._send(send, answer, request_id)
+            await self._send(send, error_answer(error, None, request_id), request_id)
 
     def _turn_away(
         self, path: str, found: dict[bytes, bytes], error: Refusal, request_id: bytes
@@ -279,29 +297,31 @@ class Service:
             kind, encoded = encode(await self._watches.unless_hung_up(call, receive))
             return Answer(200, encoded, kind)
         except RequestError as error:
-            level = logging.WARNING if isinstance(error, StageFailed) else logging.INFO
-            log.log(level, "request %s of flow `%s`: %s", request_id.decode(), flow.name, error)
+            tell_unanswered(request_id.decode(), flow.name, error)
             return error_answer(error, flow.name, request_id)
         except HungUp:
             raise
         except Exception:
-            log.exception("request %s of flow `%s` failed", request_id.decode(), flow.name)
+            tell_broken(request_id.decode(), flow.name)
             return error_answer(Refusal("internal", 500, "internal error"), flow.name, request_id)
 
     async def _answer_inference(
-        self, scope: Scope, found: dict[bytes, bytes], receive: Receive
-    ) -> Answer:
+        self, scope: Scope, found: dict[bytes, bytes], request_id: bytes, receive: Receive
+    ) -> tuple[Answer, bytes]:
+        """The answer to an inference, and the request's id: its message may bring one."""
         found.pop(b"content-encoding", None)  # undone by the protocol, once the body is there
         try:
             body = await self._bodies.read(found, receive)
         except RequestError as error:
-            return refused(error)
-        answer = self.infer(scope["path"], dict(scope["headers"]), body)
+            return refused(error), request_id
+        answer = self.infer(scope["path"], dict(scope["headers"]), body, request_id)
         return await self._watches.unless_hung_up(answer, receive)
 
-    async def infer(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Answer:
-        """The answer to an inference of the Open Inference Protocol."""
-        return await self._inference_routes.infer(path, headers, body)
+    async def infer(
+        self, path: str, headers: dict[bytes, bytes], body: bytes, request_id: bytes
+    ) -> tuple[Answer, bytes]:
+        """The answer to an inference of the Open Inference Protocol, and the request's id."""
+        return await self._inference_routes.infer(path, headers, body, request_id)
 
     async def _call(self, door: _Door, body: bytes, asked: dict[str, Any]) -> Any:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""
@@ -323,7 +343,7 @@ class Service:
             try:
                 result = await self._call(door, part.content, asked)
             except RequestError as error:
-                log.info("request %s, `%s`: %s", request_id.decode(), name, error)
+                tell_unanswered_part(request_id.decode(), door.flow.name, name, error)
                 return {"name": name, "error": told(error, door.flow.name, request_id)}
             return {"name": name, "result": plain(result)}
 

@@ -8,6 +8,7 @@ to signals; the others are told to stop through a pipe, whose end they take for 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import shutil
@@ -16,11 +17,12 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+log = logging.getLogger("flowlang.serve")
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 HEARD = (*STOPS, signal.SIGCHLD)
@@ -159,7 +161,7 @@ class Supervisor:
                 child.close()
             status = work(self._path, reins)
         except BaseException:
-            traceback.print_exc()
+            log.exception("flowlang: a process could not go on")
         finally:
             if os.getppid() != self._pid:  # nobody else is there to do it
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -190,11 +192,11 @@ class Supervisor:
             self._was_ready = self._was_ready or was_ready
             if not self._was_ready:  # it cannot begin, and says why unless it was ended
                 if os.WIFSIGNALED(status):
-                    _say(how)
+                    log.warning("flowlang: %s", how)
                 self._status = 1
                 self._stop()
                 return
-        _say(f"{how}: it is started again")
+        log.warning("flowlang: %s: it is started again", how)
         now_s = time.monotonic()
         is_short = now_s - child.since_s < SHORT_S or (role is None and not was_ready)
         self._short[role] = self._short[role] + 1 if is_short else 0
@@ -268,7 +270,3 @@ def _how(status: int) -> str:
     if os.WIFSIGNALED(status):
         return f"was ended by signal {os.WTERMSIG(status)}"
     return f"ended with status {os.WEXITSTATUS(status)}"
-
-
-def _say(line: str) -> None:
-    print(f"flowlang: {line}", file=sys.stderr, flush=True)

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import BadRequest, RequestError, StageFailed
+from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.items import plain
 from flowlang.plan.types import ListOf, Record, Tensor, Type
-from flowlang.serve.answer import takes_bytes, to_json
+from flowlang.serve.answer import request_id_of, takes_bytes, to_json
 from flowlang.serve.inference import Inference, Unanswered, emptied
+from flowlang.serve.log import tell_broken, tell_unanswered
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
 from flowlang.serve.tls import Certificate
 
@@ -221,15 +222,24 @@ class _Calls:
         text = to_json(plain(answer)).decode()
         return response(success=True, result_data=text, error_message="")
 
-    async def _ask(self, flow: Flow, picture: bytes, request_id: str) -> Any:
+    async def _ask(self, flow: Flow, picture: bytes, given_id: str | bytes) -> Any:
+        # What is not UTF-8 comes as bytes.
+        given = given_id.encode() if isinstance(given_id, str) else given_id
+        request_id = request_id_of(given).decode("ascii")
+        tracer = self._inference.tracer
+        if tracer is None:
+            return await self._answer(flow, picture, request_id)
+        with tracer.begin(flow.name, {}, {"rpc.system": "thrift"}, request_id):
+            return await self._answer(flow, picture, request_id)
+
+    async def _answer(self, flow: Flow, picture: bytes, request_id: str) -> Any:
         try:
             return await flow.acall(picture)
         except RequestError as error:
-            level = logging.WARNING if isinstance(error, StageFailed) else logging.INFO
-            log.log(level, "request %r of flow `%s`: %s", request_id, flow.name, error)
-            raise Unanswered(error) from None
+            tell_unanswered(request_id, flow.name, error)
+            raise Unanswered(error) from error
         except Exception:
-            log.exception("request %r of flow `%s` failed", request_id, flow.name)
+            tell_broken(request_id, flow.name)
             raise _Refused("internal: internal error", _INTERNAL) from None
 
     def _flow(self, prefix: str, *, needs_label: bool) -> Flow:

@@ -19,6 +19,7 @@ from flowlang.serve.answer import (
     Answer,
     Refusal,
     deadline_of,
+    is_request_id,
     priority_of,
     to_json,
 )
@@ -79,16 +80,19 @@ class InferenceRoutes:
             and self._inference.is_ready
         )
 
-    async def infer(self, path: str, headers: Headers, body: bytes) -> Answer:
-        """The answer to an inference."""
+    async def infer(
+        self, path: str, headers: Headers, body: bytes, request_id: bytes
+    ) -> tuple[Answer, bytes]:
+        """The answer to an inference, and the request's id: X-Request-Id, else its message's."""
         parts = path.split("/")
         name, version = parts[3], parts[5] if len(parts) == 7 else ""
-        exchange = _Exchange(headers, body, self._max_body_bytes)
+        exchange = _Exchange(headers, body, self._max_body_bytes, request_id)
         try:
-            answer = await self._inference.infer(name, version, exchange.read, exchange.write)
+            answer = await self._inference.infer(name, version, exchange)
         except RequestError as error:
-            return refused(error)
-        return _packed(headers.get(b"accept-encoding"), answer)
+            return refused(error), exchange.request_id.encode("ascii")
+        packed = _packed(headers.get(b"accept-encoding"), answer)
+        return packed, exchange.request_id.encode("ascii")
 
     def _found(self, method: str, parts: list[str]) -> Answer:
         match parts:
@@ -132,7 +136,10 @@ class InferenceRoutes:
 class _Exchange:
     """One inference: a request out of a body, and a body out of its answer, as that asked."""
 
-    def __init__(self, headers: Headers, body: bytes, max_body_bytes: int) -> None:
+    def __init__(
+        self, headers: Headers, body: bytes, max_body_bytes: int, request_id: bytes
+    ) -> None:
+        self.request_id = request_id.decode("ascii")
         self._headers = headers
         self._body = body
         self._max_body_bytes = max_body_bytes
@@ -142,6 +149,9 @@ class _Exchange:
         encoding = self._headers.get(b"content-encoding")
         body = _unpacked(encoding, self._body, self._max_body_bytes)
         request, self._is_binary = read_request(model, self._headers, body)
+        own = request.id.encode("utf-8", "surrogatepass")
+        if b"x-request-id" not in self._headers and is_request_id(own):
+            self.request_id = own.decode("ascii")
         return request
 
     def write(self, model: Model, request: Request, tensors: list[Tensor]) -> Answer:
@@ -153,7 +163,7 @@ def refused(error: RequestError) -> Answer:
     headers = error.headers if isinstance(error, Refusal) else ()
     if error.http_status in (429, 503):
         headers = (*headers, (b"retry-after", RETRY_S))
-    return Answer(error.http_status, to_json({"error": error.message}), JSON, headers)
+    return Answer(error.http_status, to_json({"error": error.message}), JSON, headers, error)
 
 
 def _said(method: str, allowed: str, say: Callable[[], Any]) -> Answer:

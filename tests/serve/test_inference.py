@@ -355,7 +355,8 @@ def test_statistics_go_on_when_other_flows_take_over(folder: Path) -> None:
         with flowlang.load(folder / "all.flow", device="cpu") as app:
             inference.let_in(app)
             body = json.dumps({"inputs": [_tensor()]}).encode()
-            assert asyncio.run(routes.infer("/v2/models/same/infer", {}, body)).status == 200
+            call = routes.infer("/v2/models/same/infer", {}, body, b"1")
+            assert asyncio.run(call)[0].status == 200
             (found,) = inference.statistics("same")["model_stats"]
             assert found["inference_stats"]["success"]["count"] == answered
             (batches,) = found["batch_stats"]
@@ -793,8 +794,8 @@ def test_no_request_is_the_servers_fault(
     head = json.dumps(request).encode()
     routes = InferenceRoutes(inference, 1 << 20)
     headers = {b"inference-header-content-length": b"%d" % len(head)}
-    call = routes.infer(f"/v2/models/{model}/infer", headers, head + behind)
-    answer = asyncio.run(call)
+    call = routes.infer(f"/v2/models/{model}/infer", headers, head + behind, b"1")
+    answer, _ = asyncio.run(call)
     assert answer.status in (200, 400), answer.body
 
 
