@@ -6,8 +6,7 @@ Layer 4.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from flowlang.diagnostics import FlowError
 
 if TYPE_CHECKING:
     from flowlang.app import App
-    from flowlang.plan.physical import Machine, PhysicalPlan
+    from flowlang.plan.check import Plan
     from flowlang.runtime.seal import Key
     from flowlang.serve.http import Face
     from flowlang.serve.inference import Inference
@@ -108,31 +107,28 @@ def serve(
     from flowlang.plan.physical import lower
     from flowlang.runtime.machine import this_machine
     from flowlang.serve.http import serve as serve_http
-    from flowlang.serve.watch import look
 
     if fronts and tracer is not None:
         raise FlowError("--otel follows requests in one process: leave it or --ingest out")
     certificate = _certificate(tls_cert, tls_key)
     faces = _faces(host, grpc_port, thrift_port, thrift_flow, certificate, token)
-    machine = _apart(partial(this_machine, device)) if fronts else this_machine(device)
     opener = opener_of(key)
 
-    def compiled() -> PhysicalPlan:
-        return lower(compile_files(files, values=values, schedule=schedule, opener=opener), machine)
+    def check() -> Sequence[Plan]:
+        return compile_files(files, values=values, schedule=schedule, opener=opener)
 
-    first = [compiled()]  # what is wrong now is told before anything listens
-    seen = look(first[0].files)
-    names = [program.name for program in first[0].programs]
+    # What is wrong now is told before anything listens. The GPU is looked at where it will be used:
+    # what a process has begun with CUDA is of no use to those that it forks.
+    plans = check()
+    first = [] if fronts else [lower(plans, this_machine(device))]
+    names = [flow.name for plan in plans for flow in plan.flows]
     if thrift_flow is not None and thrift_flow not in names:
         there = ", ".join(f"`{name}`" for name in names)
         raise FlowError(f"--thrift-flow: there is no flow `{thrift_flow}`; there is {there}")
 
     def load() -> App:
-        plan = first.pop() if first else None
-        # An engine that is started again may find them changed.
-        if plan is None or (watches and look(plan.files) != seen):
-            plan = compiled()
-        return App(plan, engines=engines, key=key, observer=tracer)
+        physical = first.pop() if first else lower(check(), this_machine(device))
+        return App(physical, engines=engines, key=key, observer=tracer)
 
     sys.exit(
         serve_http(
@@ -149,15 +145,6 @@ def serve(
             tracer=tracer,
         )
     )
-
-
-def _apart(ask: Callable[[], Machine]) -> Machine:
-    """What a process of its own finds: who has asked CUDA for GPUs can fork none that uses one."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(1, get_context("fork")) as pool:
-        return pool.submit(ask).result()
 
 
 def _certificate(chain: str | None, key: str | None) -> Certificate | None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flowlang.app import App
     from flowlang.serve.body import Receive, Scope, Send
     from flowlang.serve.inference import Inference
+    from flowlang.serve.supervisor import Reins
     from flowlang.serve.trace import Tracer
 
 GRACE_S = 30.0
@@ -338,7 +339,7 @@ def _config(application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> u
 class Server(uvicorn.Server):
     """uvicorn, loading the flows once it listens, and emptying them before it stops.
 
-    It stops on a signal, or where there is one when the file `stops` can be read. Without a
+    It stops on a signal, or with `reins` when they say so. Without a
     listener it speaks the other protocols alone.
     """
 
@@ -348,7 +349,7 @@ class Server(uvicorn.Server):
         service: Service,
         backend: Backend,
         listener: socket.socket | None,
-        stops: int | None = None,
+        reins: Reins | None = None,
     ) -> None:
         super().__init__(_config(AccessLog(service) if setup.tells_requests else service))
         self.status = 0
@@ -357,7 +358,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._backend = backend
         self._listener = listener
-        self._stops = stops
+        self._reins = reins
         self._scheme = "https" if setup.certificate else "http"
         self._url = _url(self._scheme, setup.host, setup.port)
         self._context = setup.certificate.context if setup.certificate else None
@@ -372,16 +373,16 @@ class Server(uvicorn.Server):
             self._setup.tracer.close()
         if self.is_cut_short:
             # A thread inside ONNX Runtime aborts the process if the interpreter ends around it.
-            _end(self.status)
+            (_end if self._reins is None else self._reins.end)(self.status)
         return self.status
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        if self._stops is not None:
-            loop.add_reader(self._stops, self._stop)
+        if self._reins is not None:
+            loop.add_reader(self._reins, self._stop)
             yield
-            loop.remove_reader(self._stops)
+            loop.remove_reader(self._reins)
             return
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -455,8 +456,8 @@ class Server(uvicorn.Server):
         self._stop()
 
     def _stop(self) -> None:
-        if self._stops is not None:
-            self._loop.remove_reader(self._stops)  # or it would say so again and again
+        if self._reins is not None:
+            self._loop.remove_reader(self._reins)  # or it would say so again and again
         if self._emptying is None:
             self._emptying = self._loop.create_task(self._empty())
 

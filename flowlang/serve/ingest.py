@@ -53,7 +53,7 @@ def _be_front(
     service = FrontService(inside, number, max_body_bytes=setup.max_body_bytes, token=setup.token)
     service.engine = Engine(path, service.let_in_remote, service.shut)
     own = replace(setup, faces=(), metrics_listener=None, on_listen=_nothing)
-    return Server(own, service, service.engine, held[number], reins.fileno()).finish()
+    return Server(own, service, service.engine, held[number], reins).finish()
 
 
 def _be_engine(
@@ -68,7 +68,7 @@ def _be_engine(
     # It is the fronts that ask for the token; what is told of the server is told here.
     service = Service(max_body_bytes=setup.max_body_bytes, token=setup.token)
     flows = _Flows(path, len(listeners), service, load, watches, setup.grace_s, reins)
-    return Server(setup, service, flows, None, reins.fileno()).finish()
+    return Server(setup, service, flows, None, reins).finish()
 
 
 def _close(others: Sequence[socket.socket]) -> None:

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 log = logging.getLogger("flowlang.serve")
 
@@ -40,10 +40,14 @@ class Reins(Protocol):
     def is_ready(self) -> None:
         """To be called once the child does what it is there for."""
 
+    def end(self, status: int) -> NoReturn:
+        """End the child without waiting for any thread."""
+
 
 class _Reins:
-    def __init__(self, stop: int, ready: int) -> None:
+    def __init__(self, stop: int, ready: int, parent: int, folder: str) -> None:
         self._stop, self._ready = stop, ready
+        self._parent, self._folder = parent, folder
 
     def fileno(self) -> int:
         return self._stop
@@ -51,6 +55,13 @@ class _Reins:
     def is_ready(self) -> None:
         with contextlib.suppress(OSError):
             os.write(self._ready, b"!")
+
+    def end(self, status: int) -> NoReturn:
+        if os.getppid() != self._parent:  # nobody else is there to do it
+            shutil.rmtree(self._folder, ignore_errors=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 Work = Callable[[str, Reins], int]
@@ -142,7 +153,10 @@ class Supervisor:
                 os.close(ready)
                 self._signals.heed_none()
         if not pid:
-            self._be(self._engine if role is None else self._fronts[role], _Reins(stop, told))
+            self._be(
+                self._engine if role is None else self._fronts[role],
+                _Reins(stop, told, self._pid, self._folder),
+            )
         os.close(stop)
         os.close(told)
         self._children[pid] = _Child(role, tell, ready, time.monotonic())
@@ -163,11 +177,7 @@ class Supervisor:
         except BaseException:
             log.exception("flowlang: a process could not go on")
         finally:
-            if os.getppid() != self._pid:  # nobody else is there to do it
-                shutil.rmtree(self._folder, ignore_errors=True)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            reins.end(status)
 
     # Ending
 
@@ -192,11 +202,11 @@ class Supervisor:
             self._was_ready = self._was_ready or was_ready
             if not self._was_ready:  # it cannot begin, and says why unless it was ended
                 if os.WIFSIGNALED(status):
-                    _say(how)
+                    log.warning("flowlang: %s", how)
                 self._status = 1
                 self._stop()
                 return
-        _say(f"{how}: it is started again")
+        log.warning("flowlang: %s: it is started again", how)
         now_s = time.monotonic()
         is_short = now_s - child.since_s < SHORT_S or (role is None and not was_ready)
         self._short[role] = self._short[role] + 1 if is_short else 0
@@ -270,7 +280,3 @@ def _how(status: int) -> str:
     if os.WIFSIGNALED(status):
         return f"was ended by signal {os.WTERMSIG(status)}"
     return f"ended with status {os.WEXITSTATUS(status)}"
-
-
-def _say(line: str) -> None:
-    log.warning("flowlang: %s", line)

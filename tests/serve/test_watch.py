@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from flowlang.serve import watch
 from tests.serve.server import KINDS, Server, serving, wait_until
 
 FLOW = """use "post.py" as post
@@ -98,3 +103,31 @@ def test_a_change_of_one_file_loads_all_again(tmp_path: Path) -> None:
         write(tmp_path, 2)
         wait_until(lambda: server.client.post("/flows/tell").json()["version"] == 2)
         assert server.client.post("/flows/same", content=b"x").content == b"x"
+
+
+def test_a_change_while_flows_are_loaded_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were read before it do not stay, neither the first nor any later ones."""
+    monkeypatch.setattr(watch, "LOOK_S", 0.01)
+    file = tmp_path / "changes.flow"
+    file.write_text("0")
+    loaded: list[str] = []
+
+    def load() -> Any:
+        loaded.append(file.read_text())
+        if len(loaded) < 3:
+            file.write_text("x" * len(loaded))  # which is what has been read no more
+        return None
+
+    async def go() -> None:
+        since_ns = time.time_ns()
+        os.utime(file, ns=(since_ns + 1, since_ns + 1))  # while the first were loaded
+        watching = asyncio.create_task(
+            watch.reload_on_change(lambda: [str(file)], load, lambda app: None, print, since_ns)
+        )
+        await asyncio.to_thread(wait_until, lambda: len(loaded) == 3)
+        watching.cancel()
+
+    asyncio.run(go())
+    assert loaded == ["0", "x", "xx"]
