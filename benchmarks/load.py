@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import sys
@@ -220,6 +221,7 @@ class PoolSampler(Sampler):
         import psutil
 
         self._workers = [psutil.Process(worker) for worker in workers]
+        self._seen_s: dict[int, float] = {}  # by process; one that has ended used no more
 
     def __enter__(self) -> PoolSampler:
         super().__enter__()
@@ -233,7 +235,12 @@ class PoolSampler(Sampler):
         self._others_s -= used_s
 
     def _cpu_s_of_workers(self) -> float:
-        return sum(sum(worker.cpu_times()[:2]) for worker in self._workers)
+        import psutil
+
+        for worker in self._workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._seen_s[worker.pid] = sum(worker.cpu_times()[:2])
+        return sum(self._seen_s.values())
 
 
 def _cpu_seconds() -> float:

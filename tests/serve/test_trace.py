@@ -426,3 +426,10 @@ def test_a_missing_package_is_named(flow: Path) -> None:
     assert done.returncode == 1
     assert "pip install 'flowlang[otel]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_traces_of_several_processes_are_refused(flow: Path) -> None:
+    """With fronts a request is in two processes, and half a trace would be worse than none."""
+    status, told = refused(str(flow), "--otel", "--ingest", "2")
+    assert (status, len(told.splitlines())) == (1, 1)
+    assert "leave it or --ingest out" in told
