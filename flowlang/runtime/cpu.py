@@ -83,31 +83,9 @@ class Chain:
         self._has_extras = any(self._extras)
         # An image that leaves the stage knows where it lies in the picture it is a part of.
         self._is_framed = bool(nodes) and isinstance(nodes[-1].type, Image)
-        makers = (None if extras[n] else row_work_of(n) for n in nodes)
-        self._row_works = list(itertools.takewhile(lambda work: work is not None, makers))
 
     def __bool__(self) -> bool:
         return bool(self.works)
-
-    def of_rows(self, rows: NDArray[Any], items: Sequence[Any]) -> list[Any]:
-        """The outcome of each row of a batch, as `through` gives it, at once as far as possible."""
-        values, start = self._at_once(rows)
-        if start == len(self.works):
-            return list(values)
-        return [self.through(v, i, start) for v, i in zip(values, items, strict=True)]
-
-    def _at_once(self, rows: NDArray[Any]) -> tuple[Sequence[Any], int]:
-        """What becomes of the rows together, and by how many of the works."""
-        values: Any = rows
-        for start, work in enumerate(self._row_works):
-            try:
-                done = work(values) if work is not None and hasattr(values, "ndim") else None
-            except Exception:
-                done = None  # one by one it is told whose fault it is
-            if done is None:
-                return values, start
-            values = done
-        return values, len(self._row_works)
 
     def through(self, value: Any, item: Any, start: int = 0) -> Any:
         """What becomes of a value, or the exception it fails with, from a work on.
@@ -129,6 +107,40 @@ class Chain:
         except Exception as error:
             return error
         return value
+
+
+class RowChain(Chain):
+    """A chain that also takes all rows of a model's output at once, as far as possible."""
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        extras: Mapping[Node, tuple[int, ...]],
+        settings: Mapping[str, Any],
+    ) -> None:
+        super().__init__(nodes, extras, settings)
+        makers = (None if extras[n] else row_work_of(n) for n in nodes)
+        self._row_works = list(itertools.takewhile(lambda work: work is not None, makers))
+
+    def of_rows(self, rows: NDArray[Any], items: Sequence[Any]) -> list[Any]:
+        """The outcome of each row of a batch, as `through` gives it, at once as far as possible."""
+        values, start = self._at_once(rows)
+        if start == len(self.works):
+            return list(values)
+        return [self.through(v, i, start) for v, i in zip(values, items, strict=True)]
+
+    def _at_once(self, rows: NDArray[Any]) -> tuple[Sequence[Any], int]:
+        """What becomes of the rows together, and by how many of the works."""
+        values: Any = rows
+        for start, work in enumerate(self._row_works):
+            try:
+                done = work(values) if work is not None and hasattr(values, "ndim") else None
+            except Exception:
+                done = None  # one by one it is told whose fault it is
+            if done is None:
+                return values, start
+            values = done
+        return values, len(self._row_works)
 
 
 def _known(shape: Shape | None) -> tuple[int, ...] | None:

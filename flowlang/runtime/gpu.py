@@ -18,7 +18,7 @@ from flowlang.plan.graph import Node
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, StagePlan
 from flowlang.plan.types import Image, Tensor
 from flowlang.runtime import cuda, dali, trt
-from flowlang.runtime.cpu import Chain
+from flowlang.runtime.cpu import RowChain
 from flowlang.runtime.host import Work, check_picture, work_of
 from flowlang.runtime.picture import Picture, is_plain_jpeg
 from flowlang.runtime.rework import Prologue
@@ -102,7 +102,7 @@ class GpuInstance:
         )
         extras = dict(zip(plan.nodes, plan.extras, strict=True))
         self.has_extras = any(extras.values())
-        self.after = Chain(plan.tail, extras, plan.settings)
+        self.after = RowChain(plan.tail, extras, plan.settings)
         self.source: _Pictures | _Arrays
         kind = _Pictures if decodes_on_gpu(plan.region) else _Arrays
         try:

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 from flowlang.diagnostics import StageFailed
 from flowlang.plan.files import compile_file
 from flowlang.plan.graph import Node
-from flowlang.runtime.cpu import Chain
+from flowlang.runtime.cpu import RowChain
 from flowlang.runtime.host import row_work_of, work_of
 from tests.standins import write_model
 
@@ -68,7 +68,7 @@ def same(one: Any, other: Any) -> bool:
 def test_rows_together_give_what_each_gives_alone(folder: Path, name: str, rows: Any) -> None:
     """Whatever the scores: equals, NaN and infinities included."""
     nodes = nodes_of(folder, CHAINS[name])
-    chain = Chain(nodes, dict.fromkeys(nodes, ()), {})
+    chain = RowChain(nodes, dict.fromkeys(nodes, ()), {})
     works = [work_of(n, {}) for n in nodes]
 
     @settings(max_examples=60, deadline=None)
@@ -100,7 +100,7 @@ def test_what_needs_the_item_is_done_singly(folder: Path) -> None:
 def test_items_that_are_no_rows_are_done_singly(folder: Path) -> None:
     """Where a model gives matrices each gets what it gets alone, an error of its own included."""
     nodes = nodes_of(folder, "softmax -> top(2)")
-    chain = Chain(nodes, dict.fromkeys(nodes, ()), {})
+    chain = RowChain(nodes, dict.fromkeys(nodes, ()), {})
     values = np.zeros((2, 3, CLASSES), np.float32)
     outcomes = chain.of_rows(values, [None, None])
     assert [str(o) for o in outcomes] == [str(chain.through(v, None)) for v in values]

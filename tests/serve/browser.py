@@ -10,8 +10,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 PATIENCE_S = 30.0
 FLAGS = (
@@ -237,3 +240,13 @@ class Browser:
             for event in self.events
             if event.get("method") == "Network.requestWillBeSent"
         ]
+
+
+def opened(folder: Path) -> Iterator[Browser]:
+    """A Chromium for a fixture, closed behind it. Skips where there is none."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium on the path")
+    browser = Browser(program, folder)
+    yield browser
+    browser.close()

@@ -18,7 +18,7 @@ from flowlang import diagnostics
 from flowlang.plan.types import FLOAT, LABEL, UNKNOWN, Image, ListOf, Optional, Scalar, Tensor
 from flowlang.serve.openapi import ERRORS, schema_of
 from tests.pictures import photographs
-from tests.serve.browser import Browser, find_chromium
+from tests.serve.browser import Browser, opened
 from tests.serve.faces import write_types
 from tests.serve.server import Server, serving, write
 
@@ -350,12 +350,7 @@ def test_it_is_there_once_the_flows_are(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium on the path")
-    browser = Browser(program, tmp_path_factory.mktemp("chromium"))
-    yield browser
-    browser.close()
+    yield from opened(tmp_path_factory.mktemp("chromium"))
 
 
 def test_the_page_needs_nothing_else(server: Server) -> None:

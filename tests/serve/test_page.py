@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 
 from flowlang.serve.routes import Service
 from tests.pictures import bad, good
-from tests.serve.browser import Browser, find_chromium
+from tests.serve.browser import Browser, opened
 from tests.serve.page import (
     ANSWER,
     ANYTHING,
@@ -58,12 +58,7 @@ def server(folder: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """One Chromium for all tests."""
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium on the path")
-    browser = Browser(program, tmp_path_factory.mktemp("chromium"))
-    yield browser
-    browser.close()
+    yield from opened(tmp_path_factory.mktemp("chromium"))
 
 
 @pytest.fixture
