@@ -8,6 +8,7 @@ to signals; the others are told to stop through a pipe, whose end they take for 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -117,6 +118,10 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the exit status: 0 if all that was accepted has been answered."""
+        # What is there before the forks is never garbage. Were a child's collector to look through
+        # it, it would write to all its pages, and each child have 10 MiB for itself that all share.
+        gc.collect()
+        gc.freeze()
         try:
             for role in (None, *range(len(self._fronts))):
                 self._start(role)
