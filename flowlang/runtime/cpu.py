@@ -6,16 +6,18 @@ Layer 3. An item that fails leaves the batch and takes nobody with it.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import EngineError, StageFailed
+from flowlang.plan import graph
 from flowlang.plan.graph import Node
 from flowlang.plan.onnx import Port
 from flowlang.plan.physical import StagePlan
 from flowlang.plan.types import Image, Shape
 from flowlang.runtime.frame import run_framed
-from flowlang.runtime.host import row_work_of, work_of
+from flowlang.runtime.host import Work, row_work_of, work_of
 from flowlang.runtime.ort import Session, Sessions, numpy_dtype
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ class CpuInstance:
         node = next((n for n in plan.nodes if n.model is not None), None)
         self.model = _ModelStep(node, sessions.of(node.model)) if node and node.model else None
         self.batch = plan.batch
+        self.room: _Room | None = None
+        if self.model is not None and plan.region and plan.region[-1].op == graph.PACK:
+            self.room = self.model.room = _Room(plan.batch[2])
+            self.before.works[-1] = self.room.taking(self.before.works[-1])
         self.at_work = sessions.at_work
 
     def warm(self) -> None:
@@ -46,6 +52,8 @@ class CpuInstance:
 
     def _run(self, values: Sequence[Any]) -> list[Any]:
         outcomes = [v[0] for v in values] if self.has_extras else list(values)
+        if self.room is not None:
+            self.room.clear()
         if self.before:
             outcomes = [self.before.through(o, v) for o, v in zip(outcomes, values, strict=True)]
         if self.model is not None:
@@ -149,6 +157,46 @@ def _known(shape: Shape | None) -> tuple[int, ...] | None:
     return sides if shape is not None and len(sides) == len(shape) else None
 
 
+class _Room:
+    """Memory for one batch of a model's input, so that its items need not be copied together."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._memory: NDArray[Any] | None = None  # as large as the first item asks for
+        self._rows: list[NDArray[Any]] = []
+        self._taken = 0
+
+    def clear(self) -> None:
+        self._taken = 0
+
+    def taking(self, pack: Work) -> Work:
+        """The work that packs an item, made to put it into the next row where it fits there."""
+
+        def work(value: Any) -> Any:
+            if self._taken == len(self._rows):
+                return self._first(pack(value))
+            self._taken += 1
+            return pack(value, self._rows[self._taken - 1])
+
+        return work
+
+    def _first(self, packed: NDArray[Any]) -> NDArray[Any]:
+        import numpy as np
+
+        if self._memory is None:
+            self._memory = np.empty((self._size, *packed.shape), packed.dtype)
+            self._rows = list(self._memory)
+        return packed
+
+    def holds(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any] | None:
+        """The batch of these, where they are all that was put here, in order; None otherwise."""
+        if self._memory is None or len(parts) != self._taken:
+            return None
+        if all(map(operator.is_, parts, self._rows)):
+            return self._memory[: self._taken]
+        return None
+
+
 class _ModelStep:
     """A model run on batches of items whose shapes may differ."""
 
@@ -158,6 +206,7 @@ class _ModelStep:
         self.ports = node.model.inputs
         self.fixed = node.model.fixed_batch
         self.session = session
+        self.room: _Room | None = None
         self.name, self.place = node.model.name, str(node.span)
 
     def warm(self, size: int) -> None:
@@ -227,4 +276,7 @@ class _ModelStep:
         import numpy as np
 
         parts = items if len(self.ports) == 1 else [item[port.name] for item in items]
+        whole = None if self.room is None else self.room.holds(parts)
+        if whole is not None:
+            return whole
         return parts[0][None] if len(parts) == 1 else np.stack(parts)

@@ -93,8 +93,9 @@ def _open(model: Model, content: bytes | None, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Spinning threads of one call take the cores from another call's and from decoding.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The threads of a call spin while it runs, which is worth 0.3 of the 1.6 ms that a small model
+    # takes on two cores. They stop with it, or they would take the cores from decoding.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     try:
         given = str(model.path) if content is None else content

@@ -121,13 +121,17 @@ def recolour(start: str, end: str) -> Callable[[Array], Array]:
     return (lambda image: image) if code is None else (lambda image: cv2.cvtColor(image, code))
 
 
-def planes_by_table(image: Array, tables: Sequence[Array]) -> Array:
-    """The channels of an 8-bit image, each through a table of 256 floats: channels x h x w, f32."""
+def planes_by_table(image: Array, tables: Sequence[Array], out: Array | None = None) -> Array:
+    """The channels of an 8-bit image, each through a table of 256 floats: channels x h x w, f32.
+
+    `out` is memory of that shape and dtype, if there is any.
+    """
     import cv2
     import numpy as np
 
     planes = cv2.split(image) if image.ndim == 3 else [image]
-    out = np.empty((len(tables), *image.shape[:2]), np.float32)
+    if out is None:
+        out = np.empty((len(tables), *image.shape[:2]), np.float32)
     for plane, table, target in zip(planes, tables, out, strict=True):
         cv2.LUT(plane, table, dst=target)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -81,6 +82,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # fmt: skip
     total = [node("ReduceSum", ["data"], ["out"], keepdims=0)]
     write_model(root / "total.onnx", total, [("data", FLOATS, ("N", "k"))], [("out", FLOATS, ())])
+    image = [("data", FLOATS, ("N", 3, "h", "w"))]
+    write_model(
+        root / "mean.onnx", [node("GlobalAveragePool", ["data"], ["out"])], image,
+        [("out", FLOATS, ("N", 3, 1, 1))],
+    )  # fmt: skip
     models.two_heads(root / "heads.onnx", size=8)
     models.two_inputs(root / "pair.onnx", size=8)
     (root / "names.txt").write_text("zero\none\ntwo\n", "utf-8")
@@ -294,6 +300,48 @@ def test_a_batch_answers_what_its_items_answer_alone(folder: Path) -> None:
         for group in (together, alone)
     ]
     assert tops[0] == tops[1]
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        IMAGE_FLOW,
+        'decode -> resize(8) -> rgb -> trt("heads.onnx", batch=1..8)',
+        'decode -> rgb -> trt("mean.onnx", batch=1..8)',
+    ],
+    ids=["normalized", "plain", "of any size"],
+)
+@given(
+    batches=st.lists(
+        st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=1, max_size=4
+    )
+)
+@settings(max_examples=25)
+def test_a_batch_keeps_nothing_of_the_one_before(
+    folder: Path, flow: str, batches: list[list[int]]
+) -> None:
+    """Whatever ran before, and however many broken ones are among them, each gets its own answer."""
+    instance, pictures, alone = lone_answers(flow, folder)
+    for batch in batches:
+        for index, outcome in zip(batch, instance.run([pictures[i] for i in batch]), strict=True):
+            if index == 5:
+                assert isinstance(outcome, BadRequest)
+            else:
+                np.testing.assert_allclose(scores(outcome), alone[index], rtol=1e-5, atol=1e-6)
+
+
+@functools.cache
+def lone_answers(flow: str, folder: Path) -> tuple[CpuInstance, list[bytes], list[Array]]:
+    """An instance, pictures of two sizes with a broken one at the end, and what the good ones get
+    from an instance that has seen no other.
+    """
+    pictures = [*(picture(s, 20 + s % 2, 30) for s in range(5)), picture(5)[:-200]]
+    alone = [scores(instance_of(flow, folder).run([p])[0]) for p in pictures[:5]]
+    return instance_of(flow, folder), pictures, alone
+
+
+def scores(outcome: Any) -> Array:
+    return np.array(outcome["scores"] if isinstance(outcome, dict) else outcome)
 
 
 SCORES = hnp.arrays(
