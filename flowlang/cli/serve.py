@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from flowlang.app import App
     from flowlang.plan.check import Plan
     from flowlang.runtime.seal import Key
-    from flowlang.serve.http import Face
     from flowlang.serve.inference import Inference
+    from flowlang.serve.setup import Face
     from flowlang.serve.tls import Certificate
     from flowlang.serve.token import Token
     from flowlang.serve.trace import Tracer

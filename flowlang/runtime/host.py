@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from flowlang.diagnostics import BadRequest, EngineError, RequestError, StageFailed
 from flowlang.plan import graph
@@ -414,7 +414,7 @@ def _pack(node: Node, settings: Mapping[str, Any]) -> Work:
         def plain(image: Array, room: Array | None = None) -> Array:
             image = image if image.ndim == 3 else image[:, :, None]
             packed = image.transpose(2, 0, 1) if is_chw else image
-            if room is None or (room.shape, room.dtype) != (packed.shape, dtype):
+            if not _fits(room, packed.shape, dtype):
                 return np.ascontiguousarray(packed, dtype)
             room[...] = packed
             return room
@@ -427,8 +427,7 @@ def _pack(node: Node, settings: Mapping[str, Any]) -> Work:
     ]
 
     def normalized(image: Array, room: Array | None = None) -> Array:
-        shape = (len(tables), *image.shape[:2])
-        if is_chw and room is not None and (room.shape, room.dtype) == (shape, np.float32):
+        if is_chw and _fits(room, (len(tables), *image.shape[:2]), np.float32):
             return vision.planes_by_table(image, tables, room)
         out = vision.planes_by_table(image, tables)
         if not is_chw:
@@ -436,6 +435,10 @@ def _pack(node: Node, settings: Mapping[str, Any]) -> Work:
         return out.astype(dtype, copy=False)
 
     return normalized
+
+
+def _fits(room: Array | None, shape: tuple[int, ...], dtype: Any) -> TypeGuard[Array]:
+    return room is not None and room.shape == shape and room.dtype == dtype
 
 
 def _pass(node: Node, settings: Mapping[str, Any]) -> Work:

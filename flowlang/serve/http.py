@@ -7,27 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import math
 import os
-import resource
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from flowlang.diagnostics import CompileError, FlowError
+from flowlang.diagnostics import FlowError
 from flowlang.serve.access import AccessLog
 from flowlang.serve.backend import Backend, Local
+from flowlang.serve.corked import Corked
+from flowlang.serve.process import (
+    BACKLOG,
+    allow_many_connections,
+    end,
+    keep_freed_memory,
+    listen,
+    report,
+    url_of,
+)
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
+from flowlang.serve.setup import Face, Setup
 from flowlang.serve.tls import Certificate
 from flowlang.serve.token import Token
 
@@ -39,51 +46,13 @@ if TYPE_CHECKING:
     from flowlang.serve.trace import Tracer
 
 GRACE_S = 30.0
-BACKLOG = 2048
 KEEP_ALIVE_S = 75  # longer than clients and balancers keep an idle connection
 HANDSHAKE_S = 20.0  # of TLS
 LINGER_S = 0.2  # once all is answered: so that who writes just now is told, and not cut off
-KEPT_BYTES = 64 << 20  # at the top of a heap; what is larger than half of it lies in none
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers
-MAX_CORKED_BYTES = 64 << 10  # of a body that is written with its head
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
 log = logging.getLogger("flowlang.serve")
-
-
-class Face(Protocol):
-    """Another protocol beside HTTP, at a port of its own: flowlang.serve.grpc, .thrift."""
-
-    scheme: str
-
-    async def start(self) -> int:
-        """Begin to listen. Returns the port. Raises OSError where it cannot be had."""
-
-    async def stop(self, grace_s: float) -> bool:
-        """Answer what is inside, then stop. Returns whether that was done in time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What a server is to be: the arguments of `serve`, for whichever of its processes.
-
-    `port` is the one told; who listens to it is another matter.
-    """
-
-    host: str
-    port: int
-    grace_s: float
-    max_body_bytes: int
-    faces: Sequence[Callable[[Inference], Face]] = ()
-    certificate: Certificate | None = None
-    token: Token | None = None
-    metrics_listener: socket.socket | None = None
-    on_listen: Callable[[str], None] | None = None
-    on_ready: Callable[[str], None] | None = None
-    tracer: Tracer | None = None
-    tells_requests: bool = False
 
 
 def serve(
@@ -127,8 +96,8 @@ def serve(
 
     With `fronts`, as many processes read HTTP, and one more has the flows and the other protocols.
     """
-    _allow_many_connections()
-    _keep_freed_memory()
+    allow_many_connections()
+    keep_freed_memory()
     try:
         listeners = [listen(host, port)]
         there = listeners[0].getsockname()[1]
@@ -138,7 +107,7 @@ def serve(
             listeners = [listen(host, there, is_shared=True) for _ in range(fronts)]
         metrics_listener = None if metrics_port is None else listen(host, metrics_port)
     except FlowError as error:
-        _report(error)
+        report(error)
         return 1
     setup = Setup(
         host=host,
@@ -163,47 +132,6 @@ def serve(
     return Server(setup, service, backend, listeners[0]).finish()
 
 
-def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
-    """A socket that listens there, a shared one beside others. Raises FlowError if it cannot."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
-        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(
-            address[:2],
-            family=family,
-            backlog=BACKLOG,
-            dualstack_ipv6=both,
-            reuse_port=is_shared,
-        )
-    except OSError as error:
-        raise FlowError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-
-
-def _url(scheme: str, host: str, port: int) -> str:
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _allow_many_connections() -> None:
-    """Each connection takes a file descriptor, and the usual soft limit is 1024."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what bodies and pictures have used, rather than give it back each time.
-
-    Given back and had again, memory is cleared by the kernel page by page: measured on bodies of
-    65 KB, up to ten page faults a request and a third of the processor time spent on it. Naming
-    one of the two thresholds stops glibc from raising the other by itself, so both are named.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        set_option = ctypes.CDLL(None).mallopt
-        set_option(_M_MMAP_THRESHOLD, KEPT_BYTES // 2)
-        set_option(_M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -216,52 +144,6 @@ def _warn(line: str) -> None:
     log.warning("flowlang: %s", line)
 
 
-def _end(status: int) -> None:
-    """End the process without waiting for any thread."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-class _Corked:
-    """A transport that keeps a response's head back until its body is there, to write both at once.
-
-    uvicorn writes the two apart: two system calls and two packets for an answer of a few bytes,
-    which is a tenth of what a small answer costs, and wakes its client twice.
-    """
-
-    __slots__ = ("_head", "_transport", "is_closing")
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._head = b""
-        self.is_closing = transport.is_closing  # asked for every response
-
-    def write(self, data: bytes) -> None:
-        if self._head:
-            head, self._head = self._head, b""
-            if len(data) <= MAX_CORKED_BYTES:
-                data = head + data
-            else:  # to copy it would cost more than a packet
-                self._transport.write(head)
-        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100 "):
-            self._head = data
-            return
-        self._transport.write(data)
-
-    def flush(self) -> None:
-        """Write a head that no body follows."""
-        if self._head:
-            self.write(b"")
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
 class _Protocol(HttpToolsProtocol):
     """HTTP with a limit on the size of a request's head, and on the pauses before its end."""
 
@@ -269,7 +151,7 @@ class _Protocol(HttpToolsProtocol):
     _in_head = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._corked = _Corked(transport)
+        self._corked = Corked(transport)
         super().connection_made(self._corked)  # type: ignore[arg-type]
         self._close_if_idle()
 
@@ -360,7 +242,7 @@ class Server(uvicorn.Server):
         self._listener = listener
         self._reins = reins
         self._scheme = "https" if setup.certificate else "http"
-        self._url = _url(self._scheme, setup.host, setup.port)
+        self._url = url_of(self._scheme, setup.host, setup.port)
         self._context = setup.certificate.context if setup.certificate else None
         self._listening: list[asyncio.Server] = []
         self._faces = [make(service.inference) for make in setup.faces]
@@ -373,7 +255,7 @@ class Server(uvicorn.Server):
             self._setup.tracer.close()
         if self.is_cut_short:
             # A thread inside ONNX Runtime aborts the process if the interpreter ends around it.
-            (_end if self._reins is None else self._reins.end)(self.status)
+            (end if self._reins is None else self._reins.end)(self.status)
         return self.status
 
     @contextlib.contextmanager
@@ -403,7 +285,7 @@ class Server(uvicorn.Server):
             if self._listener is not None:
                 await self._listen(self._listener, self.config)
             host, metrics = self._setup.host, self._setup.metrics_listener
-            urls = [_url(face.scheme, host, await face.start()) for face in self._faces]
+            urls = [url_of(face.scheme, host, await face.start()) for face in self._faces]
             if metrics is not None:
                 urls.append(await self._listen_for_metrics(metrics))
         except OSError as error:
@@ -435,13 +317,13 @@ class Server(uvicorn.Server):
         config = _config(self._service.tell_metrics)
         config.load()
         await self._listen(listener, config)
-        return f"{_url(self._scheme, self._setup.host, listener.getsockname()[1])}/metrics"
+        return f"{url_of(self._scheme, self._setup.host, listener.getsockname()[1])}/metrics"
 
     # Stopping
 
     def _on_signal(self) -> None:
         if self._emptying is not None:
-            _end(1)
+            end(1)
         self._stop()
 
     def _tell_ready(self) -> None:
@@ -451,7 +333,7 @@ class Server(uvicorn.Server):
             _say(f"serving {', '.join(self._service.names)} on {self._url}")
 
     def _fail(self, failure: BaseException) -> None:
-        _report(failure)
+        report(failure)
         self.status = 1
         self._stop()
 
@@ -484,13 +366,3 @@ class Server(uvicorn.Server):
             self.is_cut_short = not (in_time and is_loaded)
             self.config.timeout_graceful_shutdown = max(1, math.ceil(until_s - clock()))
             self.should_exit = True
-
-
-def _report(failure: BaseException) -> None:
-    """Say why the flows cannot be served."""
-    if isinstance(failure, CompileError):
-        log.error("%s", failure)
-    elif isinstance(failure, (FlowError, OSError)):
-        log.error("flowlang: %s", failure)
-    else:
-        log.error("flowlang: the flows cannot be loaded", exc_info=failure)

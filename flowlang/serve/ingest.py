@@ -19,8 +19,9 @@ from flowlang.serve.answer import Answer
 from flowlang.serve.backend import Local
 from flowlang.serve.desk import Desk
 from flowlang.serve.front import Engine, FrontService
-from flowlang.serve.http import Server, Setup
+from flowlang.serve.http import Server
 from flowlang.serve.routes import Service
+from flowlang.serve.setup import Setup
 from flowlang.serve.supervisor import Reins, Supervisor
 
 if TYPE_CHECKING:

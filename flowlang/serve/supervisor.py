@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
+from flowlang.serve.process import end
+
 log = logging.getLogger("flowlang.serve")
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -60,9 +62,7 @@ class _Reins:
     def end(self, status: int) -> NoReturn:
         if os.getppid() != self._parent:  # nobody else is there to do it
             shutil.rmtree(self._folder, ignore_errors=True)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        end(status)
 
 
 Work = Callable[[str, Reins], int]

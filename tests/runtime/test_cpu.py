@@ -312,15 +312,13 @@ def test_a_batch_answers_what_its_items_answer_alone(folder: Path) -> None:
     ids=["normalized", "plain", "of any size"],
 )
 @given(
-    batches=st.lists(
-        st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=1, max_size=4
-    )
+    batches=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=1, max_size=4)
 )
 @settings(max_examples=25)
 def test_a_batch_keeps_nothing_of_the_one_before(
     folder: Path, flow: str, batches: list[list[int]]
 ) -> None:
-    """Whatever ran before, and however many broken ones are among them, each gets its own answer."""
+    """Each gets its own answer, whatever ran before and however many are broken."""
     instance, pictures, alone = lone_answers(flow, folder)
     for batch in batches:
         for index, outcome in zip(batch, instance.run([pictures[i] for i in batch]), strict=True):

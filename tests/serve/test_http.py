@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 import flowlang
 from flowlang.diagnostics import FlowError
 from flowlang.serve import asgi
-from flowlang.serve.http import MAX_CORKED_BYTES, _Corked
+from flowlang.serve.corked import MAX_CORKED_BYTES, Corked
 from flowlang.serve.routes import Service
 from tests.pictures import bad, photographs
 from tests.serve.server import (
@@ -387,7 +387,7 @@ class Written:
 def test_a_head_is_written_with_its_body() -> None:
     """An answer takes one write; a head without a body is written at the end or at the close."""
     transport = Written()
-    corked = _Corked(transport)  # type: ignore[arg-type]
+    corked = Corked(transport)  # type: ignore[arg-type]
     corked.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     corked.write(b"HTTP/1.1 200 OK\r\n\r\n")
     corked.write(b"body")

@@ -1,0 +1,82 @@
+"""The process that a server runs in: where it listens, what it is allowed, how it ends.
+
+Layer 4. Knows nothing of what is served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import socket
+import sys
+from typing import NoReturn
+
+from flowlang.diagnostics import CompileError, FlowError
+
+BACKLOG = 2048
+KEPT_BYTES = 64 << 20  # at the top of a heap; what is larger than half of it lies in none
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+log = logging.getLogger("flowlang.serve")
+
+
+def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """A socket that listens there, a shared one beside others. Raises FlowError if it cannot."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(
+            address[:2],
+            family=family,
+            backlog=BACKLOG,
+            dualstack_ipv6=both,
+            reuse_port=is_shared,
+        )
+    except OSError as error:
+        raise FlowError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def url_of(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def allow_many_connections() -> None:
+    """Each connection takes a file descriptor, and the usual soft limit is 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what bodies and pictures have used, rather than give it back each time.
+
+    Given back and had again, memory is cleared by the kernel page by page: measured on bodies of
+    65 KB, up to ten page faults a request and a third of the processor time spent on it. Naming
+    one of the two thresholds stops glibc from raising the other by itself, so both are named.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(_M_MMAP_THRESHOLD, KEPT_BYTES // 2)
+        set_option(_M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def end(status: int) -> NoReturn:
+    """End the process without waiting for any thread."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def report(failure: BaseException) -> None:
+    """Say why the flows cannot be served."""
+    if isinstance(failure, CompileError):
+        log.error("%s", failure)
+    elif isinstance(failure, (FlowError, OSError)):
+        log.error("flowlang: %s", failure)
+    else:
+        log.error("flowlang: the flows cannot be loaded", exc_info=failure)
