@@ -6,7 +6,8 @@ Layer 4.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     from flowlang.app import App
     from flowlang.plan.check import Plan
     from flowlang.runtime.seal import Key
-    from flowlang.serve.inference import Inference
-    from flowlang.serve.setup import Face
+    from flowlang.serve.setup import MakeFace
     from flowlang.serve.tls import Certificate
     from flowlang.serve.token import Token
     from flowlang.serve.trace import Tracer
@@ -111,7 +111,7 @@ def serve(
     if fronts and tracer is not None:
         raise FlowError("--otel follows requests in one process: leave it or --ingest out")
     certificate = _certificate(tls_cert, tls_key)
-    faces = _faces(host, grpc_port, thrift_port, thrift_flow, certificate, token)
+    faces = _faces(grpc_port, thrift_port, thrift_flow, token)
     opener = opener_of(key)
 
     def check() -> Sequence[Plan]:
@@ -162,31 +162,16 @@ def _certificate(chain: str | None, key: str | None) -> Certificate | None:
 
 
 def _faces(
-    host: str,
-    grpc_port: int | None,
-    thrift_port: int | None,
-    thrift_flow: str | None,
-    certificate: Certificate | None,
-    token: Token | None,
-) -> list[Callable[[Inference], Face]]:
+    grpc_port: int | None, thrift_port: int | None, thrift_flow: str | None, token: Token | None
+) -> list[MakeFace]:
     """The protocols to serve besides HTTP. Raises FlowError where one of them cannot be."""
     from flowlang.serve.grpc import GrpcServer
-    from flowlang.serve.routes import MAX_BODY_BYTES
     from flowlang.serve.thrift import ThriftServer
 
-    faces: list[Callable[[Inference], Face]] = []
+    faces: list[MakeFace] = []
     if grpc_port is not None:
         _check_installed("grpc", "grpc")
-        faces.append(
-            lambda inference: GrpcServer(
-                inference,
-                host,
-                grpc_port,
-                max_body_bytes=MAX_BODY_BYTES,
-                certificate=certificate,
-                token=token,
-            )
-        )
+        faces.append(partial(GrpcServer, port=grpc_port))
     if thrift_port is not None:
         if token is not None:
             raise FlowError(
@@ -194,16 +179,7 @@ def _faces(
                 "leave one of the two out"
             )
         _check_installed("thriftpy2", "thrift")
-        faces.append(
-            lambda inference: ThriftServer(
-                inference,
-                host,
-                thrift_port,
-                max_body_bytes=MAX_BODY_BYTES,
-                flow=thrift_flow,
-                certificate=certificate,
-            )
-        )
+        faces.append(partial(ThriftServer, port=thrift_port, flow=thrift_flow))
     return faces
 
 

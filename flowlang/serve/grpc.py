@@ -16,6 +16,7 @@ from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.serve.answer import Refusal, is_request_id, request_id_of
 from flowlang.serve.inference import VERSION, Inference, Model, Request, emptied
 from flowlang.serve.proto import Method, Protocol, read_protocol
+from flowlang.serve.setup import Setup
 from flowlang.serve.tensor import (
     BYTES,
     NUMPY,
@@ -28,7 +29,6 @@ from flowlang.serve.tensor import (
     from_raw,
     to_raw,
 )
-from flowlang.serve.tls import Certificate
 from flowlang.serve.token import Token
 
 Message: TypeAlias = Any  # of a class made from a .proto file
@@ -67,22 +67,12 @@ _WORD = re.compile("(?<!^)(?=[A-Z])")  # where a word of a name begins, but for 
 class GrpcServer:
     """Serves the models of `inference` over gRPC, in the event loop that starts it."""
 
-    def __init__(
-        self,
-        inference: Inference,
-        host: str,
-        port: int,
-        *,
-        max_body_bytes: int,
-        certificate: Certificate | None = None,
-        token: Token | None = None,
-    ) -> None:
-        self.scheme = "grpcs" if certificate else "grpc"
-        self._certificate = certificate
-        self._token = token
+    def __init__(self, inference: Inference, setup: Setup, port: int) -> None:
+        host = setup.host
+        self.scheme = "grpcs" if setup.certificate else "grpc"
         self._inference = inference
+        self._setup = setup
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._max_body_bytes = max_body_bytes
         self._under_way = 0
         self._server: Any = None
 
@@ -92,10 +82,11 @@ class GrpcServer:
 
         inference = read_protocol("inference.proto")
         health = read_protocol("health.proto")
+        token = self._setup.token
         server = grpc.aio.server(
-            interceptors=() if self._token is None else (_guard(self._token),),
+            interceptors=() if token is None else (_guard(token),),
             options=(
-                ("grpc.max_receive_message_length", self._max_body_bytes),
+                ("grpc.max_receive_message_length", self._setup.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # or two servers would share a port unnoticed
                 ("grpc.keepalive_time_ms", KEEP_ALIVE_MS),
@@ -131,9 +122,10 @@ class GrpcServer:
     def _add_port(self, server: Any) -> int:
         import grpc
 
-        if self._certificate is None:
+        certificate = self._setup.certificate
+        if certificate is None:
             return int(server.add_insecure_port(self._address))
-        pair = (self._certificate.key, self._certificate.chain)
+        pair = (certificate.key, certificate.chain)
         credentials = grpc.ssl_server_credentials([pair])  # of TLS 1.2 or later
         return int(server.add_secure_port(self._address, credentials))
 

@@ -34,14 +34,13 @@ from flowlang.serve.process import (
     url_of,
 )
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
-from flowlang.serve.setup import Face, Setup
+from flowlang.serve.setup import MakeFace, Setup
 from flowlang.serve.tls import Certificate
 from flowlang.serve.token import Token
 
 if TYPE_CHECKING:
     from flowlang.app import App
     from flowlang.serve.body import Receive, Scope, Send
-    from flowlang.serve.inference import Inference
     from flowlang.serve.supervisor import Reins
     from flowlang.serve.trace import Tracer
 
@@ -65,7 +64,7 @@ def serve(
     on_ready: Callable[[str], None] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     watches: bool = False,
-    faces: Sequence[Callable[[Inference], Face]] = (),
+    faces: Sequence[MakeFace] = (),
     certificate: Certificate | None = None,
     token: Token | None = None,
     metrics_port: int | None = None,
@@ -87,12 +86,11 @@ def serve(
     With `watches`, `load` is called again whenever a file of the flows has changed: the new ones
     take over while the old ones answer what they have. Where it fails the old ones stay.
 
-    `faces` are other protocols to serve the same flows by, made of what they answer with; the URL
-    told is then a list of them, HTTP's the last. With a `certificate` HTTP is spoken over TLS, and
-    with a `token` only who has it is let in; whoever makes the faces gives them theirs.
-    At `metrics_port` /metrics is told to everybody, and nothing else. Requests are followed by a
-    `tracer`, which is also the observer of what `load` gives; with `tells_requests` each of them
-    over HTTP has a line in the log.
+    `faces` are other protocols to serve the same flows by; the URL told is then a list of them,
+    HTTP's the last. With a `certificate` all is spoken over TLS, and with a `token` only who has it
+    is let in, but over Thrift, which has no place for one. At `metrics_port` /metrics is told to
+    everybody, and nothing else. Requests are followed by a `tracer`, which is also the observer of
+    what `load` gives; with `tells_requests` each of them over HTTP has a line in the log.
 
     With `fronts`, as many processes read HTTP, and one more has the flows and the other protocols.
     """
@@ -245,7 +243,7 @@ class Server(uvicorn.Server):
         self._url = url_of(self._scheme, setup.host, setup.port)
         self._context = setup.certificate.context if setup.certificate else None
         self._listening: list[asyncio.Server] = []
-        self._faces = [make(service.inference) for make in setup.faces]
+        self._faces = [make(service.inference, setup) for make in setup.faces]
         self._emptying: asyncio.Task[None] | None = None
 
     def finish(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from flowlang.serve.inference import Inference
@@ -29,18 +29,22 @@ class Face(Protocol):
         """Answer what is inside, then stop. Returns whether that was done in time."""
 
 
+# What makes a face, of what it answers with and of what the server is to be.
+MakeFace: TypeAlias = "Callable[[Inference, Setup], Face]"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What a server is to be: the arguments of `serve`, for whichever of its processes.
 
-    `port` is the one told; who listens to it is another matter.
+    `port` is the one told for HTTP; who listens to it is another matter, and faces have their own.
     """
 
     host: str
     port: int
     grace_s: float
     max_body_bytes: int
-    faces: Sequence[Callable[[Inference], Face]] = ()
+    faces: Sequence[MakeFace] = ()
     certificate: Certificate | None = None
     token: Token | None = None
     metrics_listener: socket.socket | None = None

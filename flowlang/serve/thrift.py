@@ -23,8 +23,8 @@ from flowlang.plan.types import ListOf, Record, Tensor, Type
 from flowlang.serve.answer import request_id_of, takes_bytes, to_json
 from flowlang.serve.inference import Inference, Unanswered, emptied
 from flowlang.serve.log import tell_broken, tell_unanswered
+from flowlang.serve.setup import Setup
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
-from flowlang.serve.tls import Certificate
 
 if TYPE_CHECKING:
     from flowlang.app import Flow
@@ -63,21 +63,14 @@ class ThriftServer:
     """
 
     def __init__(
-        self,
-        inference: Inference,
-        host: str,
-        port: int,
-        *,
-        max_body_bytes: int,
-        flow: str | None = None,
-        certificate: Certificate | None = None,
+        self, inference: Inference, setup: Setup, port: int, flow: str | None = None
     ) -> None:
-        self.scheme = "thrifts" if certificate else "thrift"
-        self._context = certificate.context if certificate else None
-        self.max_body_bytes = max_body_bytes
+        self.scheme = "thrifts" if setup.certificate else "thrift"
+        self.max_body_bytes = setup.max_body_bytes
         self.under_way = 0
         self.connections: set[_Connection] = set()
-        self._address = (host, port)
+        self._context = setup.certificate.context if setup.certificate else None
+        self._address = (setup.host, port)
         self._calls = _Calls(inference, flow)
         self._server: asyncio.Server | None = None
         self._methods: dict[str, _Method] = {}

@@ -81,13 +81,15 @@ PROGRAM = """
 import asyncio, os, signal, sys
 import flowlang, uvloop
 from flowlang.serve.inference import Inference
+from flowlang.serve.setup import Setup
 from flowlang.serve.{module} import {name} as Face
 
 async def main(gate, *paths):
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     inference = Inference()
-    face = Face(inference, "127.0.0.1", 0, max_body_bytes=1 << 20)
+    setup = Setup(host="127.0.0.1", port=0, grace_s=10.0, max_body_bytes=1 << 20)
+    face = Face(inference, setup, port=0)
     print("loading, on http://127.0.0.1:%d" % await face.start(), flush=True)
     while gate and not os.path.exists(gate):
         await asyncio.sleep(0.01)
@@ -96,7 +98,7 @@ async def main(gate, *paths):
     print("serving", *inference.models, flush=True)
     await stopped.wait()
     inference.refuse()
-    in_time = await face.stop(10.0)
+    in_time = await face.stop(setup.grace_s)
     app.close(1.0)
     return 0 if in_time else 1
 

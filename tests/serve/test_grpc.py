@@ -520,7 +520,9 @@ def test_a_port_in_use_is_refused(server: Server, folder: Path) -> None:
 import asyncio
 from flowlang.serve.grpc import GrpcServer
 from flowlang.serve.inference import Inference
-server = GrpcServer(Inference(), "127.0.0.1", {server.port}, max_body_bytes=1)
+from flowlang.serve.setup import Setup
+setup = Setup(host="127.0.0.1", port=0, grace_s=1, max_body_bytes=1)
+server = GrpcServer(Inference(), setup, port={server.port})
 asyncio.run(server.start())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

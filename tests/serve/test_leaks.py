@@ -58,6 +58,7 @@ export flow broken: bytes -> bytes = pass
 # `broken` fails where flowlang itself would be at fault.
 PROGRAM = """
 import sys
+from functools import partial
 import flowlang
 from flowlang.runtime import host
 from flowlang.serve.grpc import GrpcServer
@@ -69,10 +70,7 @@ class Unsendable:
         raise RuntimeError(__file__ + {secret!r})
 
 host._MAKERS["pass"] = lambda node, settings: lambda value: Unsendable()
-faces = [
-    lambda i: GrpcServer(i, "127.0.0.1", 0, max_body_bytes=1 << 20),
-    lambda i: ThriftServer(i, "127.0.0.1", 0, max_body_bytes=1 << 20, flow="raises"),
-]
+faces = [partial(GrpcServer, port=0), partial(ThriftServer, port=0, flow="raises")]
 sys.exit(serve(lambda: flowlang.load({path!r}, device="cpu"), "127.0.0.1", 0, faces=faces))
 """
 NAMES = ("raises", "opens", "lies", "odd", "broken")
