@@ -8,6 +8,7 @@ answers what is no message with a traceback.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
@@ -62,6 +63,8 @@ OPEN = frozenset(
 REQUEST_ID = "x-request-id"  # in the metadata of a call, and behind its answer
 TRACED = {"rpc.system": "grpc", "rpc.method": "inference.GRPCInferenceService/ModelInfer"}
 _WORD = re.compile("(?<!^)(?=[A-Z])")  # where a word of a name begins, but for the first
+
+log = logging.getLogger("flowlang.serve")
 
 
 class GrpcServer:
@@ -155,33 +158,38 @@ class GrpcServer:
         self, kind: Any, answer: Callable[[Message, Call], Awaitable[Message]]
     ) -> Callable[[bytes, Call], Awaitable[bytes]]:
         async def call(body: bytes, context: Call) -> bytes:
-            self._under_way += 1
-            try:
-                found = await answer(_parsed(kind, body), context)
-                return bytes(found.SerializeToString())
-            except RequestError as error:
-                refusal = error
-            finally:
-                self._under_way -= 1
-            await _refuse(context, refusal)
-            raise refusal  # never reached: refusing raises
+            found = await self._outcome(kind, body, answer, context)
+            if isinstance(found, RequestError):
+                await _refuse(context, found)
+                raise found  # never reached: refusing raises
+            return found
 
         return call
+
+    async def _outcome(
+        self,
+        kind: Any,
+        body: bytes,
+        answer: Callable[[Message, Call], Awaitable[Message]],
+        context: Call,
+    ) -> bytes | RequestError:
+        """The bytes to answer a message with, or why there are none."""
+        self._under_way += 1
+        try:
+            found = await answer(_parsed(kind, body), context)
+            return bytes(found.SerializeToString())
+        except RequestError as error:
+            return error
+        except Exception:  # gRPC would tell the client all of it
+            log.exception("a %s could not be answered", kind.DESCRIPTOR.name)
+            return Refusal("internal", 500, "internal error")
+        finally:
+            self._under_way -= 1
 
     def _streaming(
         self, kind: Any, answer: Callable[[Message, Call], Awaitable[Message]]
     ) -> Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]:
         """A stream of requests: worked on together, and answered in their order."""
-
-        async def one(body: bytes, context: Call) -> bytes | RequestError:
-            self._under_way += 1
-            try:
-                found = await answer(_parsed(kind, body), context)
-                return bytes(found.SerializeToString())
-            except RequestError as error:  # returned, for it may come to nobody's turn
-                return error
-            finally:
-                self._under_way -= 1
 
         async def call(bodies: AsyncIterator[bytes], context: Call) -> AsyncIterator[bytes]:
             tasks: asyncio.Queue[asyncio.Task[bytes | RequestError] | None]
@@ -190,7 +198,7 @@ class GrpcServer:
 
             async def read() -> None:
                 async for body in bodies:
-                    task = asyncio.ensure_future(one(body, context))
+                    task = asyncio.ensure_future(self._outcome(kind, body, answer, context))
                     left.add(task)
                     task.add_done_callback(left.discard)
                     await tasks.put(task)

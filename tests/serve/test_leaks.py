@@ -55,7 +55,7 @@ export flow lies = ops.lies
 export flow odd = ops.odd
 export flow broken: bytes -> bytes = pass
 """
-# `broken` fails where flowlang itself would be at fault.
+# `broken` and the index of models fail where flowlang itself would be at fault.
 PROGRAM = """
 import sys
 from functools import partial
@@ -63,6 +63,7 @@ import flowlang
 from flowlang.runtime import host
 from flowlang.serve.grpc import GrpcServer
 from flowlang.serve.http import serve
+from flowlang.serve.inference import Inference
 from flowlang.serve.thrift import ThriftServer
 
 class Unsendable:
@@ -70,6 +71,7 @@ class Unsendable:
         raise RuntimeError(__file__ + {secret!r})
 
 host._MAKERS["pass"] = lambda node, settings: lambda value: Unsendable()
+Inference.index = lambda self, **options: Unsendable().models
 faces = [partial(GrpcServer, port=0), partial(ThriftServer, port=0, flow="raises")]
 sys.exit(serve(lambda: flowlang.load({path!r}, device="cpu"), "127.0.0.1", 0, faces=faces))
 """
@@ -137,6 +139,17 @@ def test_no_answer_over_grpc_leaks(server: Server, name: str, check: Callable[[s
             client.infer(name, [sent])
         assert caught.value.status() == "StatusCode.INTERNAL"
         check(f"{caught.value} {caught.value.debug_details()}")
+
+
+def test_no_question_over_grpc_leaks(server: Server, check: Callable[[str], None]) -> None:
+    """What fails outside of any flow is INTERNAL too: gRPC alone would tell the exception."""
+    (url,) = [url for url in server.urls if url.startswith("grpc://")]
+    with triton.InferenceServerClient(url.removeprefix("grpc://")) as client:
+        with pytest.raises(triton.InferenceServerException) as caught:
+            client.get_model_repository_index()
+        assert caught.value.status() == "StatusCode.INTERNAL"
+        check(f"{caught.value} {caught.value.debug_details()}")
+    assert "a RepositoryIndexRequest could not be answered" in server.errors
 
 
 def test_no_answer_over_thrift_leaks(server: Server, check: Callable[[str], None]) -> None:
