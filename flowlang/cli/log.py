@@ -43,7 +43,10 @@ def log_options(command: Callable[..., None]) -> Callable[..., None]:
 
     for option in (
         click.option(
-            "--access-log", "tells_requests", is_flag=True, help="Log each request over HTTP."
+            "--access-log",
+            "tells_requests",
+            is_flag=True,
+            help="Log each request over HTTP, gRPC and Thrift.",
         ),
         click.option(
             "--log-level",

@@ -1,6 +1,7 @@
-"""A line in the log for each request over HTTP, where that is wanted.
+"""A line in the log for each request, where that is wanted, whatever protocol it came by.
 
-Layer 4. Written to the bare ASGI protocol around an application, which knows nothing of it.
+Layer 4. For HTTP written to the bare ASGI protocol around an application, which knows nothing of
+it; flowlang.serve.grpc and flowlang.serve.thrift tell of theirs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from collections.abc import Awaitable, Callable
 from flowlang.diagnostics import Cancelled
 from flowlang.serve.body import Message, Receive, Scope, Send
 
+MAX_PATH = 1000  # characters: what a client asks for may be as long as it likes
+
 log = logging.getLogger("flowlang.access")
+log.setLevel(logging.INFO)  # asked for by name, whatever the level of the others
 
 
 class AccessLog:
@@ -20,7 +24,6 @@ class AccessLog:
 
     def __init__(self, application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._application = application
-        log.setLevel(logging.INFO)  # asked for by name, whatever the level of the others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,17 +42,34 @@ class AccessLog:
         try:
             await self._application(scope, receive, noting)
         finally:
-            tell(scope, status, round((time.perf_counter() - start_s) * 1e3, 3), request_id)
+            path = scope["raw_path"].decode("latin-1")
+            tell(scope["method"], path, status, start_s, request_id)
 
 
-def tell(scope: Scope, status: int, ms: float, request_id: str) -> None:
-    """One line. The path is as it was sent: nothing in it can end the line."""
-    method, path = scope["method"], scope["raw_path"].decode("ascii", "backslashreplace")
+def tell(
+    method: str, path: str, status: int | None, start_s: float, request_id: str, name: str = ""
+) -> None:
+    """One line of a request that is over. What is not known of it is empty.
+
+    `status` is a number of its protocol, None where nothing was answered; as text it is told by its
+    `name`, where it has one.
+    """
+    ms = round((time.perf_counter() - start_s) * 1e3, 3)
+    path = _on_one_line(path[:MAX_PATH])
     fields = {
         "method": method,
-        "path": path,
+        "path": path or None,
         "status": status,
         "ms": ms,
         "request_id": request_id or None,
     }
-    log.info("%s %s %d %.3f ms %s", method, path, status, ms, request_id or "-", extra=fields)
+    shown = name or (status if status is not None else "-")
+    words = (method, path or "-", shown, ms, request_id or "-")
+    log.info("%s %s %s %.3f ms %s", *words, extra=fields)
+
+
+def _on_one_line(text: str) -> str:
+    """Text as it was sent, unless something in it could end the line."""
+    if text.isascii() and text.isprintable():
+        return text
+    return text.encode("unicode_escape").decode("ascii")

@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 from flowlang.diagnostics import BadRequest, RequestError
+from flowlang.serve.access import tell
 from flowlang.serve.answer import Refusal, is_request_id, request_id_of
 from flowlang.serve.inference import VERSION, Inference, Model, Request, emptied
 from flowlang.serve.proto import Method, Protocol, read_protocol
@@ -85,9 +88,10 @@ class GrpcServer:
 
         inference = read_protocol("inference.proto")
         health = read_protocol("health.proto")
-        token = self._setup.token
+        recorders = (_recorder(),) if self._setup.tells_requests else ()
+        guards = () if self._setup.token is None else (_guard(self._setup.token),)
         server = grpc.aio.server(
-            interceptors=() if token is None else (_guard(token),),
+            interceptors=(*recorders, *guards),  # those that are turned away are recorded too
             options=(
                 ("grpc.max_receive_message_length", self._setup.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -162,6 +166,7 @@ class GrpcServer:
             if isinstance(found, RequestError):
                 await _refuse(context, found)
                 raise found  # never reached: refusing raises
+            _record("OK")
             return found
 
         return call
@@ -212,6 +217,7 @@ class GrpcServer:
                         await _refuse(context, found)
                     else:
                         yield found
+                _record("OK")
             finally:
                 for unfinished in left:
                     unfinished.cancel()
@@ -272,8 +278,67 @@ async def _refuse(context: Call, error: RequestError) -> None:
     """End a call with the status of an error. Always raises."""
     import grpc
 
-    code = grpc.StatusCode[CODES.get(error.http_status, "INTERNAL")]
-    await context.abort(code, error.message[:MAX_TEXT])
+    status = _status(error)
+    _record(status)
+    await context.abort(grpc.StatusCode[status], error.message[:MAX_TEXT])
+
+
+def _status(error: RequestError) -> str:
+    return CODES.get(error.http_status, "INTERNAL")
+
+
+class _Entry:
+    """What the access log tells of a call, or of one message of a stream, at the end of its task.
+
+    Made in that task, and found there by whoever knows more. It is gRPC's own: a call is cancelled
+    where its client is gone, and not every call gets as far as a handler of ours.
+    """
+
+    def __init__(self, path: str, request_id: str = "") -> None:
+        self.path = path
+        self.request_id = request_id
+        self.status = "CANCELLED"  # until it is answered
+        self._start_s = time.perf_counter()
+        self.follow()
+        _entry.set(self)
+
+    def follow(self) -> None:
+        """Have it told when this task ends. Again, and it belongs to the trace begun meanwhile."""
+        task = asyncio.current_task()
+        assert task is not None
+        task.remove_done_callback(self._tell)
+        task.add_done_callback(self._tell)
+
+    def _tell(self, task: asyncio.Task[Any]) -> None:
+        import grpc
+
+        number, _ = grpc.StatusCode[self.status].value
+        tell("gRPC", self.path, number, self._start_s, self.request_id, self.status)
+
+
+_entry: ContextVar[_Entry | None] = ContextVar("flowlang-access", default=None)
+
+
+def _record(status: str) -> None:
+    """Say how this call or message has ended, where that is told."""
+    if (entry := _entry.get()) is not None:
+        entry.status = status
+
+
+def _recorder() -> Any:
+    """What begins an entry for each call, known or not. gRPC goes on with it in the same task."""
+    import grpc
+
+    class Recorder(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+        async def intercept_service(self, proceed: Any, call: Any) -> Any:
+            given = _given_id(call.invocation_metadata) or b""
+            entry = _Entry(call.method, given.decode("ascii") if is_request_id(given) else "")
+            handler = await proceed(call)
+            if handler is None:
+                entry.status = "UNIMPLEMENTED"
+            return handler
+
+    return Recorder()
 
 
 class _Answers:
@@ -321,6 +386,8 @@ class _Answers:
         return await self._infer(request, context, exchange)
 
     async def _infer(self, request: Message, context: Call, exchange: _Exchange) -> Message:
+        if (entry := _entry.get()) is not None:
+            entry.request_id = exchange.request_id
         self._inference.check_open()
         name, version = request.model_name, request.model_version
         tracer = self._inference.tracer
@@ -333,18 +400,24 @@ class _Answers:
         }
         known = self._inference.known(name)
         with tracer.begin(known, parent, TRACED, exchange.request_id):
+            if entry is not None:
+                entry.follow()
             return await self._inference.infer(name, version, exchange)
 
     async def model_stream_infer(self, request: Message, context: Call) -> Message:
         """One answer of a stream; an error is an answer too, and the stream goes on."""
+        if (stream := _entry.get()) is not None:
+            _Entry(stream.path)  # of its own
         try:
             exchange = _Exchange(request, context, self._messages["ModelInferResponse"])
             found = await self._infer(request, context, exchange)
         except RequestError as error:
+            _record(_status(error))
             empty = self._make("ModelInferResponse", id=request.id)
             return self._make(
                 "ModelStreamInferResponse", error_message=error.message, infer_response=empty
             )
+        _record("OK")
         # Some clients wait for this before they count a request as answered.
         found.parameters["triton_final_response"].bool_param = True
         return self._make("ModelStreamInferResponse", infer_response=found)
@@ -377,8 +450,12 @@ def _request_id(message: Message, call: Call) -> str:
     own = message.id.encode()
     if is_request_id(own):
         return str(message.id)
-    given = dict(call.invocation_metadata()).get(REQUEST_ID)
-    return request_id_of(None if given is None else given.encode()).decode("ascii")
+    return request_id_of(_given_id(call.invocation_metadata())).decode("ascii")
+
+
+def _given_id(metadata: Iterable[tuple[str, str]]) -> bytes | None:
+    given = dict(metadata).get(REQUEST_ID)
+    return None if given is None else given.encode()
 
 
 def read_request(message: Message, timeout_s: float | None) -> Request:

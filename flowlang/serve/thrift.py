@@ -12,7 +12,9 @@ import asyncio
 import io
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable
+from contextvars import copy_context
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.items import plain
 from flowlang.plan.types import ListOf, Record, Tensor, Type
+from flowlang.serve.access import tell
 from flowlang.serve.answer import request_id_of, takes_bytes, to_json
 from flowlang.serve.inference import Inference, Unanswered, emptied
 from flowlang.serve.log import tell_broken, tell_unanswered
@@ -33,6 +36,7 @@ MESSAGE_S = 120.0  # a message that takes longer to arrive is cut off
 AHEAD_BYTES = 1 << 20  # of messages sent ahead of their answers: then no more is read
 BACKLOG = 2048
 _CALL, _REPLY, _EXCEPTION, _ONEWAY = 1, 2, 3, 4
+_NAMES = {None: "", _REPLY: "REPLY", _EXCEPTION: "EXCEPTION"}
 _UNKNOWN_METHOD, _WRONG_TYPE, _INTERNAL, _PROTOCOL = 1, 2, 6, 7  # of TApplicationException
 
 log = logging.getLogger("flowlang.serve")
@@ -46,13 +50,29 @@ class _Refused(Exception):
         self.kind = kind
 
 
+@dataclass(slots=True)
+class _Call:
+    """A call as it came, and what becomes of it.
+
+    `flow` is the one it names, if any, `request_id` what it is called in the log, once it has an
+    id, and `answered` the type of the message that answers it.
+    """
+
+    flow: str
+    name: str
+    kind: int
+    number: int
+    request_id: str = ""
+    answered: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class _Method:
     """A method of the services: the structs around its arguments and its result."""
 
     arguments: Any
     result: Any
-    answer: Callable[[str, Any], Awaitable[Any]]
+    answer: Callable[[_Call, Any], Awaitable[Any]]
 
 
 class ThriftServer:
@@ -67,6 +87,7 @@ class ThriftServer:
     ) -> None:
         self.scheme = "thrifts" if setup.certificate else "thrift"
         self.max_body_bytes = setup.max_body_bytes
+        self.tells_requests = setup.tells_requests
         self.under_way = 0
         self.connections: set[_Connection] = set()
         self._context = setup.certificate.context if setup.certificate else None
@@ -100,22 +121,37 @@ class ThriftServer:
 
     async def answer(self, message: bytes) -> bytes | None:
         """The answer to one message; None where none is expected. Raises Malformed."""
+        start_s = time.perf_counter()
         protocol = _binary(message)
         try:
             asked, kind, number = protocol.read_message_begin()
         except UnicodeDecodeError:
             raise Malformed("a method's name is not UTF-8") from None
-        prefix, _, name = asked.rpartition(":")
+        flow, _, name = asked.rpartition(":")
+        call = _Call(flow, name, kind, number)
         try:
-            found = await self._answer(prefix, name, kind, protocol)
+            return await self._answer(call, protocol)
+        finally:
+            if self.tells_requests:
+                shown = _NAMES[call.answered]
+                tell("Thrift", asked, call.answered, start_s, call.request_id, shown)
+
+    async def _answer(self, call: _Call, protocol: Any) -> bytes | None:
+        try:
+            found = await self._result(call, protocol)
         except _Refused as error:
             found = error
-        return None if kind == _ONEWAY else _written(name, number, found)
+        if call.kind == _ONEWAY:
+            return None
+        written = _written(call, found)
+        call.answered = _EXCEPTION if isinstance(found, _Refused) else _REPLY
+        return written
 
-    async def _answer(self, prefix: str, name: str, kind: int, protocol: Any) -> Any:
+    async def _result(self, call: _Call, protocol: Any) -> Any:
         """The result of a call, in the struct around it. Raises _Refused."""
-        if kind not in (_CALL, _ONEWAY):
+        if call.kind not in (_CALL, _ONEWAY):
             raise _Refused("this is no call", _WRONG_TYPE)
+        name = call.name
         method = self._methods.get(name)
         if method is None:
             known = ", ".join(self._methods)
@@ -128,7 +164,7 @@ class ThriftServer:
         self.under_way += 1
         try:
             result = method.result()
-            result.success = await method.answer(prefix, arguments)  # void has no field for it
+            result.success = await method.answer(call, arguments)  # void has no field for it
             return result
         finally:
             self.under_way -= 1
@@ -162,13 +198,13 @@ def _binary(message: bytes) -> Any:
     return protocol(buffer(message or None))
 
 
-def _written(name: str, number: int, found: Any) -> bytes:
+def _written(call: _Call, found: Any) -> bytes:
     """A message with a result, or with an exception."""
     from thriftpy2.thrift import TApplicationException
 
     protocol = _binary(b"")
     is_refused = isinstance(found, _Refused)
-    protocol.write_message_begin(name, _EXCEPTION if is_refused else _REPLY, number)
+    protocol.write_message_begin(call.name, _EXCEPTION if is_refused else _REPLY, call.number)
     if isinstance(found, _Refused):
         found = TApplicationException(found.kind, str(found))
     found.write(protocol)
@@ -177,48 +213,49 @@ def _written(name: str, number: int, found: Any) -> bytes:
 
 
 class _Calls:
-    """The methods, by their names: each takes the flow a client named, and its arguments."""
+    """The methods, by their names: each takes the call and its arguments."""
 
     def __init__(self, inference: Inference, flow: str | None) -> None:
         self.declared: Any = None  # the structs of the IDL
         self._inference = inference
         self._default = flow
 
-    async def ping(self, prefix: str, arguments: Any) -> None:
+    async def ping(self, call: _Call, arguments: Any) -> None:
         """Answer, and nothing more."""
 
-    async def infer_batch(self, prefix: str, arguments: Any) -> Any:
+    async def infer_batch(self, call: _Call, arguments: Any) -> Any:
         """The label of a picture, and its score."""
         given = arguments.params
         if given is None or given.uuid is None or given.data is None:
             raise _Refused("params.uuid and params.data are required", _PROTOCOL)
+        # What is not UTF-8 comes as bytes.
+        uuid = given.uuid.encode() if isinstance(given.uuid, str) else given.uuid
+        call.request_id = request_id_of(uuid).decode("ascii")
         try:
-            flow = self._flow(prefix, needs_label=True)
-            answer = await self._ask(flow, given.data, given.uuid)
+            flow = self._flow(call.flow, needs_label=True)
+            answer = await self._ask(flow, given.data, call.request_id)
             label, score = label_of(flow.output, answer)
         except RequestError as error:
             raise _Refused(f"{error.code}: {error.message}", _INTERNAL) from None
         return self.declared.InferenceResult(label=label, score=score)
 
-    async def process_image(self, prefix: str, arguments: Any) -> Any:
+    async def process_image(self, call: _Call, arguments: Any) -> Any:
         """What a flow answers, as JSON; errors have a field of their own here."""
         given = arguments.request
         response = self.declared.ProcessResponse
         if given is None or given.image_data is None:
             raise _Refused("request.image_data is missing", _PROTOCOL)
+        call.request_id = request_id_of(None).decode("ascii")
         try:
-            flow = self._flow(prefix, needs_label=False)
-            answer = await self._ask(flow, given.image_data, "")
+            flow = self._flow(call.flow, needs_label=False)
+            answer = await self._ask(flow, given.image_data, call.request_id)
         except RequestError as error:
             message = f"{error.code}: {error.message}"
             return response(success=False, result_data="", error_message=message)
         text = to_json(plain(answer)).decode()
         return response(success=True, result_data=text, error_message="")
 
-    async def _ask(self, flow: Flow, picture: bytes, given_id: str | bytes) -> Any:
-        # What is not UTF-8 comes as bytes.
-        given = given_id.encode() if isinstance(given_id, str) else given_id
-        request_id = request_id_of(given).decode("ascii")
+    async def _ask(self, flow: Flow, picture: bytes, request_id: str) -> Any:
         tracer = self._inference.tracer
         if tracer is None:
             return await self._answer(flow, picture, request_id)
@@ -235,7 +272,7 @@ class _Calls:
             tell_broken(request_id, flow.name)
             raise _Refused("internal: internal error", _INTERNAL) from None
 
-    def _flow(self, prefix: str, *, needs_label: bool) -> Flow:
+    def _flow(self, named: str, *, needs_label: bool) -> Flow:
         """The flow that a call means. Raises RequestError."""
         self._inference.check_open()
         flows = {
@@ -243,7 +280,7 @@ class _Calls:
             for name, model in self._inference.models.items()
             if takes_bytes(model.flow.input)
         }
-        name = prefix if prefix in self._inference.models else self._default
+        name = named if named in self._inference.models else self._default
         if name is not None:
             found = flows.get(name)
             if found is None:
@@ -304,6 +341,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
         self._late: asyncio.TimerHandle | None = None
+        self._context = copy_context()  # of no request: each begins its own trace
         self._is_full = False  # the client does not take its answers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -346,8 +384,7 @@ class _Connection(asyncio.Protocol):
         try:
             extent = find_message(self._buffer, self._server.max_body_bytes)
         except Malformed as error:
-            log.info("a Thrift connection is closed: %s", error)
-            self.close()
+            self._give_up(error)
             return
         if not extent.is_complete:
             self._needed = extent.end
@@ -356,7 +393,8 @@ class _Connection(asyncio.Protocol):
         self._needed = 4
         message = bytes(memoryview(self._buffer)[extent.start : extent.end])
         del self._buffer[: extent.end]
-        self._task = asyncio.get_running_loop().create_task(self._answer(message, extent))
+        begin = asyncio.get_running_loop().create_task
+        self._task = self._context.run(begin, self._answer(message, extent))
         self._watch()
 
     def _watch(self) -> None:
@@ -368,12 +406,18 @@ class _Connection(asyncio.Protocol):
             self._late.cancel()
             self._late = None
 
+    def _give_up(self, error: Malformed) -> None:
+        """What came is no message, and what follows cannot be told from it."""
+        log.info("a Thrift connection is closed: %s", error)
+        if self._server.tells_requests:
+            tell("Thrift", "", None, time.perf_counter(), "")
+        self.close()
+
     async def _answer(self, message: bytes, extent: Extent) -> None:
         try:
             answer = await self._server.answer(message)
         except Malformed as error:
-            log.info("a Thrift connection is closed: %s", error)
-            self.close()
+            self._give_up(error)
             return
         except Exception:
             log.exception("a Thrift message could not be answered")

@@ -5,20 +5,42 @@ from __future__ import annotations
 import json
 import logging
 import re
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
+import numpy as np
 import pytest
+import thriftpy2
+import tritonclient.grpc as triton
+from thriftpy2.protocol import TBinaryProtocolFactory, TMultiplexedProtocolFactory
+from thriftpy2.rpc import client_context
+from thriftpy2.thrift import TApplicationException
+from tritonclient.utils import InferenceServerException
 
+import flowlang
 from flowlang.serve.log import JsonFormatter
-from tests.serve.server import ROOT, Server, refused, serving, wait_until, write
+from tests.serve.collector import collecting
+from tests.serve.server import KINDS, ROOT, Raw, Server, refused, serving, wait_until, write
 
 OPERATORS = """
+from typing import NamedTuple
+
+class Label(NamedTuple):
+    label: str
+    score: float
+
+def label(data: bytes) -> Label:
+    return Label(data.decode(), 1.0)
+
 def fail(data: bytes) -> bytes:
     raise RuntimeError("it broke")
 
@@ -33,7 +55,15 @@ export flow echo = pass
 export flow fail = ops.fail
 export flow slow = ops.slow
 export flow picture = decode
+export flow label = ops.label
 """
+FACES = ("--grpc-port", "0", "--thrift-port", "0", "--thrift-flow", "label")
+SERVICE = "/inference.GRPCInferenceService"
+INFER, STREAM = f"{SERVICE}/ModelInfer", f"{SERVICE}/ModelStreamInfer"
+SERVER_SPAN = 2  # SpanKind of OpenTelemetry's protocol
+IDL = thriftpy2.load(
+    str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_thrift"
+)
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +273,389 @@ def test_the_access_log_as_text(flow: Path) -> None:
         server.client.post("/flows/echo", content=b"x", headers={"x-request-id": "r-6"})
         wait_until(lambda: server.errors != "")
         assert re.fullmatch(r"POST /flows/echo 200 \d+\.\d{3} ms r-6\n", server.errors)
+
+
+# The access log of the other protocols
+
+
+@pytest.fixture(scope="module")
+def telling(flow: Path) -> Iterator[Server]:
+    """A server of all protocols that tells of each request."""
+    with logged(flow, *FACES, "--access-log", "--log-format", "json") as server:
+        yield server
+
+
+def port_of(server: Server, scheme: str) -> int:
+    (url,) = (url for url in server.urls if url.startswith(f"{scheme}:"))
+    return int(url.rpartition(":")[2])
+
+
+def told_of(server: Server, count: int, ask: Callable[[], object]) -> list[dict[str, Any]]:
+    """The lines, so many, that the access log has of what is asked, and no more of them."""
+    before = len(lines_of(server, logger="flowlang.access"))
+    ask()
+    wait_until(lambda: len(lines_of(server, logger="flowlang.access")) >= before + count)
+    time.sleep(0.1)
+    lines = lines_of(server, logger="flowlang.access")[before:]
+    assert len(lines) == count
+    for line in lines:
+        assert line["level"] == "info"
+        assert 0 <= line["ms"] < 10_000
+    return lines
+
+
+def picked(lines: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
+    return [tuple(line.get(name) for name in names) for line in lines]
+
+
+@contextmanager
+def triton_of(server: Server) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(f"127.0.0.1:{port_of(server, 'grpc')}") as client:
+        yield client
+
+
+@contextmanager
+def channel_to(server: Server) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(f"127.0.0.1:{port_of(server, 'grpc')}") as channel:
+        yield channel
+
+
+def thrift_of(server: Server, service: Any, flow: str = "") -> Any:
+    """A client of a service; it names the flow as Thrift names services at one port."""
+    protocol: Any = TBinaryProtocolFactory()  # type: ignore[no-untyped-call]
+    if flow:
+        protocol = TMultiplexedProtocolFactory(protocol, flow)
+    port = port_of(server, "thrift")
+    return client_context(service, "127.0.0.1", port, proto_factory=protocol, socket_timeout=30_000)
+
+
+def _input(data: bytes) -> list[triton.InferInput]:
+    found = triton.InferInput("input", [1], "BYTES")
+    found.set_data_from_numpy(np.array([data], object))
+    return [found]
+
+
+def call_of(name: bytes, fields: bytes = b"", kind: int = 1) -> bytes:
+    """A message of Thrift, whatever its name."""
+    head = struct.pack(">Hxbi", 0x8001, kind, len(name))
+    return head + name + struct.pack(">i", 7) + fields + b"\x00"
+
+
+def picture_of(data: bytes) -> bytes:
+    """The arguments of process_image."""
+    return b"\x0c\x00\x01\x0b\x00\x01" + struct.pack(">i", len(data)) + data + b"\x00"
+
+
+def test_each_call_over_grpc_is_in_the_access_log(telling: Server) -> None:
+    """The method's full name, the number of its status, and the id that the answer has."""
+    with triton_of(telling) as client:
+        asked: list[tuple[Callable[..., Any], int, str]] = [
+            (partial(client.infer, "echo", _input(b"a secret")), 0, "ModelInfer"),
+            (partial(client.infer, "picture", _input(b"x")), 3, "ModelInfer"),
+            (partial(client.infer, "nothing", _input(b"x")), 5, "ModelInfer"),
+            (partial(client.infer, "fail", _input(b"x")), 13, "ModelInfer"),
+            (client.is_server_live, 0, "ServerLive"),
+            (partial(client.get_model_metadata, "echo"), 0, "ModelMetadata"),
+            (partial(client.get_model_config, "nothing"), 5, "ModelConfig"),
+            (partial(client.load_model, "echo"), 12, "RepositoryModelLoad"),
+        ]
+
+        def ask() -> None:
+            for number, (call, status, _) in enumerate(asked):
+                try:
+                    call(headers={"x-request-id": f"g-{number}"})
+                except InferenceServerException:
+                    assert status
+
+        lines = told_of(telling, len(asked), ask)
+    assert picked(lines, "method", "path", "status", "request_id") == [
+        ("gRPC", f"{SERVICE}/{name}", status, f"g-{number}")
+        for number, (_, status, name) in enumerate(asked)
+    ]
+    assert lines[2]["message"].startswith(f"gRPC {INFER} NOT_FOUND ")
+    assert "secret" not in telling.errors
+
+
+def test_an_inference_has_its_own_id_in_the_access_log(telling: Server) -> None:
+    """That of its message, or a new one; what is no inference has one only if it brought it."""
+    with triton_of(telling) as client:
+        ask = partial(client.infer, "echo", _input(b"x"))
+        (own,) = told_of(telling, 1, partial(ask, request_id="own", headers={"x-request-id": "g"}))
+        (new,) = told_of(telling, 1, ask)
+        (none,) = told_of(telling, 1, client.is_server_ready)
+        wrong = partial(client.is_server_ready, headers={"x-request-id": "a" * 200})
+        (unsound,) = told_of(telling, 1, wrong)
+    assert own["request_id"] == "own"
+    assert re.fullmatch("[0-9a-f]{16}", new["request_id"])
+    assert "request_id" not in none
+    assert "request_id" not in unsound
+
+
+def test_who_hangs_up_over_grpc_is_in_the_access_log(telling: Server) -> None:
+    """Such a call is CANCELLED, whether it had waited for its answer or watched for changes."""
+    with triton_of(telling) as client:
+
+        def give_up() -> None:
+            sent = _input(b"x")
+            call = client.async_infer("slow", sent, lambda result, error: None, request_id="gone")
+            time.sleep(0.2)
+            call.cancel()
+
+        (line,) = told_of(telling, 1, give_up)
+    assert picked([line], "path", "status", "request_id") == [(INFER, 1, "gone")]
+    assert line["ms"] > 50
+    with channel_to(telling) as channel:
+
+        def watch() -> None:
+            call = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+            next(call)
+            call.cancel()
+
+        (line,) = told_of(telling, 1, watch)
+    assert picked([line], "path", "status") == [("/grpc.health.v1.Health/Watch", 1)]
+
+
+def test_what_is_no_message_over_grpc_is_in_the_access_log(telling: Server) -> None:
+    """Nor is it lost where gRPC itself turns it away, being too large, or of an unknown method."""
+
+    def ask(name: str, body: bytes) -> None:
+        with channel_to(telling) as channel, pytest.raises(grpc.RpcError):
+            channel.unary_unary(name)(body, metadata=(("x-request-id", "m"),))
+
+    for name, body, status in (
+        (INFER, b"\xff\xff\xff", 3),
+        (f"{SERVICE}/ModelStatistics", b"\xff\xff\xff", 3),
+        (INFER, bytes(40 << 20), 1),
+        ("/what/is this", b"", 12),
+    ):
+        lines = told_of(telling, 1, partial(ask, name, body))
+        assert picked(lines, "path", "status", "request_id") == [(name, status, "m")]
+
+
+def test_a_stream_has_a_line_for_each_request_and_one_of_its_own(telling: Server) -> None:
+    """Each request with its id and what it would have been told alone; at the end the stream."""
+    answers: list[Any] = []
+    with triton_of(telling) as client:
+
+        def ask() -> None:
+            client.start_stream(lambda result, error: answers.append(error))
+            for number, model in enumerate(("echo", "nothing", "picture", "echo")):
+                client.async_stream_infer(model, _input(b"x"), request_id=f"s-{number}")
+            wait_until(lambda: len(answers) == 4)
+            client.stop_stream()
+
+        *lines, last = told_of(telling, 5, ask)
+    assert sorted(picked(lines, "request_id", "status")) == [
+        *(("s-0", 0), ("s-1", 5), ("s-2", 3), ("s-3", 0))
+    ]
+    assert {line["path"] for line in (*lines, last)} == {STREAM}
+    assert picked([last], "status", "request_id") == [(0, None)]
+    assert last["ms"] > max(line["ms"] for line in lines)
+
+
+def test_a_stream_that_breaks_off_is_told_with_its_requests(telling: Server) -> None:
+    """A client that leaves gives up what it waits for; a message that is none ends the stream."""
+    with triton_of(telling) as client:
+
+        def leave() -> None:
+            client.start_stream(lambda result, error: None)
+            client.async_stream_infer("slow", _input(b"x"), request_id="left")
+            time.sleep(0.2)
+            client.stop_stream(cancel_requests=True)
+
+        lines = told_of(telling, 2, leave)
+    assert {*picked(lines, "status", "request_id")} == {(1, "left"), (1, None)}
+    with channel_to(telling) as channel:
+
+        def send() -> None:
+            with pytest.raises(grpc.RpcError):
+                list(channel.stream_stream(STREAM)(iter([b"\xff\xff\xff"])))
+
+        lines = told_of(telling, 1, send)
+    assert picked(lines, "path", "status") == [(STREAM, 3)]
+
+
+def test_who_has_no_token_is_in_the_access_log(flow: Path) -> None:
+    """Turned away over HTTP and gRPC, with what was asked for and never the token."""
+    token = write(flow.parent / "token", "of-the-server")
+    token.chmod(0o600)
+    options = ("--token-file", str(token), "--grpc-port", "0", "--access-log")
+    with (
+        logged(flow, *options, "--log-format", "json") as server,
+        channel_to(server) as channel,
+        triton_of(server) as client,
+    ):
+
+        def ask() -> None:
+            server.client.post("/flows/echo", headers={"authorization": "Bearer guessed"})
+            for name in (INFER, f"{SERVICE}/Nothing"):
+                with pytest.raises(grpc.RpcError):
+                    channel.unary_unary(name)(b"", metadata=(("authorization", "Bearer guessed"),))
+            with pytest.raises(grpc.RpcError):
+                list(channel.stream_stream(STREAM)(iter([b"x"])))
+
+        lines = told_of(server, 4, ask)
+        assert picked(lines, "path", "status") == [
+            *(("/flows/echo", 401), (INFER, 16), (f"{SERVICE}/Nothing", 16), (STREAM, 16))
+        ]
+        headers = {"authorization": "Bearer of-the-server"}
+        right = partial(client.infer, "echo", _input(b"x"), headers=headers)
+        assert picked(told_of(server, 1, right), "status") == [(0,)]
+        assert "guessed" not in server.errors
+        assert "of-the-server" not in server.errors
+
+
+def test_each_call_over_thrift_is_in_the_access_log(telling: Server) -> None:
+    """The method as it was asked for, and whether the answer was a result or an exception."""
+
+    def ask() -> None:
+        with thrift_of(telling, IDL.InferenceService) as client:
+            client.ping()
+            assert client.infer_batch(IDL.InferenceParams(uuid="t-1", data=b"cat")).label == "cat"
+            with pytest.raises(TApplicationException):
+                client.infer_batch(IDL.InferenceParams(uuid="t-2", data=b"\xff"))
+        with thrift_of(telling, IDL.ImageProcessingService, "picture") as client:
+            assert not client.process_image(IDL.ProcessRequest(image_data=b"x")).success
+            with pytest.raises(TApplicationException):
+                client.process_image(IDL.ProcessRequest())
+
+    lines = told_of(telling, 5, ask)
+    assert picked(lines, "method", "path", "status") == [
+        ("Thrift", "ping", 2),
+        ("Thrift", "infer_batch", 2),
+        ("Thrift", "infer_batch", 3),
+        ("Thrift", "picture:process_image", 2),
+        ("Thrift", "picture:process_image", 3),
+    ]
+    assert picked(lines[:3], "request_id") == [(None,), ("t-1",), ("t-2",)]
+    assert re.fullmatch("[0-9a-f]{16}", lines[3]["request_id"])
+    assert [line["message"].split()[2] for line in lines[1:3]] == ["REPLY", "EXCEPTION"]
+
+
+def test_who_hangs_up_over_thrift_is_in_the_access_log(telling: Server) -> None:
+    """Nothing was answered, so that there is no status; nor where no answer is waited for."""
+
+    def leave() -> None:
+        with Raw(port_of(telling, "thrift")) as connection:
+            connection.send(call_of(b"slow:process_image", picture_of(b"x")))
+            time.sleep(0.2)
+
+    (line,) = told_of(telling, 1, leave)
+    assert picked([line], "path", "status") == [("slow:process_image", None)]
+    assert len(line["request_id"]) == 16
+    assert line["ms"] > 50
+
+    def tell() -> None:
+        with Raw(port_of(telling, "thrift")) as connection:
+            connection.send(call_of(b"echo:process_image", picture_of(b"x"), kind=4))
+            connection.send(call_of(b"ping"))
+            assert connection.socket.recv(1) == b"\x80"
+
+    lines = told_of(telling, 2, tell)
+    assert picked(lines, "path", "status") == [("echo:process_image", None), ("ping", 2)]
+
+
+def test_what_is_no_call_over_thrift_is_in_the_access_log(telling: Server) -> None:
+    """An unknown method, arguments that are none, and bytes that are no message at all."""
+
+    def send(sent: bytes) -> None:
+        with Raw(port_of(telling, "thrift")) as connection:
+            connection.send(sent)
+            connection.socket.recv(1)
+
+    for sent, path, status in (
+        (call_of(b"infer"), "infer", 3),
+        (call_of("a\nb \u2028".encode()), "a\\nb \\u2028", 3),
+        (call_of(b"a" * 5000), "a" * 1000, 3),
+        (call_of(b"infer_batch"), "infer_batch", 3),
+        (call_of(b"ping", kind=2), "ping", 3),
+        (call_of(b"\xff\xfe"), None, None),
+        (b"GET / HTTP/1.1\r\nHost: test\r\n\r\n", None, None),
+        (b"\x80\x01\x00\x01\x7f\xff\xff\xff", None, None),
+    ):
+        lines = told_of(telling, 1, partial(send, sent))
+        assert picked(lines, "method", "path", "status") == [("Thrift", path, status)]
+
+
+def test_the_access_log_of_the_others_as_text(flow: Path) -> None:
+    """The same words in the same order; a status is told by its name."""
+    with logged(flow, *FACES, "--access-log") as server:
+        with triton_of(server) as client:
+            client.infer("echo", _input(b"x"), request_id="r-7")
+        with thrift_of(server, IDL.InferenceService) as thrift:
+            thrift.ping()
+        with Raw(port_of(server, "thrift")) as connection:
+            connection.send(b"GET / HTTP/1.1\r\n\r\n")
+            connection.wait_closed()
+        wait_until(lambda: server.errors.count("\n") == 3)
+        none, pinged, called = sorted(server.errors.splitlines(), key=len)
+    assert re.fullmatch(rf"gRPC {INFER} OK \d+\.\d{{3}} ms r-7", called)
+    assert re.fullmatch(r"Thrift ping REPLY \d+\.\d{3} ms -", pinged)
+    assert re.fullmatch(r"Thrift - - \d+\.\d{3} ms -", none)
+
+
+def ask_by_all(server: Server) -> None:
+    server.client.post("/flows/echo", content=b"x")
+    with triton_of(server) as client:
+        client.infer("echo", _input(b"x"))
+    with thrift_of(server, IDL.InferenceService) as thrift:
+        thrift.ping()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_processes_write_to_the_access_log(flow: Path, kind: tuple[str, ...]) -> None:
+    """Fronts tell of what came over HTTP, and the engine of the rest."""
+    with logged(flow, *FACES, *kind, "--access-log", "--log-format", "json") as server:
+        lines = told_of(server, 3, partial(ask_by_all, server))
+    assert {*picked(lines, "method", "path", "status")} == {
+        ("POST", "/flows/echo", 200),
+        ("gRPC", INFER, 0),
+        ("Thrift", "ping", 2),
+    }
+
+
+def test_without_the_option_there_is_no_access_log(flow: Path) -> None:
+    """At no level is a request told of that was answered."""
+    with logged(flow, *FACES, "--log-level", "info") as server:
+        ask_by_all(server)
+        time.sleep(0.2)
+        assert server.errors == ""
+
+
+def test_a_line_of_the_access_log_belongs_to_the_trace(flow: Path) -> None:
+    """It has the id of its request's trace, and none where nothing was traced."""
+    options = (*FACES, "--access-log", "--log-format", "json", "--otel")
+    with collecting() as collector:
+        settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
+        files = (str(flow), "--device", "cpu", *options)
+        with serving(flow.parent, *files, environment=settings) as server:
+            server.wait_ready()
+
+            def ask() -> None:
+                answers: list[Any] = []
+                with triton_of(server) as client:
+                    client.infer("echo", _input(b"x"), request_id="o-1")
+                    client.start_stream(lambda result, error: answers.append(error))
+                    client.async_stream_infer("echo", _input(b"x"), request_id="o-2")
+                    wait_until(lambda: len(answers) == 1)
+                    client.stop_stream()
+                    call = client.async_infer(
+                        "slow", _input(b"x"), lambda result, error: None, request_id="o-3"
+                    )
+                    time.sleep(0.2)
+                    call.cancel()
+                with Raw(port_of(server, "thrift")) as connection:
+                    both = call_of(b"echo:process_image", picture_of(b"x")) + call_of(b"ping")
+                    connection.send(both)
+                    while b"ping" not in connection.socket.recv(1000):
+                        pass
+
+            lines = told_of(server, 6, ask)
+
+            def traces() -> dict[str, str]:
+                requests = [span for span in collector.spans if span.kind == SERVER_SPAN]
+                return {s.attributes["flowlang.request_id"]: s.trace_id for s in requests}
+
+            wait_until(lambda: len(traces()) == 4)
+    for line in lines:
+        assert line.get("trace_id") == traces().get(line.get("request_id", ""))
