@@ -154,6 +154,20 @@ class Model:
 
     # What it does
 
+    def port(self, place: str, name: str, datatype: str, shape: tuple[int, ...]) -> Port:
+        """The input that a tensor is. Raises BadRequest where it is none, or of too many items.
+
+        To be asked before its values are read: what nobody takes shall cost nothing.
+        """
+        port = self._takes.get(name)
+        if port is None:
+            raise BadRequest(f"{place}: no input is named `{name}`; {self._needed()}")
+        port.check(place, datatype, shape)
+        if not 0 < shape[0] <= self.limit:
+            most = f"a request has 1 to {self.limit:,}"
+            raise BadRequest(f"{place}.shape: {shape[0]:,} items, and {most}")
+        return port
+
     def read(self, request: Request) -> Work:
         """What a request asks of the flow. Raises BadRequest."""
         wanted = self._wanted(request.outputs)
@@ -195,20 +209,19 @@ class Model:
         rows: dict[str, list[Any]] = {}
         for index, tensor in enumerate(request.inputs):
             place = f"inputs[{index}]"
-            port = self._takes.get(tensor.name)
-            if port is None:
-                raise BadRequest(f"{place}: no input is named `{tensor.name}`; {self._needed()}")
+            # Again: another flow may have taken over from the one that was asked then.
+            port = self.port(place, tensor.name, tensor.datatype, tensor.shape)
             if tensor.name in rows:
                 raise BadRequest(f"{place}: `{tensor.name}` is given twice")
-            rows[tensor.name] = port.rows(place, tensor)
-            if len(rows[tensor.name]) != (count := len(next(iter(rows.values())))):
+            if tensor.shape[0] != (count := request.inputs[0].shape[0]):
                 raise BadRequest(f"{place}.shape: it has not {count} items, as inputs[0] has")
+            rows[tensor.name] = port.rows(place, tensor)
         missing = [n for n, port in self._takes.items() if n not in rows and not port.is_optional]
         if missing:
             raise BadRequest(f"inputs: `{missing[0]}` is missing; {self._needed()}")
-        count = len(next(iter(rows.values()), ()))
-        if not 0 < count <= self.limit:
-            raise BadRequest(f"inputs: {count} items, and a request has 1 to {self.limit}")
+        if not rows:
+            raise BadRequest(f"inputs: there is none; {self._needed()}")
+        count = request.inputs[0].shape[0]
         arguments = {name: rows.pop(name) for name in self._arguments if name in rows}
         shared = self._shared(request.parameters)
         given = [shared] * count

@@ -50,8 +50,7 @@ class Port:
         return [-1, *(-1 if side is None else side for side in self.shape or ())]
 
     def rows(self, place: str, tensor: Tensor) -> list[Any]:
-        """What each item has of a tensor. Raises BadRequest where it is not of this port's type."""
-        self._check(place, tensor)
+        """What each item has of a tensor that has been checked. Raises BadRequest."""
         values = tensor.values
         if not isinstance(values, list):
             if self.form == "number":
@@ -65,12 +64,13 @@ class Port:
             return list(values)
         return [_read(read, place, index, value) for index, value in enumerate(values)]
 
-    def _check(self, place: str, tensor: Tensor) -> None:
-        if tensor.datatype != self.datatype:
-            wanted = f"`{self.name}` is {self.datatype}, not {tensor.datatype}"
+    def check(self, place: str, datatype: str, shape: tuple[int, ...]) -> None:
+        """Raises BadRequest where no tensor of this datatype and shape is this one."""
+        if datatype != self.datatype:
+            wanted = f"`{self.name}` is {self.datatype}, not {datatype}"
             raise BadRequest(f"{place}.datatype: {wanted}")
-        given = tensor.shape[1:]
-        if tensor.shape and (
+        given = shape[1:]
+        if shape and (
             self.shape is None
             # One value an item may have dimensions of length one, as Triton's clients send them.
             or (not self.shape and all(side == 1 for side in given))
@@ -81,7 +81,7 @@ class Port:
         ):
             return
         wanted = f"`{self.name}` is of shape {self.wire_shape}, the number of items in front"
-        raise BadRequest(f"{place}.shape: {wanted}; {list(tensor.shape)} is not")
+        raise BadRequest(f"{place}.shape: {wanted}; {list(shape)} is not")
 
     def column(self, values: Sequence[Any]) -> Tensor:
         """The tensor of what all items give. Raises BadRequest where their arrays differ."""

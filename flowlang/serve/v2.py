@@ -14,11 +14,13 @@ from typing import Any, TypeAlias
 from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.serve.answer import (
     JSON,
+    MAX_JSON_BYTES,
     OCTETS,
     RETRY_S,
     Answer,
     Refusal,
     deadline_of,
+    from_json,
     is_request_id,
     priority_of,
     to_json,
@@ -37,7 +39,6 @@ from flowlang.serve.tensor import (
 
 START = "/v2"
 HEAD = b"inference-header-content-length"  # of the JSON in front of binary tensors
-MAX_JSON_BYTES = 16 << 20  # Python's values take up to twenty times the room of their text
 COMPRESS_BYTES = 1 << 10  # an answer below this is sent as it is
 _WBITS = {b"gzip": 31, b"deflate": 15}  # of zlib; `deflate` has its wrapper (RFC 9110)
 
@@ -254,7 +255,7 @@ def read_request(model: Model, headers: Headers, body: bytes) -> tuple[Request, 
     given = head.get("inputs")
     if not isinstance(given, list):
         raise BadRequest("inputs: a list of tensors is wanted")
-    inputs = _Inputs(memoryview(body)[length:])
+    inputs = _Inputs(model, memoryview(body)[length:])
     tensors = [inputs.read(f"inputs[{index}]", value) for index, value in enumerate(given)]
     inputs.check_end()
     return Request(tensors, wanted, parameters, request_id, timeout_s, priority), is_binary
@@ -278,7 +279,7 @@ def _head_length(given: bytes | None, body_length: int) -> int:
 
 def _parsed(text: bytes) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise BadRequest(f"this is no JSON: {error.msg} at {where}") from None
@@ -308,7 +309,8 @@ def _raw_input(model: Model, body: bytes) -> Tensor:
 class _Inputs:
     """Reads the tensors of a request; the binary ones lie one behind the other."""
 
-    def __init__(self, binary: memoryview) -> None:
+    def __init__(self, model: Model, binary: memoryview) -> None:
+        self._model = model
         self._binary = binary
         self._at = 0
 
@@ -322,6 +324,7 @@ class _Inputs:
         parameters = _object(f"{place}.parameters", given.get("parameters", {}))
         if "shared_memory_region" in parameters:
             raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
+        self._model.port(place, name, datatype, shape)
         size = parameters.get("binary_data_size")
         if size is None:
             values = from_list(f"{place}.data", datatype, shape, given.get("data"))

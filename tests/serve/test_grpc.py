@@ -389,13 +389,19 @@ PREFIXED = struct.pack("<I", 2**32 - 1) + b"abc"
         ({"raw": [bytes(11)]}, "takes 12 bytes, and there are 11"),
         ({"contents": {"fp32_contents": [1]}}, "both `contents` and `raw_input_contents`"),
         ({"raw": [], "contents": {"fp64_contents": [1, 2, 3]}}, "and there are 0"),
-        ({"raw": [], "datatype": "FP16"}, "FP16 goes into raw_input_contents"),
+        ({"datatype": "FP16"}, "`input` is FP32, not FP16"),
         ({"datatype": "BF16"}, "`BF16` is none of"),
         ({"datatype": ""}, "`` is none of"),
         ({"shape": [-1, 3]}, "none is below 0"),
-        ({"shape": [2**62, 2**62]}, "takes 85,070,591,730,234,615,865,843,651,857,942,052,864"),
+        ({"shape": [2**62, 3]}, "4,611,686,018,427,387,904 items, and a request has 1 to"),
+        ({"shape": [1, 2**62]}, "`input` is of shape [-1, 3]"),
+        (
+            {"model": "reversed", "datatype": "UINT8", "shape": [1, 2**62, 2]},
+            "takes 9,223,372,036,854,775,808 bytes",
+        ),
+        ({"model": "reversed", "datatype": "UINT8", "shape": [1 << 22, 0, 2]}, "holds no values"),
         ({"shape": [1] * 100}, "a list of at most 32"),
-        ({"shape": []}, "takes 4 bytes"),
+        ({"shape": []}, "`input` is of shape [-1, 3]"),
         ({"name": "x"}, "no input is named `x`"),
         (
             {"model": "shout", "datatype": "BYTES", "shape": [1], "raw": [PREFIXED]},
@@ -444,6 +450,18 @@ def test_no_message_is_no_traceback(channel: grpc.Channel, method: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         list(stream(iter([b"\xff\xff\xff"])))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_values_that_no_shape_asks_for_are_not_looked_at(channel: grpc.Channel) -> None:
+    """A million of them are counted, and no more."""
+    many = _request(
+        model="double", datatype="INT64", shape=[1], raw=[],
+        contents={"int64_contents": [1] * 1_000_000},
+    )  # fmt: skip
+    body = many.SerializeToString()
+    with pytest.raises(grpc.RpcError) as caught:
+        _call(channel, "ModelInfer")(body)
+    assert "shape [1] holds 1 values, and there are 1,000,000" in caught.value.details()
 
 
 def test_messages_have_a_largest_size(channel: grpc.Channel) -> None:

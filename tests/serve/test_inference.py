@@ -32,6 +32,7 @@ from flowlang.serve.tensor import BYTES, NUMPY, Tensor, from_list, from_raw, to_
 from flowlang.serve.v2 import InferenceRoutes
 from tests.pictures import bad, photographs
 from tests.serve.faces import write_types
+from tests.serve.processes import peak_bytes
 from tests.serve.server import KINDS, PATIENCE_S, Server, serving, wait_until
 
 PICTURES = photographs(3)
@@ -235,6 +236,12 @@ def test_texts_bytes_and_json_as_items(client: triton.InferenceServerClient) -> 
     """A BYTES tensor holds texts, or bytes, or JSON, as the flow takes them."""
     shout = client.infer("shout", [_input("input", ["gr\xfc\xdfe".encode()], BYTES)])
     assert shout.as_numpy("output")[0].decode() == "GR\xdcSSE"
+    parts = client.infer("parts", [_input("input", [b'["aGk=", "aG8="]', b"[]"], BYTES)])
+    assert parts.as_numpy("output").tolist() == [b"hi+ho", b""]
+    for fields in ({"data": b"hi"}, {"data": b"hi", "hint": b"ho"}):
+        given = [_input(name, [value], BYTES) for name, value in fields.items()]
+        expected = b"hi?" + fields.get("hint", b"none")
+        assert client.infer("hinted", given).as_numpy("output").tolist() == [expected]
     total = client.infer("total", [_input("input", [b"[1, 2.5]", b"[]"], BYTES)])
     assert total.as_numpy("output").tolist() == [3.5, 0.0]
     facts = client.infer("facts", [_input("input", [b"abcdefgh", b"0" * 16], BYTES)])
@@ -390,18 +397,29 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("same", {"inputs": [_tensor(datatype=["FP32"])]}, "inputs[0].datatype"),
     ("same", {"inputs": [_tensor(datatype="FP64")]}, "`input` is FP32, not FP64"),
     ("same", {"inputs": [_tensor(shape=[3])]}, "inputs[0].shape: `input` is of shape [-1, 3]"),
-    ("same", {"inputs": [_tensor(shape=[1, 4])]}, "holds 4 values, and there are 3"),
+    ("same", {"inputs": [_tensor(shape=[2, 3])]}, "holds 6 values, and there are 3"),
+    ("same", {"inputs": [_tensor(shape=[1, 4])]}, "`input` is of shape [-1, 3]"),
     ("same", {"inputs": [_tensor(shape=[-1, -3])]}, "inputs[0].shape: its numbers"),
     ("same", {"inputs": [_tensor(shape="13")]}, "inputs[0].shape: a list"),
     ("same", {"inputs": [_tensor(shape=[1.0, 3])]}, "inputs[0].shape: its numbers"),
     ("same", {"inputs": [_tensor(shape=[True, 3])]}, "inputs[0].shape: its numbers"),
-    ("same", {"inputs": [_tensor(shape=[10**18, 3])]}, "holds 3,000,000,000,000,000,000 values"),
+    ("same", {"inputs": [_tensor(shape=[10**18, 3])]}, "1,000,000,000,000,000,000 items, and a"),
+    ("same", {"inputs": [_tensor(shape=[1, 10**4000])]}, "or above 9223372036854775807"),
+    ("same", {"inputs": [_tensor(shape=[1, 0, 2**62])]}, "too large for what holds no values"),
     ("same", {"inputs": [_tensor(shape=[1] * 1000)]}, "inputs[0].shape: a list of at most 32"),
     ("same", {"inputs": [_tensor(shape=[0, 3], data=[])]}, "0 items, and a request has 1 to"),
     ("same", {"inputs": [_tensor(data=None)]}, "inputs[0].data: a list"),
     ("same", {"inputs": [_tensor(data=["1", "2", "3"])]}, "not all of it is FP32"),
-    ("same", {"inputs": [_tensor(data=[[1], [2, 3]])]}, "no numbers of one shape"),
-    ("same", {"inputs": [_tensor(data=[[1], [2], [3]])]}, "shape [3, 1], not [1, 3]"),
+    ("same", {"inputs": [_tensor(data=[[1, [2], 3]])]}, "not all of it is FP32"),
+    ("same", {"inputs": [_tensor(data=[[1], [2], [3]])]}, "a list of 3 at depth 1 is not of shape"),
+    (
+        "same",
+        {"inputs": [_tensor(shape=[2, 3], data=[[1, 2, 3, 4], [5, 6]])]},
+        "a list of 2 at depth 2 is not of shape [2, 3]",
+    ),
+    ("same", {"inputs": [_tensor(data=[[[1], [2], [3]]])]}, "at depth 3 is not of shape"),
+    ("same", {"inputs": [_tensor(data=[1, 2, True])]}, "not all of it is FP32"),
+    ("same", {"inputs": [_tensor(data=[1, 2, 10**400])]}, "in the range of FP32"),
     ("same", {"inputs": [_tensor(data=[1, 2, 1e300])]}, "in the range of FP32"),
     ("same", {"inputs": [_tensor(data=[1, 2, None])]}, "not all of it is FP32"),
     ("same", {"inputs": [_tensor(parameters=[])]}, "inputs[0].parameters: a JSON object"),
@@ -439,7 +457,11 @@ HOSTILE: list[tuple[str, Any, str]] = [
         "of UINT8",
     ),
     ("shout", {"inputs": [_tensor(shape=[1], datatype="BYTES", data=[1])]}, "are strings"),
-    ("shout", {"inputs": [_tensor(shape=[2], datatype="BYTES", data=[["a"], "b"])]}, "as deep"),
+    (
+        "shout",
+        {"inputs": [_tensor(shape=[2, 1], datatype="BYTES", data=[["a"], "b"])]},
+        "as deep",
+    ),
     ("shout", {"inputs": [_tensor(shape=[1], datatype="BYTES", data=["\ud800"])]}, "surrogate"),
     ("total", {"inputs": [_tensor(shape=[1], datatype="BYTES", data=["[1,"])]}, "element 0"),
     ("pair", {"inputs": [_tensor(name="features", shape=[1, 8], data=[0] * 8)]}, "`image` is"),
@@ -474,6 +496,10 @@ def test_a_request_that_does_not_fit_is_refused(
     assert ".py" not in response.text
 
 
+PAIRS = {"datatype": "UINT8"}
+TEXTS = {"datatype": BYTES}
+
+
 def _binary(size: Any, raw: bytes, **fields: Any) -> tuple[bytes, bytes]:
     """JSON with one binary tensor, and the bytes behind it."""
     tensor = _tensor(parameters={"binary_data_size": size}) | fields
@@ -490,21 +516,22 @@ def _binary(size: Any, raw: bytes, **fields: Any) -> tuple[bytes, bytes]:
         (-1, bytes(12), {}, "12 bytes are left of the body, not -1"),
         ("12", bytes(12), {}, "12 bytes are left"),
         (10**30, bytes(12), {}, "12 bytes are left"),
-        (12, bytes(12), {"shape": [1, 10**12]}, "takes 4,000,000,000,000 bytes"),
-        (4, b"\xff\xff\xff\xff", {"datatype": "BYTES", "shape": [1]}, "element 0 reaches beyond"),
-        (8, bytes(8), {"datatype": "BYTES", "shape": [10**15]}, "needs more than 8 bytes"),
-        (8, bytes(8), {"datatype": "BYTES", "shape": [1]}, "4 bytes are left behind"),
-        (6, b"\1\0\0\0a\0", {"datatype": "BYTES", "shape": [2]}, "needs more than 6 bytes"),
-        (8, b"\2\0\0\0ab\0\0", {"datatype": "BYTES", "shape": [2]}, "element 1 reaches beyond"),
+        (12, bytes(12), PAIRS | {"shape": [1, 10**12, 2]}, "takes 2,000,000,000,000 bytes"),
+        (4, b"\xff\xff\xff\xff", TEXTS | {"shape": [1]}, "element 0 reaches beyond"),
+        (8, bytes(8), TEXTS | {"shape": [10]}, "needs more than 8 bytes"),
+        (8, bytes(8), TEXTS | {"shape": [1]}, "4 bytes are left behind"),
+        (6, b"\1\0\0\0a\0", TEXTS | {"shape": [2]}, "needs more than 6 bytes"),
+        (8, b"\2\0\0\0ab\0\0", TEXTS | {"shape": [2]}, "element 1 reaches beyond"),
     ],
 )
 def test_binary_lengths_are_held_against_the_body(
     server: Server, size: Any, raw: bytes, fields: Any, said: str
 ) -> None:
     """No length a client claims is believed, and none of it is made before it is there."""
+    model = {"UINT8": "reversed", BYTES: "shout"}.get(fields.get("datatype", ""), "same")
     head, body = _binary(size, raw, **fields)
     response = server.client.post(
-        "/v2/models/same/infer",
+        f"/v2/models/{model}/infer",
         content=head + body,
         headers={"Inference-Header-Content-Length": str(len(head))},
     )
@@ -540,6 +567,30 @@ def test_bodies_and_header_lengths_that_do_not_fit(
     response = server.client.post(path, content=body, headers=headers)
     assert (response.status_code, set(response.json())) == (400, {"error"})
     assert said in response.json()["error"]
+
+
+def test_what_holds_no_values_takes_no_memory(server: Server) -> None:
+    """Rows that are claimed and hold nothing are refused before they are made."""
+    before = peak_bytes(server)
+    tensor = _tensor(shape=[2_000_000, 0, 2], datatype="UINT8", data=[])
+    response = _ask(server, "reversed", inputs=[tensor])
+    assert response.status_code == 400
+    assert "2,000,000 items, and a request has 1 to" in response.json()["error"]
+    assert peak_bytes(server) - before < 64 << 20
+
+
+@pytest.mark.parametrize(
+    "data", ["1," * 4_000_000 + "1", "[]," * 4_000_000 + "[]"], ids=["numbers", "lists"]
+)
+def test_values_that_no_shape_asks_for_are_not_looked_at(server: Server, data: str) -> None:
+    """Millions of them are counted, and no more: others do not wait for that."""
+    tensor = f'{{"name":"input","shape":[1],"datatype":"INT64","data":[{data}]}}'
+    body = f'{{"inputs":[{tensor}]}}'.encode()
+    start_s = time.monotonic()
+    response = server.client.post("/v2/models/double/infer", content=body)
+    assert response.status_code == 400
+    assert "shape [1]" in response.json()["error"]
+    assert time.monotonic() - start_s < 2  # most of it is the parsing of JSON
 
 
 def test_compression_does_not_take_memory(server: Server) -> None:
