@@ -239,7 +239,11 @@ class Model:
         found = {
             name: value
             for name, value in parameters.items()
-            if name in self._parameters or not (name in RESERVED or name.startswith(RESERVED_START))
+            if value is not None
+            and (
+                name in self._parameters
+                or not (name in RESERVED or name.startswith(RESERVED_START))
+            )
         }
         try:
             texts = {name: value for name, value in found.items() if isinstance(value, str)}
@@ -295,7 +299,9 @@ def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
 
 def _whole(parameters: Mapping[str, Any], name: str, what: str) -> int:
     """A parameter that the protocol gives a meaning; 0 says nothing. Raises BadRequest."""
-    given = parameters.get(name, 0)
+    given = parameters.get(name)
+    if given is None:
+        return 0
     if not isinstance(given, int) or isinstance(given, bool) or given < 0:
         raise BadRequest(f"parameters.{name}: a whole {what} is wanted")
     return given

@@ -25,8 +25,8 @@ _SCALARS: Mapping[str, tuple[str, Shape, Form]] = {
     "str": (BYTES, (), "text"),
     "path": (BYTES, (), "text"),
     "int": ("INT64", (), "number"),
-    "float": ("FP32", (), "number"),
-    "duration": ("FP32", (), "number"),
+    "float": ("FP64", (), "number"),
+    "duration": ("FP64", (), "number"),
     "bool": ("BOOL", (), "number"),
     "box": ("FP32", (4,), "array"),
     "quad": ("FP32", (4, 2), "array"),
@@ -90,14 +90,21 @@ class Port:
             return Tensor(self.name, BYTES, (len(texts),), texts)
         import numpy as np
 
-        arrays = [np.asarray(value) for value in values]
+        dtype = np.dtype(NUMPY[self.datatype]).newbyteorder("=")
+        try:  # numpy lets arrays wrap around, but not Python's numbers
+            wanted = dtype if self.form == "number" else None
+            arrays = [np.asarray(value, wanted) for value in values]
+        except OverflowError:
+            raise BadRequest(
+                f"`{self.name}`: a number that {self.datatype} cannot hold, but JSON can: "
+                f"ask for it below /flows"
+            ) from None
         if len({array.shape for array in arrays}) > 1:
             raise BadRequest(
                 f"the items give `{self.name}` in different shapes, which one tensor "
                 f"cannot hold: send them in requests of their own"
             )
         stacked = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
-        dtype = np.dtype(NUMPY[self.datatype]).newbyteorder("=")
         with np.errstate(over="ignore"):
             flat = stacked.astype(dtype, copy=False).ravel()
         return Tensor(self.name, self.datatype, stacked.shape, flat)

@@ -66,7 +66,7 @@ class InferenceRoutes:
     def look(self, method: str, path: str) -> Answer:
         """The answer to whatever is no inference, and has no body that matters."""
         try:
-            return self._found(method, path.removeprefix(START).strip("/").split("/"))
+            return self._found(method, path.removeprefix(START).split("/")[1:])
         except RequestError as error:
             return refused(error)
 
@@ -97,7 +97,7 @@ class InferenceRoutes:
 
     def _found(self, method: str, parts: list[str]) -> Answer:
         match parts:
-            case [""]:
+            case [] | [""]:
                 return _get(method, self._inference.metadata)
             case ["health", "live"]:
                 return _get(method, lambda: {"live": True})
@@ -247,9 +247,9 @@ def read_request(model: Model, headers: Headers, body: bytes) -> tuple[Request, 
         tensors = [_raw_input(model, body)]
         return Request(tensors, timeout_s=timeout_s, priority=priority), _always
     head = _object("", _parsed(body[:length]))
-    parameters = _object("parameters", head.get("parameters", {}))
+    parameters = _fields("parameters", head.get("parameters"))
     wanted, is_binary = _wanted(head.get("outputs"), parameters)
-    request_id = head.get("id", "")
+    request_id = "" if head.get("id") is None else head["id"]
     if not isinstance(request_id, str):
         raise BadRequest("id: a string is wanted")
     given = head.get("inputs")
@@ -293,6 +293,11 @@ def _object(place: str, given: Any) -> dict[str, Any]:
     return given
 
 
+def _fields(place: str, given: Any) -> dict[str, Any]:
+    """An object that may be left out, or null, which says the same."""
+    return {} if given is None else _object(place, given)
+
+
 def _raw_input(model: Model, body: bytes) -> Tensor:
     """The one tensor that a body without JSON is, of one item."""
     port = model.only_input()
@@ -321,14 +326,14 @@ class _Inputs:
             raise BadRequest(f"{place}.name: a string is wanted")
         datatype = check_datatype(place, given.get("datatype"))
         shape = check_shape(place, given.get("shape"))
-        parameters = _object(f"{place}.parameters", given.get("parameters", {}))
+        parameters = _fields(f"{place}.parameters", given.get("parameters"))
         if "shared_memory_region" in parameters:
             raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
         self._model.port(place, name, datatype, shape)
         size = parameters.get("binary_data_size")
         if size is None:
             values = from_list(f"{place}.data", datatype, shape, given.get("data"))
-        elif "data" in given:
+        elif given.get("data") is not None:
             raise BadRequest(f"{place}: it has both `data` and `binary_data_size`")
         else:
             values = from_raw(place, datatype, shape, self._take(place, size))
@@ -349,7 +354,8 @@ class _Inputs:
 
 def _wanted(given: Any, parameters: dict[str, Any]) -> tuple[list[str] | None, Binary]:
     """The outputs asked for, and which of them as bytes. Raises BadRequest."""
-    all_binary = _flag("parameters.binary_data_output", parameters.get("binary_data_output", False))
+    place = "parameters.binary_data_output"
+    all_binary = _flag(place, parameters.get("binary_data_output"), default=False)
     if given is None:
         return None, _always if all_binary else _never
     if not isinstance(given, list):
@@ -361,15 +367,18 @@ def _wanted(given: Any, parameters: dict[str, Any]) -> tuple[list[str] | None, B
         name = output.get("name")
         if not isinstance(name, str):
             raise BadRequest(f"{place}.name: a string is wanted")
-        asked = _object(f"{place}.parameters", output.get("parameters", {}))
+        asked = _fields(f"{place}.parameters", output.get("parameters"))
         for unknown in ("classification", "shared_memory_region"):
             if unknown in asked:
                 raise BadRequest(f"{place}.parameters: `{unknown}` is not possible here")
-        flags[name] = _flag(f"{place}.parameters.binary_data", asked.get("binary_data", all_binary))
+        place = f"{place}.parameters.binary_data"
+        flags[name] = _flag(place, asked.get("binary_data"), default=all_binary)
     return list(flags) or None, lambda name: flags.get(name, all_binary)
 
 
-def _flag(place: str, value: Any) -> bool:
+def _flag(place: str, value: Any, *, default: bool) -> bool:
+    if value is None:
+        return default
     if not isinstance(value, bool):
         raise BadRequest(f"{place}: true or false is wanted")
     return value

@@ -180,7 +180,7 @@ def test_pictures_are_answered_as_in_python(
     ("model", "datatype", "values", "expected"),
     [
         ("double", "INT64", [1, -3], [2, -6]),
-        ("half", "FP32", [1.0, 3.0], [0.5, 1.5]),
+        ("half", "FP64", [1.0, 2**24 + 1], [0.5, 2**23 + 0.5]),
         ("negate", "BOOL", [True, False], [False, True]),
         ("same", "FP32", [[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]),
         ("reversed", "UINT8", [[[1, 2], [3, 4]]], [[[3, 4], [1, 2]]]),
@@ -201,6 +201,7 @@ def test_typed_contents_are_read_as_raw_ones(
     field = {
         "INT64": "int64_contents",
         "FP32": "fp32_contents",
+        "FP64": "fp64_contents",
         "BOOL": "bool_contents",
         "UINT8": "uint_contents",
         "BYTES": "bytes_contents",

@@ -132,7 +132,7 @@ def test_the_server_and_its_models_describe_themselves(
     [
         ("double", {"input": ("INT64", [-1, 1])}, {"output": ("INT64", [-1])}),
         ("negate", {"input": ("BOOL", [-1, 1])}, {"output": ("BOOL", [-1])}),
-        ("total", {"input": ("BYTES", [-1, 1])}, {"output": ("FP32", [-1])}),
+        ("total", {"input": ("BYTES", [-1, 1])}, {"output": ("FP64", [-1])}),
         ("zeros", {"input": ("INT64", [-1, 1])}, {"output": ("UINT8", [-1, -1, 2])}),
         ("reversed", {"input": ("UINT8", [-1, -1, 2])}, {"output": ("UINT8", [-1, -1, 2])}),
         ("echo", {"input": ("BYTES", [-1, 1])}, {"output": ("BYTES", [-1])}),
@@ -147,7 +147,7 @@ def test_the_server_and_its_models_describe_themselves(
             {
                 "size": ("INT64", [-1]),
                 "start": ("BYTES", [-1]),
-                "ratio": ("FP32", [-1]),
+                "ratio": ("FP64", [-1]),
                 "is_long": ("BOOL", [-1]),
             },
         ),
@@ -211,7 +211,7 @@ def test_a_picture_is_the_whole_body(server: Server) -> None:
     ("model", "datatype", "values", "expected"),
     [
         ("double", "INT64", [1, -3], [2, -6]),
-        ("half", "FP32", [1.0, 3.0], [0.5, 1.5]),
+        ("half", "FP64", [1.0, 2**24 + 1, 1e300], [0.5, 2**23 + 0.5, 5e299]),
         ("negate", "BOOL", [True, False], [False, True]),
         ("same", "FP32", [[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]),
         ("reversed", "UINT8", [[[1, 2], [3, 4]]], [[[3, 4], [1, 2]]]),
@@ -230,6 +230,18 @@ def test_tensors_there_and_back(
     wanted = [triton.InferRequestedOutput("output", is_binary)]
     answer = client.infer(model, [sent], outputs=wanted)
     np.testing.assert_array_equal(answer.as_numpy("output"), np.array(expected, NUMPY[datatype]))
+
+
+@pytest.mark.parametrize("number", [2**62, -(2**62) - 1, 2**63 - 1])
+def test_a_number_that_no_tensor_holds_is_told(
+    server: Server, client: triton.InferenceServerClient, number: int
+) -> None:
+    """What a flow gives beyond INT64 is refused by name; over the plain face it is as it is."""
+    with pytest.raises(InferenceServerException) as caught:
+        client.infer("double", [_input("input", [1, number], "INT64")])
+    assert caught.value.status() == "400"
+    assert caught.value.message().startswith("`output`: a number that INT64 cannot hold")
+    assert server.client.post("/flows/double", json=number).json() == 2 * number
 
 
 def test_texts_bytes_and_json_as_items(client: triton.InferenceServerClient) -> None:
@@ -373,6 +385,25 @@ def test_statistics_go_on_when_other_flows_take_over(folder: Path) -> None:
 # Refusals
 
 
+def test_what_is_null_is_as_left_out(server: Server) -> None:
+    """Clients that write every field they know are answered as those that write none."""
+    nothing = {"id": None, "parameters": None, "outputs": None}
+    tensor = _tensor(parameters=None)
+    answer = _ask(server, "same", inputs=[tensor], **nothing)
+    assert answer.json() == _ask(server, "same", inputs=[_tensor()]).json()
+    outputs = [{"name": "output", "parameters": None}]
+    flags = {"binary_data_output": None, "timeout": None, "priority": None}
+    flags |= {"sequence_id": None, "size": None}
+    asked = _ask(server, "same", inputs=[tensor], outputs=outputs, parameters=flags)
+    assert asked.json() == answer.json()
+    body = json.dumps({"inputs": [_binary_of(None, [1, 2, 3])]})
+    assert server.client.post("/v2/models/same/infer", content=body).json() == answer.json()
+
+
+def _binary_of(size: Any, data: Any) -> dict[str, Any]:
+    return _tensor(data=data, parameters={"binary_data_size": size})
+
+
 def test_one_corrupt_picture_is_named(client: triton.InferenceServerClient) -> None:
     """The item that cannot be answered is told by its number, and with the flow's own words."""
     corrupt = bad()["text"]
@@ -456,6 +487,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
         {"inputs": [_tensor(shape=[1, 1, 2], datatype="UINT8", data=[1, 256])]},
         "of UINT8",
     ),
+    ("half", {"inputs": [_tensor(shape=[1], datatype="FP32", data=[1])]}, "is FP64, not FP32"),
     ("shout", {"inputs": [_tensor(shape=[1], datatype="BYTES", data=[1])]}, "are strings"),
     (
         "shout",
@@ -613,6 +645,9 @@ def test_compression_does_not_take_memory(server: Server) -> None:
     [
         ("POST", "/v2/models/nothing/infer", 404),
         ("POST", "/v2/models/same/versions/2/infer", 404),
+        ("POST", "/v2/models/same/infer/", 404),
+        ("POST", "/v2/models/same/versions/1/infer/", 404),
+        ("GET", "/v2/health/live/", 404),
         ("GET", "/v2/models/same/versions/one/config", 404),
         ("GET", "/v2/models/nothing/ready", 404),
         ("GET", "/v2/models/nothing/stats", 404),
