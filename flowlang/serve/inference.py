@@ -33,7 +33,8 @@ VERSION = "1"  # of every model
 EXTENSIONS = (
     *("binary_tensor_data", "model_configuration", "parameters", "schedule_policy", "statistics"),
 )
-# Request parameters that the protocol or its clients give a meaning of their own.
+# Request parameters that the protocol or its clients give a meaning of their own. Those that have
+# none here may be a flow's; the others cannot be (flowlang.plan.declare).
 RESERVED = frozenset(
     (
         *("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers"),

@@ -60,6 +60,9 @@ def reversed_rows(rows: Pairs) -> Pairs:
 def levels(given: Levels) -> Levels:
     return given
 
+def told(data: bytes, *, item: int, sequence_id: int, headers: str) -> str:
+    return f"{item} {sequence_id} {headers}"
+
 class Hinted(TypedDict):
     data: bytes
     hint: Optional[bytes]
@@ -84,6 +87,8 @@ export flow zeros = ops.zeros
 export flow total = ops.total
 export flow reversed = ops.reversed_rows
 export flow levels = ops.levels
+export flow told(item: int = 1, sequence_id: int = 2, headers: str = "none"): bytes -> str =
+  ops.told(item=item, sequence_id=sequence_id, headers=headers)
 export flow parts = ops.parts
 export flow hinted = ops.hinted
 export flow joined(other: bytes): bytes -> bytes { return { one: in, other: other } -> ops.joined }

@@ -274,6 +274,22 @@ def test_parameters_reach_the_flow(client: triton.InferenceServerClient) -> None
     assert client.infer("joined", inputs).as_numpy("output").tolist() == [b"a+1", b"b+2"]
 
 
+def test_parameters_of_the_protocol_may_be_the_flows(server: Server) -> None:
+    """A flow may name its parameters as ones of the protocol that have no effect here."""
+
+    def told(**parameters: Any) -> str:
+        tensor = _tensor(shape=[1], datatype="BYTES", data=["x"])
+        answer = _ask(server, "told", inputs=[tensor], parameters=parameters).json()
+        text: str = answer["outputs"][0]["data"][0]
+        return text
+
+    own = {"item": 5, "sequence_id": 7, "headers": "a"}
+    assert told(sequence_start=True, triton_x=1) == "1 2 none"
+    assert told(**own) == "5 7 a"
+    query = {name: str(value) for name, value in own.items()}
+    assert server.client.post("/flows/told", params=query, content=b"x").json() == "5 7 a"
+
+
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
 def test_compressed_bodies(
     server: Server, client: triton.InferenceServerClient, coding: str
