@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.serve.answer import Refusal, is_request_id, request_id_of
-from flowlang.serve.inference import VERSION, Inference, Model, Request, emptied
+from flowlang.serve.inference import VERSION, Inference, Model, Request, emptied, known
 from flowlang.serve.proto import Method, Protocol, read_protocol
 from flowlang.serve.tensor import (
     BYTES,
@@ -331,8 +331,8 @@ class _Answers:
             for key, value in context.invocation_metadata()
             if key in ("traceparent", "tracestate")
         }
-        known = self._inference.known(name)
-        with tracer.begin(known, parent, TRACED, exchange.request_id):
+        flow = known(name, self._inference.models)
+        with tracer.begin(flow, parent, TRACED, exchange.request_id):
             return await self._inference.infer(name, version, exchange)
 
     async def model_stream_infer(self, request: Message, context: Call) -> Message:

@@ -91,8 +91,8 @@ def serve(
     told is then a list of them, HTTP's the last. With a `certificate` HTTP is spoken over TLS, and
     with a `token` only who has it is let in; whoever makes the faces gives them theirs.
     At `metrics_port` /metrics is told to everybody, and nothing else. Requests are followed by a
-    `tracer`, which is also the observer of what `load` gives; with `tells_requests` each of them
-    over HTTP has a line in the log.
+    `tracer`, which is also the observer of what `load` gives, and is started and closed here; with
+    `tells_requests` each of them over HTTP has a line in the log.
 
     With `fronts`, as many processes read HTTP, and one more has the flows and the other protocols.
     """
@@ -250,9 +250,12 @@ class Server(uvicorn.Server):
 
     def finish(self) -> int:
         """Serve until it is to stop. Returns the exit status."""
+        tracer = self._setup.tracer
+        if tracer is not None:
+            tracer.start()
         uvloop.run(self.serve())
-        if self._setup.tracer is not None:
-            self._setup.tracer.close()
+        if tracer is not None:
+            tracer.close()
         if self.is_cut_short:
             # A thread inside ONNX Runtime aborts the process if the interpreter ends around it.
             (end if self._reins is None else self._reins.end)(self.status)
