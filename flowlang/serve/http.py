@@ -90,8 +90,8 @@ def serve(
     HTTP's the last. With a `certificate` all is spoken over TLS, and with a `token` only who has it
     is let in, but over Thrift, which has no place for one. At `metrics_port` /metrics is told to
     everybody, and nothing else. Requests are followed by a `tracer`, which is started and closed
-    here and is also the observer of what `load` gives; with `tells_requests` each of them has a line
-    in the log.
+    here and is also the observer of what `load` gives; with `tells_requests` each of them has a
+    line in the log.
 
     With `fronts`, as many processes read HTTP, and one more has the flows and the other protocols.
     """
