@@ -77,6 +77,8 @@ def make_tracer() -> Tracer:
     """Raises FlowError where the packages are missing, or the variables ask for what is not."""
     try:
         from flowlang.serve.trace import Tracer
+
+        return Tracer()
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise
@@ -84,4 +86,5 @@ def make_tracer() -> Tracer:
             "--otel needs OpenTelemetry's SDK and its exporter for OTLP over HTTP: "
             "pip install 'flowlang[otel]'"
         ) from None
-    return Tracer()
+    except ValueError as error:  # of the SDK, some of it as it is imported; it names the variable
+        raise FlowError(f"--otel: {error}") from None

@@ -108,8 +108,6 @@ def serve(
     from flowlang.runtime.machine import this_machine
     from flowlang.serve.http import serve as serve_http
 
-    if fronts and tracer is not None:
-        raise FlowError("--otel follows requests in one process: leave it or --ingest out")
     certificate = _certificate(tls_cert, tls_key)
     faces = _faces(grpc_port, thrift_port, thrift_flow, token)
     opener = opener_of(key)

@@ -15,7 +15,7 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from flowlang.diagnostics import BadRequest, RequestError, StageFailed
 from flowlang.items import plain
@@ -37,6 +37,7 @@ CLOSE = (b"connection", b"close")
 _ID = re.compile(rb"[\x20-\x7e]{1,128}")
 _MILLISECONDS = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,6})?")
 _PRIORITY = re.compile(rb"[0-9]{1,9}")
+_Error = TypeVar("_Error", bound=BaseException)
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -134,6 +135,12 @@ def told(error: RequestError, flow: str | None, request_id: bytes) -> dict[str, 
         "flow": flow,
         "request_id": request_id.decode("ascii"),
     }
+
+
+def reason_of(error: _Error) -> _Error | RequestError:
+    """What a request failed with, where its client is told less of it."""
+    cause = error.__cause__
+    return cause if isinstance(cause, RequestError) else error
 
 
 def request_id_of(given: bytes | None) -> bytes:

@@ -29,6 +29,7 @@ from flowlang.serve.inference import emptied
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
     from flowlang.runtime.request import Request
+    from flowlang.serve.trace import Tracer
 
 KNOWN = frozenset(("builtins", "copyreg", "flowlang", "numpy"))  # whose values travel as they are
 
@@ -45,6 +46,7 @@ class Kind(IntEnum):
     OPEN = 5  # the front has its flows, and lets requests in
     ANSWERS = 6  # pickled: the number and the outcome of each
     FLOWS = 7  # pickled: the flows there are now, each a Card; none while they are loaded
+    TRACE = 8  # pickled: the trace that the message behind it belongs to, as headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,12 @@ class Desk:
         path: str,
         questions: Mapping[str, Question],
         expects: int,
+        tracer: Tracer | None = None,
     ) -> None:
         self._path = path
         self._questions = questions
         self._expects = expects
+        self._tracer = tracer
         self._on_complete: Callable[[], object] = _nothing
         self._fronts: set[_Front] = set()
         self._listener: Listener | None = None
@@ -111,7 +115,7 @@ class Desk:
             front.tell(self._cards)
 
     def _meet(self) -> _Front:
-        front = _Front(self, self._questions)
+        front = _Front(self, self._questions, self._tracer)
         self._fronts.add(front)
         # Once it has its channel; that there are no flows yet is told too.
         asyncio.get_running_loop().call_soon(lambda: front.tell(self._cards))
@@ -149,9 +153,13 @@ class _Front:
 
     channel: Channel
 
-    def __init__(self, desk: Desk, questions: Mapping[str, Question]) -> None:
+    def __init__(
+        self, desk: Desk, questions: Mapping[str, Question], tracer: Tracer | None
+    ) -> None:
         self._desk = desk
         self._questions = questions
+        self._tracer = tracer
+        self._trace = b""  # that of the next message
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, tuple[Flow, Request]] = {}
         self._asked: dict[int, asyncio.Task[None]] = {}
@@ -165,6 +173,14 @@ class _Front:
     # What comes
 
     def receive(self, record: Record, message: bytes) -> None:
+        if not self._trace or self._tracer is None:
+            self._take(record, message)
+            return
+        trace, self._trace = self._trace, b""
+        with self._tracer.attached(pickle.loads(trace)):
+            self._take(record, message)
+
+    def _take(self, record: Record, message: bytes) -> None:
         number, kind = record.number, record.kind
         try:
             if kind == Kind.CALL:
@@ -173,6 +189,8 @@ class _Front:
                 self._call(number, record, *pickle.loads(message))
             elif kind == Kind.CANCEL:
                 self._cancel(number)
+            elif kind == Kind.TRACE:
+                self._trace = message
             elif kind == Kind.OPEN:
                 self._open()
             else:

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import pickle
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import Draining, InternalError, RequestError
 from flowlang.serve.answer import Answer, Refusal, error_answer
@@ -20,6 +20,9 @@ from flowlang.serve.desk import Card, Kind
 from flowlang.serve.inference import emptied
 from flowlang.serve.routes import Service
 from flowlang.serve.v2 import is_below, is_health, refused
+
+if TYPE_CHECKING:
+    from flowlang.serve.trace import Tracer
 
 RETRY_S = 0.05  # between tries to connect
 FIRST_WORD_S = 1.0  # of the engine: for so long a front that begins takes no connections
@@ -59,8 +62,10 @@ class Engine:
         path: str,
         let_in: Callable[[dict[str, RemoteFlow]], object],
         shut: Callable[[], object],
+        tracer: Tracer | None = None,
     ) -> None:
         self._path = path
+        self._tracer = tracer
         self._let_in = let_in
         self._shut = shut
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -114,6 +119,8 @@ class Engine:
         number = next(self._numbers) & 0xFFFFFFFF
         future = asyncio.get_running_loop().create_future()
         self._calls[number] = future
+        if self._tracer is not None:
+            self._tell_trace(self._tracer, kind)
         self.channel.send(number, kind, message, part, within_s)
         try:
             return await future
@@ -121,6 +128,15 @@ class Engine:
             if self._calls.pop(number, None) is not None and self.channel.is_open:
                 self.channel.send(number, Kind.CANCEL, b"")
             raise
+
+    def _tell_trace(self, tracer: Tracer, kind: Kind) -> None:
+        """Say which trace the next message belongs to, where that is of use to the engine.
+
+        It logs what inferences failed with, and names their traces, whether they are followed or
+        not; of a call whose trace is not followed it says nothing.
+        """
+        if (kind == Kind.ASK or tracer.current() is not None) and (headers := tracer.headers()):
+            self.channel.send(0, Kind.TRACE, pickle.dumps(headers, pickle.HIGHEST_PROTOCOL))
 
     async def ask(self, question: str, *words: Any) -> Any:
         """What the engine answers to a question that is no call of a flow."""

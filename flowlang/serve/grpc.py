@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.serve.access import tell
 from flowlang.serve.answer import Refusal, is_request_id, request_id_of
-from flowlang.serve.inference import VERSION, Inference, Model, Request, emptied
+from flowlang.serve.inference import VERSION, Inference, Model, Request, emptied, known
 from flowlang.serve.proto import Method, Protocol, read_protocol
 from flowlang.serve.setup import Setup
 from flowlang.serve.tensor import (
@@ -398,8 +398,8 @@ class _Answers:
             for key, value in context.invocation_metadata()
             if key in ("traceparent", "tracestate")
         }
-        known = self._inference.known(name)
-        with tracer.begin(known, parent, TRACED, exchange.request_id):
+        flow = known(name, self._inference.models)
+        with tracer.begin(flow, parent, TRACED, exchange.request_id):
             if entry is not None:
                 entry.follow()
             return await self._inference.infer(name, version, exchange)

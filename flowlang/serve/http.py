@@ -89,8 +89,9 @@ def serve(
     `faces` are other protocols to serve the same flows by; the URL told is then a list of them,
     HTTP's the last. With a `certificate` all is spoken over TLS, and with a `token` only who has it
     is let in, but over Thrift, which has no place for one. At `metrics_port` /metrics is told to
-    everybody, and nothing else. Requests are followed by a `tracer`, which is also the observer of
-    what `load` gives; with `tells_requests` each of them has a line in the log.
+    everybody, and nothing else. Requests are followed by a `tracer`, which is started and closed
+    here and is also the observer of what `load` gives; with `tells_requests` each of them has a
+    line in the log.
 
     With `fronts`, as many processes read HTTP, and one more has the flows and the other protocols.
     """
@@ -248,9 +249,12 @@ class Server(uvicorn.Server):
 
     def finish(self) -> int:
         """Serve until it is to stop. Returns the exit status."""
+        tracer = self._setup.tracer
+        if tracer is not None:
+            tracer.start()
         uvloop.run(self.serve())
-        if self._setup.tracer is not None:
-            self._setup.tracer.close()
+        if tracer is not None:
+            tracer.close()
         if self.is_cut_short:
             # A thread inside ONNX Runtime aborts the process if the interpreter ends around it.
             (end if self._reins is None else self._reins.end)(self.status)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from flowlang import __version__
 from flowlang.diagnostics import BadRequest, Draining, RequestError
 from flowlang.plan.types import Scalar, without_null
 from flowlang.runtime.conform import PLAIN
-from flowlang.serve.answer import Refusal, told
+from flowlang.serve.answer import Refusal, reason_of, told
 from flowlang.serve.form import ParameterReader
 from flowlang.serve.log import tell_broken, tell_unanswered
 from flowlang.serve.port import Port, Ports, port_of
@@ -366,10 +366,6 @@ class Inference:
             raise Refusal("not-found", 404, f"`{name}` has the version {VERSION}, not {version}")
         return found
 
-    def known(self, name: str) -> str:
-        """The name of a flow as traces have it: what clients make up is not one of theirs."""
-        return name if name in self.models else "unknown"
-
     def is_model_ready(self, name: str, version: str = "") -> bool:
         return self.is_ready and name in self.models and version in ("", VERSION)
 
@@ -410,9 +406,7 @@ class Inference:
             carried = exchange.write(model, request, model.outputs.columns(answers, work.wanted))
             clock.lap()
         except RequestError as error:
-            cause = error.__cause__
-            told = cause if isinstance(cause, RequestError) else error
-            tell_unanswered(exchange.request_id, name, told)
+            tell_unanswered(exchange.request_id, name, reason_of(error))
             raise
         except Exception:
             tell_broken(exchange.request_id, name)
@@ -436,6 +430,11 @@ class Inference:
             if error.code != Draining.code or successor is model or not self.is_ready:
                 raise
             return await successor.run(successor.read(request))
+
+
+def known(name: str, flows: Container[str]) -> str:
+    """The name of a flow as traces have it: what clients make up is not one of theirs."""
+    return name if name in flows else "unknown"
 
 
 async def emptied(under_way: Callable[[], int], grace_s: float) -> bool:

@@ -15,9 +15,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from flowlang.serve.answer import Answer
+from flowlang.diagnostics import RequestError
+from flowlang.serve.answer import Answer, reason_of
 from flowlang.serve.backend import Local
-from flowlang.serve.desk import Desk
+from flowlang.serve.desk import Desk, Question
 from flowlang.serve.front import Engine, FrontService
 from flowlang.serve.http import Server
 from flowlang.serve.routes import Service
@@ -51,8 +52,14 @@ def _be_front(
     reins: Reins,
 ) -> int:
     _close([*held[:number], *held[number + 1 :]])
-    service = FrontService(inside, number, max_body_bytes=setup.max_body_bytes, token=setup.token)
-    service.engine = Engine(path, service.let_in_remote, service.shut)
+    service = FrontService(
+        inside,
+        number,
+        max_body_bytes=setup.max_body_bytes,
+        token=setup.token,
+        tracer=setup.tracer,
+    )
+    service.engine = Engine(path, service.let_in_remote, service.shut, setup.tracer)
     own = replace(setup, faces=(), metrics_listener=None, on_listen=_nothing)
     return Server(own, service, service.engine, held[number], reins).finish()
 
@@ -67,8 +74,8 @@ def _be_engine(
 ) -> int:
     _close(listeners)
     # It is the fronts that ask for the token; what is told of the server is told here.
-    service = Service(max_body_bytes=setup.max_body_bytes, token=setup.token)
-    flows = _Flows(path, len(listeners), service, load, watches, setup.grace_s, reins)
+    service = Service(max_body_bytes=setup.max_body_bytes, token=setup.token, tracer=setup.tracer)
+    flows = _Flows(path, len(listeners), service, load, watches, setup, reins)
     return Server(setup, service, flows, None, reins).finish()
 
 
@@ -91,13 +98,15 @@ class _Flows(Local):
         service: Service,
         load: Callable[[], App],
         watches: bool,
-        grace_s: float,
+        setup: Setup,
         reins: Reins,
     ) -> None:
-        super().__init__(load, self._open, watches=watches, grace_s=grace_s)
+        super().__init__(load, self._open, watches=watches, grace_s=setup.grace_s)
         self._service = service
+        self._tracer = setup.tracer
         self._reins = reins
-        self._desk = Desk(path, {"look": self._look, "infer": self._infer}, fronts)
+        questions: dict[str, Question] = {"look": self._look, "infer": self._infer}
+        self._desk = Desk(path, questions, fronts, setup.tracer)
 
     def start(
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
@@ -114,7 +123,16 @@ class _Flows(Local):
         self, path: str, request_id: bytes, headers: dict[bytes, bytes], body: bytes
     ) -> tuple[Answer, bytes]:
         answer, request_id = await self._service.infer(path, headers, body, request_id)
-        return replace(answer, error=None), request_id
+        return replace(answer, error=self._told_to_trace(answer.error)), request_id
+
+    def _told_to_trace(self, error: RequestError | None) -> RequestError | None:
+        """What an inference failed with, for its span in the front, in a class that can travel."""
+        if error is None or self._tracer is None or self._tracer.current() is None:
+            return None
+        reason = reason_of(error)
+        told = RequestError(reason.message, place=reason.place)
+        told.code, told.http_status = reason.code, reason.http_status
+        return told
 
     def _open(self, app: App) -> None:
         self._service.let_in(app)

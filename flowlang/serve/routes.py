@@ -34,7 +34,7 @@ from flowlang.serve.answer import (
 )
 from flowlang.serve.body import BodyReader, HungUp, Receive, Scope, Send, Watches
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
-from flowlang.serve.inference import Inference
+from flowlang.serve.inference import Inference, known
 from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
 from flowlang.serve.metrics import KIND as METRICS
 from flowlang.serve.metrics import metrics_text
@@ -225,7 +225,7 @@ class Service:
             if header in found
         }
         attributes = {"http.request.method": scope["method"], "url.path": path}
-        return tracer.begin(self.inference.known(name), parent, attributes)
+        return tracer.begin(known(name, self.names), parent, attributes)
 
     async def _send(self, send: Send, answer: Answer, request_id: bytes) -> None:
         headers = [

@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -19,14 +20,23 @@ from typing import Any
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, StatusCode, set_span_in_context
+from opentelemetry.trace import (
+    INVALID_SPAN,
+    Link,
+    Span,
+    SpanKind,
+    StatusCode,
+    get_current_span,
+    set_span_in_context,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from flowlang import __version__
 from flowlang.diagnostics import Cancelled, FlowError, RequestError, StageFailed
 from flowlang.runtime.observer import Worked
+from flowlang.serve.answer import reason_of
 
 CLOSE_S = 5.0  # at the end, for what is still to be sent
 # What is possible is one of several things that the variables could ask for.
@@ -35,6 +45,9 @@ ONLY = {
     "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
     "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
 }
+QUEUE, BATCH = "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"
+# Numbers above 0, and what they are where nothing is said.
+NUMBERS = {QUEUE: 2048, BATCH: 512, "OTEL_BSP_SCHEDULE_DELAY": 5000}
 
 log = logging.getLogger("flowlang.serve")
 _ROOT = Context()
@@ -88,28 +101,40 @@ class Trace:
 
 def _fail(span: Span, error: BaseException) -> None:
     """Say what a request, a stage or a batch failed with, as the log does."""
-    if isinstance(error.__cause__, RequestError):  # the client was told less of it
-        error = error.__cause__
-    told = error if isinstance(error, RequestError) else StageFailed(str(error))
+    reason = reason_of(error)
+    told = reason if isinstance(reason, RequestError) else StageFailed(str(reason))
     span.set_attribute("error.type", told.code)
     if told.http_status >= 500:  # the others are the client's, and no fault of the server
         span.set_status(StatusCode.ERROR, str(told))
 
 
 class Tracer:
-    """Follows requests; also the observer of the flows that serve them."""
+    """Follows requests; also the observer of the flows that serve them.
+
+    It is made once, and started in each process that has requests: the SDK sends by a thread, which
+    would not outlive a fork, and names the process it is set up in.
+    """
+
+    _sending: BatchSpanProcessor
+    _tracer: Any
 
     def __init__(self) -> None:
-        """Raises FlowError where the OTEL_* variables ask for what is not possible."""
+        """Raises FlowError, or ValueError of the SDK, where OTEL_* variables cannot be heeded."""
         check_variables(os.environ)
+        self._exporter, self._limits = OTLPSpanExporter(), SpanLimits()
+        self._parents = TraceContextTextMapPropagator()
+
+    def start(self) -> None:
+        """Begin in this process, before any request is followed in it."""
         resource = Resource.create()
         if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: "flowlang"}))
-        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._sending = BatchSpanProcessor(OTLPSpanExporter())
+        provider = TracerProvider(
+            resource=resource, span_limits=self._limits, shutdown_on_exit=False
+        )
+        self._sending = BatchSpanProcessor(self._exporter)
         provider.add_span_processor(self._sending)
         self._tracer = provider.get_tracer("flowlang", __version__)
-        self._parents = TraceContextTextMapPropagator()
 
     def begin(
         self,
@@ -134,20 +159,44 @@ class Tracer:
         found = _current.get().get_span_context().trace_id
         return f"{found:032x}" if found else None
 
+    # Between processes
+
+    def headers(self) -> dict[str, str]:
+        """What another process goes on with the trace of this task by; empty where there is none.
+
+        They are those of W3C's Trace Context, as they would be sent over HTTP.
+        """
+        found: dict[str, str] = {}
+        self._parents.inject(found, set_span_in_context(_current.get(), _ROOT))
+        return found
+
+    @contextmanager
+    def attached(self, headers: Mapping[str, str]) -> Iterator[None]:
+        """What is done and begun in here belongs to a trace that another process has begun."""
+        token = _current.set(get_current_span(self._parents.extract(headers, _ROOT)))
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
     # As an observer
 
     def current(self) -> Span | None:
+        """That of the request, wherever it is: in another process it does not record here."""
         span = _current.get()
-        return span if span.is_recording() else None
+        return span if span.get_span_context().trace_flags.sampled else None
 
     def observe(self, worked: Worked) -> None:
-        members: dict[Span, list[int]] = {}
+        # By its ids, for each item of a request that another process follows has come by itself.
+        members: dict[tuple[int, int], tuple[Span, list[int]]] = {}
         for index, item in enumerate(worked.items):
             span: Span | None = getattr(item.request, "trace", None)
             if span is not None:
-                members.setdefault(span, []).append(index)
+                context = span.get_span_context()
+                ids = context.trace_id, context.span_id
+                members.setdefault(ids, (span, []))[1].append(index)
         if members:
-            self._tell_batch(worked, members)
+            self._tell_batch(worked, list(members.values()))
 
     def close(self) -> None:
         """Send what is left. What no collector takes within CLOSE_S is lost."""
@@ -156,7 +205,7 @@ class Tracer:
         sending.start()
         sending.join(CLOSE_S)
 
-    def _tell_batch(self, worked: Worked, members: Mapping[Span, Sequence[int]]) -> None:
+    def _tell_batch(self, worked: Worked, members: Sequence[tuple[Span, Sequence[int]]]) -> None:
         """A span for each request that had items in a batch, and one of the batch itself.
 
         That of the batch belongs to the trace of the first of them, as sampled as that is, and is
@@ -169,7 +218,7 @@ class Tracer:
 
         size = len(worked.items)
         stages: list[Span] = []
-        for request, indices in members.items():
+        for request, indices in members:
             items = [worked.items[index] for index in indices]
             arrived_s = min(item.arrived_s for item in items)
             attributes: dict[str, Any] = {
@@ -181,7 +230,7 @@ class Tracer:
             stage = self._start(worked.stage, request, attributes, at(arrived_s))
             _fail_by(stage, [worked.outcomes[index] for index in indices], 1)
             stages.append(stage)
-        first = next(iter(members))
+        first, _ = members[0]
         attributes = {
             "flowlang.stage": worked.stage,
             "flowlang.instance": worked.instance,
@@ -218,8 +267,28 @@ def _fail_by(span: Span, outcomes: Sequence[Any], least: int) -> None:
 
 
 def check_variables(environ: Mapping[str, str]) -> None:
-    """Raises FlowError where the variables ask for another exporter than there is."""
+    """Raises FlowError where the variables ask for what cannot be.
+
+    The SDK would say the same of the numbers, but as it starts its thread: in each process by
+    itself, and when others take connections already.
+    """
     for name, only in ONLY.items():
         given = environ.get(name, "").strip()
         if given not in ("", only):
             raise FlowError(f"--otel: {name} is {given!r}, and traces can only go by {only!r}")
+    numbers = {name: _number(environ, name) for name in NUMBERS}
+    if numbers[BATCH] > numbers[QUEUE]:
+        raise FlowError(
+            f"--otel: {BATCH} is {numbers[BATCH]}, and {QUEUE} is less: {numbers[QUEUE]}"
+        )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    given = environ.get(name, "").strip()
+    try:
+        number = int(given or NUMBERS[name])
+    except ValueError:
+        number = 0
+    if number <= 0:
+        raise FlowError(f"--otel: {name} is {given!r}, and a whole number above 0 is wanted")
+    return number

@@ -33,6 +33,7 @@ class Span:
     status: int
     message: str
     resource: Mapping[str, Any]
+    state: str  # of the trace, as its client gave it
 
 
 class Collector:
@@ -98,6 +99,7 @@ def spans_of(message: Any) -> Iterator[Span]:
                     span.status.code,
                     span.status.message,
                     resource,
+                    span.trace_state,
                 )
 
 

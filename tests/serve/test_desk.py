@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import flowlang
 from flowlang.app import App
 from flowlang.diagnostics import Draining
-from flowlang.serve.desk import Desk
+from flowlang.serve.desk import Desk, Kind
 from flowlang.serve.front import Engine, RemoteFlow
+from flowlang.serve.trace import Tracer
+from tests.serve.collector import collecting
 from tests.serve.server import PATIENCE_S, write
 
 
@@ -25,10 +29,10 @@ def app(tmp_path: Path) -> Iterator[App]:
 class Front:
     """A front that has met the desk, and the flows it was told of last."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, tracer: Tracer | None = None) -> None:
         self.flows: dict[str, RemoteFlow] = {}
         self.has_flows = asyncio.Event()
-        self.engine = Engine(path, self._let_in, self.has_flows.clear)
+        self.engine = Engine(path, self._let_in, self.has_flows.clear, tracer)
 
     def _let_in(self, flows: dict[str, RemoteFlow]) -> None:
         self.flows = flows
@@ -41,8 +45,8 @@ class Front:
         return self.flows["main"]
 
 
-async def _meet(path: str) -> Front:
-    front = Front(path)
+async def _meet(path: str, tracer: Tracer | None = None) -> Front:
+    front = Front(path, tracer)
     await front.engine.prepare()
     return front
 
@@ -119,3 +123,60 @@ def test_a_front_that_leaves_answers_first(app: App, tmp_path: Path) -> None:
         desk.close()
 
     asyncio.run(go())
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+SAMPLED, UNSAMPLED = (f"00-{TRACE}-b7ad6b7169203331-{flags}" for flags in ("01", "00"))
+
+
+@pytest.fixture
+def tracer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracer]:
+    with collecting() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        tracer = Tracer()
+        tracer.start()
+        yield tracer
+        tracer.close()
+
+
+@pytest.mark.parametrize(
+    ("parent", "is_told"),
+    [(None, (False, False)), (UNSAMPLED, (False, True)), (SAMPLED, (True, True))],
+)
+def test_a_trace_is_told_where_it_is_of_use(
+    app: App, tmp_path: Path, tracer: Tracer, parent: str | None, is_told: tuple[bool, bool]
+) -> None:
+    """A call that is not followed costs no message more, and has no trace in the engine."""
+
+    async def go() -> None:
+        desk = Desk(path := str(tmp_path / "engine"), {"trace": tracer.trace_id}, 1, tracer)
+        desk.start(lambda: None)
+        desk.let_in(app)
+        front = await _meet(path, tracer)
+        flow = await front.be_open()
+        kinds: list[int] = []
+        send = front.engine.channel.send
+
+        def note(number: int, kind: int, *rest: Any) -> None:
+            kinds.append(kind)
+            send(number, kind, *rest)
+
+        monkeypatch.setattr(front.engine.channel, "send", note)
+        if parent is not None:
+            tracer.begin("main", {"traceparent": parent}, {})
+        await flow.acall(b"x")
+        assert kinds == [*([Kind.TRACE] if is_told[0] else []), Kind.CALL]
+        kinds.clear()
+        told = await front.engine.ask("trace")
+        assert kinds == [*([Kind.TRACE] if is_told[1] else []), Kind.ASK]
+        assert told == (TRACE if is_told[1] else None)
+        # What comes behind it is none of it.
+        fresh = contextvars.Context()
+        asked = asyncio.get_running_loop().create_task(front.engine.ask("trace"), context=fresh)
+        assert await asked is None
+        await front.engine.close(PATIENCE_S)
+        assert await desk.deserted(PATIENCE_S)
+        desk.close()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        asyncio.run(go())

@@ -16,13 +16,24 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
+import psutil
 import pytest
 import thriftpy2.rpc
 import tritonclient.grpc as triton
 
 from examples import models
 from tests.serve.collector import ERROR, Collector, Span, collecting
-from tests.serve.server import ROOT, Server, free_port, refused, serving, wait_until, write
+from tests.serve.processes import kill, processes
+from tests.serve.server import (
+    KINDS,
+    ROOT,
+    Server,
+    free_port,
+    refused,
+    serving,
+    wait_until,
+    write,
+)
 
 SERVER, INTERNAL = 2, 1  # kinds of spans
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -81,10 +92,11 @@ def collector() -> Iterator[Collector]:
         yield collector
 
 
-@pytest.fixture(scope="module")
-def server(flow: Path, collector: Collector) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=KINDS)
+def server(flow: Path, collector: Collector, request: pytest.FixtureRequest) -> Iterator[Server]:
     faces = ("--grpc-port", "0", "--thrift-port", "0", "--thrift-flow", "picture")
-    with traced(flow, collector.url, *faces, "--log-format=json", "--log-level=info") as server:
+    logs = ("--log-format=json", "--log-level=info")
+    with traced(flow, collector.url, *request.param, *faces, *logs) as server:
         yield server
 
 
@@ -104,13 +116,33 @@ def _only(spans: list[Span], name: str, kind: int = INTERNAL) -> Span:
     return found
 
 
+def _with_items(collector: Collector, count: int) -> list[Span]:
+    """The spans of one request, once they tell of so many items.
+
+    Beside each of a stage there is one of a batch; those of several processes come in any order.
+    """
+
+    def are_there() -> bool:
+        items = [s.attributes.get("flowlang.items", 0) for s in collector.spans]
+        whole = 1 + 2 * sum(map(bool, items))
+        return sum(items) == count and len(items) == whole
+
+    wait_until(are_there)
+    return list(collector.spans)
+
+
 def test_a_request_goes_on_with_the_trace_of_its_client(
     server: Server, collector: Collector
 ) -> None:
-    """Its span is a server's, below the client's, and has the id that the answer brings."""
-    headers = {"traceparent": SAMPLED, "x-request-id": "r-1"}
+    """Its span is a server's, below the client's, and has the id that the answer brings.
+
+    What the client says of the trace to others that it knows is said of every span.
+    """
+    headers = {"traceparent": SAMPLED, "tracestate": "shop=1", "x-request-id": "r-1"}
     answer = server.client.post("/flows/echo", content=b"x", headers=headers)
-    span = _only(collector.wait_for(3), "echo", SERVER)
+    spans = collector.wait_for(3)
+    assert {(span.trace_id, span.state) for span in spans} == {(TRACE, "shop=1")}
+    span = _only(spans, "echo", SERVER)
     assert (span.trace_id, span.parent_id) == (TRACE, PARENT)
     assert span.attributes["flowlang.flow"] == "echo"
     assert span.attributes["flowlang.request_id"] == answer.headers["x-request-id"] == "r-1"
@@ -131,6 +163,21 @@ def test_without_a_trace_of_its_client_it_has_its_own(
     assert span.parent_id == ""
     assert span.trace_id != TRACE
     assert span.attributes["flowlang.request_id"] == answer.headers["x-request-id"]
+
+
+def test_what_its_client_does_not_follow_is_not_followed(
+    server: Server, collector: Collector
+) -> None:
+    """Unless the sampler says otherwise; the log names the trace all the same."""
+    headers = {"traceparent": UNSAMPLED}
+    for path in ("/flows/picture", "/v2/models/picture/infer"):
+        answer = server.client.post(path, content=b"nothing", headers=headers)
+        assert answer.status_code == 400
+        assert _line_of(server, answer)["trace_id"] == TRACE
+    server.client.post("/flows/echo", content=b"x")
+    spans = collector.wait_for(3)
+    assert len(spans) == 3
+    assert TRACE not in {span.trace_id for span in spans}
 
 
 def test_stages_are_below_the_request_and_in_its_time(server: Server, collector: Collector) -> None:
@@ -180,13 +227,24 @@ def test_elements_of_one_request_share_the_span_of_their_batch(
     """A `map` over many elements has a span for each batch of them, and not for each element."""
     body = json.dumps([[1, 2, 3]] * 16)
     assert len(server.client.post("/flows/each", content=body).json()) == 16
-    spans = collector.wait_for(5)
+    spans = _with_items(collector, 16)
     request = _only(spans, "each", SERVER)
-    stages = [
-        s for s in spans if s.parent_id == request.span_id and "flowlang.items" in s.attributes
-    ]
-    assert sum(stage.attributes["flowlang.items"] for stage in stages) == 16
-    assert len(stages) < 16
+    assert {span.parent_id for span in spans if span is not request} == {request.span_id}
+    assert len(spans) < 1 + 2 * 16
+
+
+def test_items_of_one_form_share_the_span_of_their_batch(
+    server: Server, collector: Collector
+) -> None:
+    """They are one request, however they came to the flows."""
+    files = [("file", (f"{number}.json", b"[1, 2, 3]")) for number in range(4)]
+    assert len(server.client.post("/flows/held", files=files).json()["results"]) == 4
+    spans = collector.wait_for(3)
+    assert len(spans) == 3
+    stage, batch = _only(spans, "held"), _only(spans, "held batch")
+    assert stage.parent_id == batch.parent_id == _only(spans, "held", SERVER).span_id
+    assert stage.attributes["flowlang.items"] == stage.attributes["flowlang.batch_size"] == 4
+    assert batch.links == {stage.span_id}
 
 
 def test_an_error_of_the_client_is_no_failure(server: Server, collector: Collector) -> None:
@@ -238,15 +296,31 @@ def test_the_protocol_over_http_has_one_trace_for_all_items(
     headers = {"traceparent": SAMPLED}
     answer = server.client.post("/v2/models/same/infer", json=body, headers=headers)
     assert answer.headers["x-request-id"] == answer.json()["id"] == "of the message"
-    wait_until(lambda: any(span.kind == SERVER for span in collector.spans))
-    span = _only(collector.spans, "same", SERVER)
+    spans = _with_items(collector, 2)
+    span = _only(spans, "same", SERVER)
     assert span.parent_id == PARENT
     assert span.attributes["flowlang.request_id"] == "of the message"
-    items = [
-        s.attributes["flowlang.items"] for s in collector.spans if "flowlang.items" in s.attributes
-    ]
-    assert sum(items) == 2
-    assert {span.trace_id for span in collector.spans} == {TRACE}
+    assert span.attributes["url.path"] == "/v2/models/same/infer"
+    assert {s.trace_id for s in spans} == {TRACE}
+    assert {s.parent_id for s in spans if s is not span} == {span.span_id}
+
+
+def test_a_failing_stage_is_marked_for_the_protocol_too(
+    server: Server, collector: Collector
+) -> None:
+    """As for a call: with the reason, of which the client is told less, and the log as much."""
+    tensor = {"name": "input", "datatype": "BYTES", "shape": [1], "data": ["x"]}
+    answer = server.client.post("/v2/models/fail/infer", json={"inputs": [tensor]})
+    assert answer.status_code == 500
+    assert "it broke" not in answer.text
+    spans = collector.wait_for(3)
+    assert len(spans) == 3
+    for span in spans:
+        assert (span.status, span.attributes["error.type"]) == (ERROR, "stage-failed")
+        assert "RuntimeError: it broke" in span.message
+    line = _line_of(server, answer)
+    assert line["trace_id"] == spans[0].trace_id
+    assert _only(spans, "fail", SERVER).message.endswith(f"({line['place']})")
 
 
 def test_a_header_comes_before_the_messages_id(server: Server, collector: Collector) -> None:
@@ -325,12 +399,17 @@ def test_lines_of_the_log_have_the_trace_of_their_request(
 ) -> None:
     """Who has found a line finds its trace, by the trace and by the request's id."""
     answer = server.client.post("/flows/picture", content=b"nothing")
-    request_id = answer.headers["x-request-id"]
-    lines = [json.loads(line) for line in server.errors.splitlines()]
-    (line,) = (line for line in lines if line.get("request_id") == request_id)
     span = _only(collector.wait_for(3), "picture", SERVER)
-    assert line["trace_id"] == span.trace_id
-    assert span.attributes["flowlang.request_id"] == request_id
+    assert _line_of(server, answer)["trace_id"] == span.trace_id
+    assert span.attributes["flowlang.request_id"] == answer.headers["x-request-id"]
+
+
+def _line_of(server: Server, answer: httpx.Response) -> dict[str, Any]:
+    """The line of the log that tells of a request."""
+    lines = [json.loads(line) for line in server.errors.splitlines()]
+    found: dict[str, Any]
+    (found,) = (x for x in lines if x.get("request_id") == answer.headers["x-request-id"])
+    return found
 
 
 def test_what_is_no_request_of_a_flow_has_no_trace(server: Server, collector: Collector) -> None:
@@ -341,12 +420,13 @@ def test_what_is_no_request_of_a_flow_has_no_trace(server: Server, collector: Co
     assert len(collector.wait_for(3)) == 3
 
 
-def test_the_sampler_is_respected(flow: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sampler_is_respected(flow: Path, kind: tuple[str, ...]) -> None:
     """Where the client decides, only what it follows is followed, the batch it shared with others
     too.
     """
     environment = {"OTEL_TRACES_SAMPLER": "parentbased_always_off", "OTEL_SERVICE_NAME": "mine"}
-    with collecting() as collector, traced(flow, collector.url, **environment) as server:
+    with collecting() as collector, traced(flow, collector.url, *kind, **environment) as server:
 
         def ask(parent: str) -> int:
             headers = {"traceparent": parent} if parent else {}
@@ -367,10 +447,11 @@ def test_the_sampler_is_respected(flow: Path) -> None:
         assert batch.links == {stage.span_id}
 
 
-def test_a_stop_sends_what_is_left(flow: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_sends_what_is_left(flow: Path, kind: tuple[str, ...]) -> None:
     """Spans of the last requests are not lost."""
     environment = {"OTEL_BSP_SCHEDULE_DELAY": "60000"}
-    with collecting() as collector, traced(flow, collector.url, **environment) as server:
+    with collecting() as collector, traced(flow, collector.url, *kind, **environment) as server:
         server.client.post("/flows/echo", content=b"x")
         assert not collector.spans
         server.signal()
@@ -378,22 +459,26 @@ def test_a_stop_sends_what_is_left(flow: Path) -> None:
         assert len(collector.spans) == 3
 
 
-def test_flows_that_were_loaded_again_are_traced(flow: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_flows_that_were_loaded_again_are_traced(tmp_path: Path, kind: tuple[str, ...]) -> None:
     """What has taken over is followed as what was there before."""
     path = write(tmp_path / "my.flow", "export flow before = pass\n")
-    with collecting() as collector, traced(path, collector.url, "--watch") as server:
+    with collecting() as collector, traced(path, collector.url, "--watch", *kind) as server:
         write(path, "export flow behind = pass\n")
         wait_until(lambda: server.client.post("/flows/behind", content=b"x").status_code == 200)
         spans = collector.wait_for(3)
         assert _only(spans, "behind").parent_id == _only(spans, "behind", SERVER).span_id
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "slow"])
-def test_a_collector_that_takes_nothing_holds_up_nobody(flow: Path, is_gone: bool) -> None:
+def test_a_collector_that_takes_nothing_holds_up_nobody(
+    flow: Path, is_gone: bool, kind: tuple[str, ...]
+) -> None:
     """Requests are answered as ever, and the stop loses its spans rather than the time."""
     with collecting(delay_s=60.0) as collector:
         url = f"http://127.0.0.1:{free_port()}" if is_gone else collector.url
-        with traced(flow, url) as server:
+        with traced(flow, url, *kind) as server:
             for _ in range(1500):  # more spans than the queue of the SDK takes
                 start_s = time.monotonic()
                 assert server.client.post("/flows/echo", content=b"x").status_code == 200
@@ -405,15 +490,27 @@ def test_a_collector_that_takes_nothing_holds_up_nobody(flow: Path, is_gone: boo
             assert "Traceback" not in server.errors
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("OTEL_TRACES_EXPORTER", "zipkin"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")],
+    ("name", "value", "words"),
+    [
+        ("OTEL_TRACES_EXPORTER", "zipkin", "is 'zipkin'"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "is 'grpc'"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "0", "is '0'"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "many", "is 'many'"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "100", "is less: 100"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "-1", "-1"),
+        ("OTEL_SPAN_LINK_COUNT_LIMIT", "-1", "-1"),
+    ],
 )
-def test_what_the_variables_cannot_have_is_told(flow: Path, name: str, value: str) -> None:
-    """Nothing is served rather than without the traces that somebody waits for."""
-    status, told = refused(str(flow), "--otel", environment={name: value})
-    assert status == 1
-    assert f"{name} is '{value}'" in told
+def test_what_the_variables_cannot_have_is_told(
+    flow: Path, name: str, value: str, words: str, kind: tuple[str, ...]
+) -> None:
+    """Nothing is served rather than without the traces that somebody waits for. It is told once."""
+    status, told = refused(str(flow), "--otel", *kind, environment={name: value})
+    assert (status, len(told.splitlines())) == (1, 1)
+    assert name in told
+    assert words in told
 
 
 def test_a_missing_package_is_named(flow: Path) -> None:
@@ -428,8 +525,70 @@ def test_a_missing_package_is_named(flow: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_traces_of_several_processes_are_refused(flow: Path) -> None:
-    """With fronts a request is in two processes, and half a trace would be worse than none."""
-    status, told = refused(str(flow), "--otel", "--ingest", "2")
-    assert (status, len(told.splitlines())) == (1, 1)
-    assert "leave it or --ingest out" in told
+# With --ingest
+
+PLACES = {  # spans tell which process has made them
+    "OTEL_EXPERIMENTAL_RESOURCE_DETECTORS": "process",
+    "OTEL_RESOURCE_ATTRIBUTES": "service.instance.id=mine",
+}
+
+
+def test_a_trace_leads_from_a_front_to_the_engine(flow: Path) -> None:
+    """Each makes the spans of what it does; who watches over them has no thread for that."""
+    with (
+        collecting() as collector,
+        traced(flow, collector.url, "--ingest", "2", **PLACES) as server,
+    ):
+        found = processes(server)
+        assert psutil.Process(server.process.pid).num_threads() == 1
+        for _ in range(8):  # so that each front has some
+            httpx.post(f"{server.url}/flows/echo", content=b"x")
+        spans = collector.wait_for(8 * 3)
+        for span in spans:
+            places = found.fronts if span.kind == SERVER else (found.engine,)
+            assert span.resource["process.pid"] in places
+            assert span.resource["service.instance.id"] == "mine"
+        for request in (span for span in spans if span.kind == SERVER):
+            below = [span for span in spans if span.parent_id == request.span_id]
+            assert sorted(span.name for span in below) == ["echo", "echo batch"]
+            assert {span.trace_id for span in below} == {request.trace_id}
+
+
+def test_processes_that_were_killed_are_traced_again(flow: Path) -> None:
+    """Who waited for the engine has an error in his trace, and who comes later all spans of it."""
+    with (
+        collecting() as collector,
+        traced(flow, collector.url, "--ingest", "2") as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        before = processes(server)
+        waiting = pool.submit(
+            httpx.post, f"{server.url}/flows/held", content="[1, 2, 3]", timeout=30.0
+        )
+        server.wait_inside(1)
+        kill(before.engine)
+        assert waiting.result().status_code == 503
+        (span,) = collector.wait_for(1)
+        assert (span.name, span.kind, span.status) == ("held", SERVER, ERROR)
+        assert span.attributes["error.type"] == "restarting"
+        for front in before.fronts:
+            kill(front)
+        server.line("loading, on ")
+        server.wait_ready()
+        assert not {*before.all} & {*processes(server).all}
+        collector.spans.clear()
+        served: list[bool] = []
+
+        def is_served() -> bool:
+            """By every front: the kernel picks one for each connection."""
+            asked = (httpx.post(f"{server.url}/flows/echo", content=b"x") for _ in range(8))
+            served.extend(answer.status_code == 200 for answer in asked)
+            return all(served[-8:])
+
+        wait_until(is_served)
+        spans = collector.wait_for(3 * sum(served))
+        requests = {span.span_id for span in spans if span.kind == SERVER}
+        assert len(requests) == sum(served)
+        assert {span.parent_id for span in spans if span.kind == INTERNAL} == requests
+        server.signal()
+        assert server.wait() == 0
