@@ -294,12 +294,22 @@ def _pickled(answers: list[tuple[int, Any]]) -> bytes:
         return _dumps([(number, _portable(outcome)) for number, outcome in answers])
 
 
+def portable_error(error: RequestError) -> RequestError:
+    """An error as the class of ours that it is one of, with what it says itself."""
+    kind = next(k for k in type(error).__mro__ if k.__module__ == RequestError.__module__)
+    found = kind(str(error.message), stage=error.stage, place=error.place)
+    found.code, found.http_status = str(error.code), int(error.http_status)
+    return found
+
+
 def _portable(outcome: Any) -> Any:
     """An outcome as it is if it can travel, or else what it is over HTTP."""
     try:
         _dumps(outcome)
     except Exception:
         try:
+            if isinstance(outcome, RequestError):
+                return portable_error(outcome)
             kind, body = encode(outcome)
             return body if kind == OCTETS else json.loads(body)
         except Exception:
