@@ -48,6 +48,10 @@ class RemoteFlow:
         message = pickle.dumps((item, priority, parameters), pickle.HIGHEST_PROTOCOL)
         return await self._engine.call(Kind.CALL_WITH, message, self._number, within_s)
 
+    def count_refusal(self, code: str) -> None:
+        """See flowlang.app.Flow.count_refusal."""
+        self._engine.tell_refusal(self._number, code)
+
 
 class Engine:
     """The engine as a front sees it: a connection, made again when it is lost.
@@ -141,6 +145,11 @@ class Engine:
     async def ask(self, question: str, *words: Any) -> Any:
         """What the engine answers to a question that is no call of a flow."""
         return await self.call(Kind.ASK, pickle.dumps((question, *words), pickle.HIGHEST_PROTOCOL))
+
+    def tell_refusal(self, part: int, code: str) -> None:
+        """Have a request counted that was refused here."""
+        if self.is_loaded:
+            self.channel.send(0, Kind.REFUSED, code.encode(), part)
 
     # Hearing
 

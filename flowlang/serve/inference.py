@@ -406,6 +406,8 @@ class Inference:
             carried = exchange.write(model, request, model.outputs.columns(answers, work.wanted))
             clock.lap()
         except RequestError as error:
+            if not clock.laps_ns:  # it was not put
+                model.flow.count_refusal(error.code)
             tell_unanswered(exchange.request_id, name, reason_of(error))
             raise
         except Exception:

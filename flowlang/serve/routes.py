@@ -84,6 +84,8 @@ class Called(Protocol):
         self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Any: ...
 
+    def count_refusal(self, code: str) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Door:
@@ -95,7 +97,13 @@ class _Door:
 
     def item(self, body: bytes) -> Any:
         """The flow's item, as a body brings it. Raises BadRequest."""
-        return body if self.read is None else self.read(body)
+        if self.read is None:
+            return body
+        try:
+            return self.read(body)
+        except RequestError as error:
+            self.flow.count_refusal(error.code)
+            raise
 
 
 class Service:
@@ -275,6 +283,7 @@ class Service:
         receive: Receive,
     ) -> Answer:
         flow = door.flow
+        is_read = False
         try:
             asked: dict[str, Any] = {
                 "deadline_s": deadline_of(found.get(b"x-deadline-ms")),
@@ -289,7 +298,7 @@ class Service:
                     raise BadRequest(f"`{min(twice)}` is given in the query and in the form")
                 parameters |= given
                 body = only_item(items, given)
-
+            is_read = True
             if len(items) > 1:
                 call = self._call_each(door, items, asked | parameters, request_id)
             else:
@@ -297,6 +306,8 @@ class Service:
             kind, encoded = encode(await self._watches.unless_hung_up(call, receive))
             return Answer(200, encoded, kind)
         except RequestError as error:
+            if not is_read:
+                flow.count_refusal(error.code)
             tell_unanswered(request_id.decode(), flow.name, error)
             return error_answer(error, flow.name, request_id)
         except HungUp:
@@ -313,6 +324,8 @@ class Service:
         try:
             body = await self._bodies.read(found, receive)
         except RequestError as error:
+            if door := self._doors.get(f"/flows/{scope['path'].split('/')[3]}"):
+                door.flow.count_refusal(error.code)
             return refused(error), request_id
         answer = self.infer(scope["path"], dict(scope["headers"]), body, request_id)
         return await self._watches.unless_hung_up(answer, receive)

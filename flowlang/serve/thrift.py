@@ -284,7 +284,8 @@ class _Calls:
         if name is not None:
             found = flows.get(name)
             if found is None:
-                self._inference.model(name)  # says what is wrong where there is none
+                model = self._inference.model(name)  # says what is wrong where there is none
+                model.flow.count_refusal(BadRequest.code)
                 raise BadRequest(f"flow `{name}` does not take the bytes of a picture")
         else:
             labelling = [flow for flow in flows.values() if gives_label(flow.output)]
@@ -296,6 +297,7 @@ class _Calls:
                 )
             found = fitting[0]
         if needs_label and not gives_label(found.output):
+            found.count_refusal(BadRequest.code)
             raise BadRequest(f"flow `{found.name}` gives {found.output}, and no label with a score")
         return found
 
