@@ -116,11 +116,20 @@ def _finite(value: Any) -> Any:
 
 def error_answer(error: RequestError, flow: str | None, request_id: bytes) -> Answer:
     """The answer to a request that was not answered with a result."""
+    return refusing(error, {"error": told(error, flow, request_id)})
+
+
+def refusing(error: RequestError, told: Mapping[str, Any]) -> Answer:
+    """The answer that tells this of an error."""
     headers = error.headers if isinstance(error, Refusal) else ()
     if error.http_status in (429, 503):
         headers = (*headers, (b"retry-after", RETRY_S))
-    body = to_json({"error": told(error, flow, request_id)})
-    return Answer(error.http_status, body, JSON, headers, error)
+    return Answer(error.http_status, to_json(told), JSON, headers, error)
+
+
+def wrong_method(method: str, allowed: str) -> Refusal:
+    message = f"{method} is not possible at this path; {allowed} is"
+    return Refusal("wrong-method", 405, message, headers=((b"allow", allowed.encode()),))
 
 
 def told(error: RequestError, flow: str | None, request_id: bytes) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Kind(IntEnum):
     ANSWERS = 6  # pickled: the number and the outcome of each
     FLOWS = 7  # pickled: the flows there are now, each a Card; none while they are loaded
     TRACE = 8  # pickled: the trace that the message behind it belongs to, as headers
-    REFUSED = 9  # the code that a request was refused with before it was a call of flow `part`
+    REFUSED = 10  # the code that a request was refused with before it was a call of flow `part`
 
 
 @dataclass(frozen=True, slots=True)

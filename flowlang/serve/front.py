@@ -223,7 +223,6 @@ class FrontService(Service):
     def shut(self) -> None:
         """Take none until there are flows again."""
         if self.state == "ready":
-            self.state = "loading"
             self._open = {}
             self.inference.become("loading")
 

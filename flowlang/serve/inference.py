@@ -8,10 +8,11 @@ same in different words: both are built on this module, which knows neither.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 from flowlang import __version__
 from flowlang.diagnostics import BadRequest, Draining, RequestError
@@ -44,6 +45,7 @@ RESERVED = frozenset(
 RESERVED_START = "triton_"
 _PLAIN = frozenset(Scalar(name) for name in PLAIN)
 
+State: TypeAlias = Literal["loading", "ready", "draining"]
 Carried = TypeVar("Carried", covariant=True)
 
 
@@ -316,8 +318,7 @@ class Inference:
     """All models of a server, and whether they take requests. Belongs to one event loop."""
 
     def __init__(self, tracer: Tracer | None = None) -> None:
-        self.state: Literal["loading", "ready", "draining"] = "loading"
-        self.under_way = 0
+        self.state: State = "loading"
         self.tracer = tracer
         self.models: dict[str, Model] = {}
         self.on_change: list[Callable[[], object]] = []  # called when `state` has changed
@@ -338,7 +339,7 @@ class Inference:
         """Let no request in any more. Those inside go on."""
         self.become("draining")
 
-    def become(self, state: Literal["loading", "ready", "draining"]) -> None:
+    def become(self, state: State) -> None:
         self.state = state
         for tell in self.on_change:
             tell()
@@ -395,7 +396,6 @@ class Inference:
         """Answer a request that was let in. Raises RequestError, of which a client may be told."""
         model = self.model(name, version)
         model.statistics.last_ms = time.time_ns() // 1_000_000
-        self.under_way += 1
         clock = _Clock()
         try:
             request = exchange.read(model)
@@ -419,7 +419,6 @@ class Inference:
             model.statistics.succeed(len(work.items), *parts_ns)
             return carried
         finally:
-            self.under_way -= 1
             if len(clock.laps_ns) < 3:
                 model.statistics.fail(clock.total_ns)
 
@@ -439,11 +438,21 @@ def known(name: str, flows: Container[str]) -> str:
     return name if name in flows else "unknown"
 
 
-async def emptied(under_way: Callable[[], int], grace_s: float) -> bool:
-    """Wait until nothing is under way, at most `grace_s`. Returns whether that was in time."""
+async def emptied(
+    under_way: Callable[[], int],
+    grace_s: float,
+    patience_s: float = math.inf,
+    hurry: Callable[[], object] | None = None,
+) -> bool:
+    """Wait until nothing is under way, at most `grace_s`. Returns whether that was in time.
+
+    Once it has taken `patience_s`, `hurry` is called again and again.
+    """
     clock = asyncio.get_running_loop().time
-    until_s = clock() + grace_s
-    while under_way() and clock() < until_s:
+    start_s = clock()
+    while under_way() and clock() < start_s + grace_s:
+        if hurry is not None and clock() > start_s + patience_s:
+            hurry()
         await asyncio.sleep(0.01)
     return not under_way()
 

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flowlang.diagnostics import BadRequest, Draining, RequestError
 from flowlang.items import plain
@@ -31,10 +31,11 @@ from flowlang.serve.answer import (
     request_id_of,
     to_json,
     told,
+    wrong_method,
 )
 from flowlang.serve.body import BodyReader, HungUp, Receive, Scope, Send, Watches
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
-from flowlang.serve.inference import Inference, known
+from flowlang.serve.inference import Inference, State, emptied, known
 from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
 from flowlang.serve.metrics import KIND as METRICS
 from flowlang.serve.metrics import metrics_text
@@ -117,7 +118,6 @@ class Service:
         token: Token | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        self.state: Literal["loading", "ready", "draining"] = "loading"
         self.under_way = 0
         self.inference = Inference(tracer)
         self._inference_routes = InferenceRoutes(self.inference, max_body_bytes)
@@ -136,6 +136,10 @@ class Service:
             resources.files(__package__).joinpath(name).read_bytes()
             for name in ("page.html", "docs.html")
         )
+
+    @property
+    def state(self) -> State:
+        return self.inference.state
 
     @property
     def inside(self) -> int:
@@ -166,24 +170,17 @@ class Service:
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
         self._doors = self._open = doors
-        self.state = "ready"
 
     def refuse(self) -> None:
         """Let no request in any more. Those inside go on."""
-        self.state = "draining"
         self._bodies.is_draining = True
         self._open = {}
         self.inference.refuse()
 
     async def emptied(self, within_s: float) -> bool:
         """Wait until no request is inside, at most so long. Returns whether that is so."""
-        clock = asyncio.get_running_loop().time
-        start_s = clock()
-        while self.under_way and clock() < start_s + within_s:
-            if clock() > start_s + min(STALLED_S, within_s / 2):
-                self._bodies.cut_all()
-            await asyncio.sleep(0.01)
-        return not self.under_way
+        patience_s = min(STALLED_S, within_s / 2)
+        return await emptied(lambda: self.under_way, within_s, patience_s, self._bodies.cut_all)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -258,7 +255,7 @@ class Service:
             if path != "/metrics":
                 raise Refusal("not-found", 404, "this port has /metrics, and nothing else")
             if method not in ("GET", "HEAD"):
-                raise _wrong_method(method, "GET, HEAD")
+                raise wrong_method(method, "GET, HEAD")
             await self._send(send, self._show_metrics(), request_id)
         except Refusal as error:
             await self._send(send, error_answer(error, None, request_id), request_id)
@@ -386,9 +383,9 @@ class Service:
             if path in self._drawn and method in ("GET", "HEAD"):
                 return Answer(200, plan_svg(*self._drawn[path]).encode(), SVG)
             if path == "/" and method != "POST":
-                raise _wrong_method(method, "GET, HEAD, POST")
+                raise wrong_method(method, "GET, HEAD, POST")
             if path in looks and path != "/":
-                raise _wrong_method(method, "GET, HEAD")
+                raise wrong_method(method, "GET, HEAD")
             raise self._refusal_of_call(method, path)
         except RequestError as error:
             return error_answer(error, None, request_id)
@@ -398,7 +395,7 @@ class Service:
             return Refusal("loading", 503, "the flows are not loaded yet")
         if path in self._doors:
             if method != "POST":
-                return _wrong_method(method, "POST")
+                return wrong_method(method, "POST")
             return Draining("the app is stopping and takes no more requests")
         known = ", ".join(f"/flows/{name}" for name in self.names)
         if path == "/":
@@ -422,11 +419,6 @@ class Service:
 def _is_open(method: str, path: str) -> bool:
     """Whether a request is answered without a token."""
     return method in ("GET", "HEAD") and (path in OPEN or is_health(path))
-
-
-def _wrong_method(method: str, allowed: str) -> Refusal:
-    message = f"{method} is not possible at this path; {allowed} is"
-    return Refusal("wrong-method", 405, message, headers=((b"allow", allowed.encode()),))
 
 
 def _listed(path: str, door: _Door) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from flowlang.plan.types import ListOf, Record, Tensor, Type
 from flowlang.serve.access import tell
 from flowlang.serve.answer import request_id_of, takes_bytes, to_json
 from flowlang.serve.inference import Inference, Unanswered, emptied
+from flowlang.serve.launch import BACKLOG
 from flowlang.serve.log import tell_broken, tell_unanswered
 from flowlang.serve.setup import Setup
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 MESSAGE_S = 120.0  # a message that takes longer to arrive is cut off
 AHEAD_BYTES = 1 << 20  # of messages sent ahead of their answers: then no more is read
-BACKLOG = 2048
 _CALL, _REPLY, _EXCEPTION, _ONEWAY = 1, 2, 3, 4
 _NAMES = {None: "", _REPLY: "REPLY", _EXCEPTION: "EXCEPTION"}
 _UNKNOWN_METHOD, _WRONG_TYPE, _INTERNAL, _PROTOCOL = 1, 2, 6, 7  # of TApplicationException

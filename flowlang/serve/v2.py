@@ -13,17 +13,17 @@ from typing import Any, TypeAlias
 
 from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.serve.answer import (
-    JSON,
     MAX_JSON_BYTES,
     OCTETS,
-    RETRY_S,
     Answer,
     Refusal,
     deadline_of,
     from_json,
     is_request_id,
     priority_of,
+    refusing,
     to_json,
+    wrong_method,
 )
 from flowlang.serve.inference import VERSION, Inference, Model, Request
 from flowlang.serve.tensor import (
@@ -130,7 +130,7 @@ class InferenceRoutes:
             case ["infer"]:
                 if method == "POST":
                     inference.check_open()
-                raise _wrong_method(method, "POST")
+                raise wrong_method(method, "POST")
         raise _nothing()
 
 
@@ -161,15 +161,12 @@ class _Exchange:
 
 def refused(error: RequestError) -> Answer:
     """An error as the protocol tells it."""
-    headers = error.headers if isinstance(error, Refusal) else ()
-    if error.http_status in (429, 503):
-        headers = (*headers, (b"retry-after", RETRY_S))
-    return Answer(error.http_status, to_json({"error": error.message}), JSON, headers, error)
+    return refusing(error, {"error": error.message})
 
 
 def _said(method: str, allowed: str, say: Callable[[], Any]) -> Answer:
     if method not in allowed.split(", "):
-        raise _wrong_method(method, allowed)
+        raise wrong_method(method, allowed)
     return Answer(200, to_json(say()))
 
 
@@ -182,11 +179,6 @@ def _yes_or_no(method: str, is_so: bool, name: str | None = None) -> Answer:
     body = {"ready": is_so} if name is None else {"name": name, "ready": is_so}
     answer = _get(method, lambda: body)
     return answer if is_so else Answer(503, answer.body)
-
-
-def _wrong_method(method: str, allowed: str) -> Refusal:
-    message = f"{method} is not possible at this path; {allowed} is"
-    return Refusal("wrong-method", 405, message, headers=((b"allow", allowed.encode()),))
 
 
 def _nothing() -> Refusal:

@@ -33,7 +33,7 @@ from flowlang.serve.v2 import InferenceRoutes
 from tests.pictures import bad, photographs
 from tests.serve.faces import write_types
 from tests.serve.processes import peak_bytes
-from tests.serve.server import KINDS, PATIENCE_S, Server, serving, wait_until
+from tests.serve.server import KINDS, PATIENCE_S, Server, serving
 
 PICTURES = photographs(3)
 RAW = {"Inference-Header-Content-Length": "0"}
@@ -906,4 +906,3 @@ def test_unknown_models_are_told_as_errors(inference: Inference) -> None:
     with pytest.raises(RequestError) as caught:
         inference.model("nothing")
     assert caught.value.http_status == 404
-    wait_until(lambda: inference.under_way == 0)
