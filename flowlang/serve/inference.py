@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
@@ -46,6 +46,8 @@ RESERVED_START = "triton_"
 _PLAIN = frozenset(Scalar(name) for name in PLAIN)
 
 State: TypeAlias = Literal["loading", "ready", "draining"]
+Asked = TypeVar("Asked")
+Told = TypeVar("Told")
 Carried = TypeVar("Carried", covariant=True)
 
 
@@ -401,9 +403,14 @@ class Inference:
             request = exchange.read(model)
             work = model.read(request)
             clock.lap()
-            answers, queued_s = await self._run(model, request, work)
+
+            async def run(asked: Model) -> tuple[Model, Work, list[Any], float]:
+                own = work if asked is model else asked.read(request)
+                return asked, own, *await asked.run(own)
+
+            asked, done, answers, queued_s = await asked_again(model, lambda: self._now(name), run)
             clock.lap()
-            carried = exchange.write(model, request, model.outputs.columns(answers, work.wanted))
+            carried = exchange.write(asked, request, asked.outputs.columns(answers, done.wanted))
             clock.lap()
         except RequestError as error:
             if not clock.laps_ns:  # it was not put
@@ -416,21 +423,28 @@ class Inference:
         else:
             input_ns, infer_ns, output_ns = clock.laps_ns
             parts_ns = (round(queued_s * 1e9), input_ns, infer_ns, output_ns)
-            model.statistics.succeed(len(work.items), *parts_ns)
+            model.statistics.succeed(len(done.items), *parts_ns)
             return carried
         finally:
             if len(clock.laps_ns) < 3:
                 model.statistics.fail(clock.total_ns)
 
-    async def _run(self, model: Model, request: Request, work: Work) -> tuple[list[Any], float]:
-        """What a model gives; or the one that has taken over, where that happened meanwhile."""
-        try:
-            return await model.run(work)
-        except Unanswered as error:
-            successor = self.models.get(model.name, model)
-            if error.code != Draining.code or successor is model or not self.is_ready:
-                raise
-            return await successor.run(successor.read(request))
+    def _now(self, name: str) -> Model | None:
+        """The model of a name that takes requests now."""
+        return self.models.get(name) if self.is_ready else None
+
+
+async def asked_again(
+    first: Asked, now: Callable[[], Asked | None], ask: Callable[[Asked], Awaitable[Told]]
+) -> Told:
+    """What a flow tells; or the one there is `now`, where it has taken over meanwhile."""
+    try:
+        return await ask(first)
+    except RequestError as error:
+        successor = now() if error.code == Draining.code else None
+        if successor is None or successor is first:
+            raise
+    return await ask(successor)
 
 
 def known(name: str, flows: Container[str]) -> str:

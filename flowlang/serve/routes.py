@@ -7,7 +7,7 @@ everything here. Knows nothing of sockets, signals or the loading of models.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,7 +35,7 @@ from flowlang.serve.answer import (
 )
 from flowlang.serve.body import BodyReader, HungUp, Receive, Scope, Send, Watches
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
-from flowlang.serve.inference import Inference, State, emptied, known
+from flowlang.serve.inference import Inference, State, asked_again, emptied, known
 from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
 from flowlang.serve.metrics import KIND as METRICS
 from flowlang.serve.metrics import metrics_text
@@ -296,6 +296,7 @@ class Service:
                 parameters |= given
                 body = only_item(items, given)
             is_read = True
+            call: Awaitable[Any]
             if len(items) > 1:
                 call = self._call_each(door, items, asked | parameters, request_id)
             else:
@@ -333,15 +334,13 @@ class Service:
         """The answer to an inference of the Open Inference Protocol, and the request's id."""
         return await self._inference_routes.infer(path, headers, body, request_id)
 
-    async def _call(self, door: _Door, body: bytes, asked: dict[str, Any]) -> Any:
+    def _call(self, door: _Door, body: bytes, asked: dict[str, Any]) -> Awaitable[Any]:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""
-        try:
+
+        async def call(door: _Door) -> Any:
             return await door.flow.acall(door.item(body), **asked)
-        except Draining:
-            successor = self._open.get(f"/flows/{door.flow.name}", door)
-            if successor is door:
-                raise
-            return await successor.flow.acall(successor.item(body), **asked)
+
+        return asked_again(door, lambda: self._open.get(f"/flows/{door.flow.name}"), call)
 
     async def _call_each(
         self, door: _Door, items: list[Part], asked: dict[str, Any], request_id: bytes
