@@ -6,7 +6,6 @@ place in a file, a path or a traceback: those go to the log, under the request's
 
 from __future__ import annotations
 
-import base64
 import binascii
 import gc
 import json
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 
 from flowlang.diagnostics import BadRequest, RequestError, StageFailed
 from flowlang.items import plain
-from flowlang.plan.types import ListOf, Optional, Record, Scalar, Type, Unknown
+from flowlang.plan.types import BYTES, ListOf, Optional, Record, Scalar, Type, Unknown
 
 JSON, OCTETS = b"application/json", b"application/octet-stream"
 HTML, SVG = b"text/html; charset=utf-8", b"image/svg+xml"
@@ -36,6 +35,7 @@ CLOSE = (b"connection", b"close")
 
 _ID = re.compile(rb"[\x20-\x7e]{1,128}")
 _MILLISECONDS = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,6})?")
+_BASE64 = re.compile("[A-Za-z0-9+/]*={0,2}").fullmatch
 _PRIORITY = re.compile(rb"[0-9]{1,9}")
 _Error = TypeVar("_Error", bound=BaseException)
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -216,16 +216,23 @@ def _item(value: Any, kind: Type) -> Any:
     if isinstance(kind, Optional):
         return None if value is None else _item(value, kind.item)
     if isinstance(kind, ListOf) and isinstance(value, list):
+        if kind.item == BYTES:
+            return list(map(_bytes, value))
         return [_item(part, kind.item) for part in value] if _has_bytes(kind.item) else value
     if isinstance(kind, Record) and isinstance(value, dict):
         fields = dict(kind.fields)
         return {n: _item(v, fields[n]) if n in fields else v for n, v in value.items()}
-    if isinstance(kind, Scalar) and kind.name == "bytes":
-        try:
-            return base64.b64decode(value, validate=True)
-        except (binascii.Error, TypeError, ValueError):
-            raise BadRequest("bytes inside JSON are given as a string in base64") from None
-    return value
+    return _bytes(value) if kind == BYTES else value
+
+
+def _bytes(text: Any) -> bytes:
+    """Bytes out of base64, in half the time that `base64` takes: a list may hold millions."""
+    try:
+        if _BASE64(text) is not None:
+            return binascii.a2b_base64(text)
+    except (TypeError, binascii.Error):
+        pass
+    raise BadRequest("bytes inside JSON are given as a string in base64")
 
 
 def _has_bytes(kind: Type) -> bool:
@@ -234,4 +241,4 @@ def _has_bytes(kind: Type) -> bool:
         return _has_bytes(kind.item)
     if isinstance(kind, Record):
         return any(_has_bytes(part) for _, part in kind.fields)
-    return kind == Scalar("bytes")
+    return kind == BYTES
