@@ -236,7 +236,11 @@ class Binder:
             return value
         if param.kind == "word" and kind == "word" and value in param.words:
             return value
-        if param.kind == "value" and kind in ("int", "float", "str", "bool", "list", "percent"):
+        if (
+            param.kind == "value"
+            and op.kind == "python"
+            and kind in ("int", "float", "str", "bool", "list", "percent")
+        ):
             return list(value) if kind == "list" else value
         if param.kind == "numbers":
             numbers = value if kind == "list" else (value,) if kind in ("int", "float") else ()
@@ -266,7 +270,10 @@ class Binder:
                     note=_signature(op),
                 )
             )
-        if all(op.param(s.name) for s in SIDES):
+        if unused := _without_effect(op, bound):
+            bound.is_whole = False
+            self.report(_ignored(call, op, bound, *unused))
+        elif all(op.param(s.name) for s in SIDES):
             self._check_sides(call, op, bound)
         if op.param("mean"):
             self._check_levels(call, op, bound)
@@ -339,6 +346,62 @@ class Binder:
                     "out-of-range", "`std` divides, so it is not 0", Label(bound.spans["std"])
                 )
             )
+
+
+def _without_effect(op: Op, bound: Bound) -> tuple[str, list[str]] | None:
+    """Why some of the arguments would change nothing beside the others, and which; or None."""
+
+    def given(*names: str) -> list[str]:
+        return [n for n in names if n in bound.spans and bound.params[n] is not False]
+
+    params = bound.params
+    cases: list[tuple[list[str], str]] = []
+    if op.name == "crop" and "image" in bound.live:
+        cases = [(given("size", "h", "w"), "what is cut out of `{}` has the size of its box")]
+    elif op.name == "crop":
+        cases = [(given("upright"), "`upright` is for boxes and quads, and this cuts the centre")]
+    elif op.name == "resize":
+        is_filled = params["fit"] in ("letterbox", "pad")
+        is_fixed = params["size"] is not None and params["fit"] not in ("shorter", "least")
+        is_fixed |= {"h", "w"} <= bound.spans.keys()
+        if is_fixed:
+            why = "`{}` is for sides that the picture decides, and both are given here"
+            cases.append((given("multiple", "most"), why))
+        if not is_filled:
+            why = (
+                "`{}` is the level of what `fit=letterbox` and `fit=pad` add, and nothing is added"
+            )
+            cases.append((given("fill"), why))
+    elif op.name == "boxes":
+        head = params["head"]
+        unused = ("iou", "names") if head == "db" else ("threshold", "unclip")
+        cases = [(given(*unused), f"`{{}}` changes nothing of what `{head}` finds")]
+    found = [(names, why) for names, why in cases if names]
+    if not found:
+        return None
+    names, why = found[0]
+    shown = bound.live["image"].span.text if "image" in bound.live else names[0]
+    return why.format(shown), [n for names, _ in found for n in names]
+
+
+def _ignored(call: tree.Call, op: Op, bound: Bound, why: str, names: list[str]) -> Diagnostic:
+    """What is said of arguments that change nothing; its help is the call without them.
+
+    Only `crop` can be left with none, and it needs a size.
+    """
+    places = [bound.spans[n] for n in names]
+    kept = [
+        arg.span.text
+        for arg in call.args or ()
+        if not any(arg.span.start <= p.start and p.end <= arg.span.end for p in places)
+    ]
+    mended = f"{call.path.span.text}({', '.join(kept or ['224'])})"
+    if op.name == "crop" and "image" in bound.live:
+        sides = [
+            p.text if n == "size" else f"{n}={p.text}" for n, p in zip(names, places, strict=True)
+        ]
+        mended = f"{mended} -> resize({', '.join(sides)})"
+    return Diagnostic("conflicting-parameters", why, Label(places[0]), help=mended, fix=call.span)
 
 
 def find_file(given: Constant, folder: Path) -> Path:

@@ -6,7 +6,6 @@ mentioning flow otherwise; an operator's are constants, or Live where a request 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -53,7 +52,7 @@ class Calls:
         self._elaborator = elaborator
         self._report = elaborator.report
         self.fitter = ModelFitter(elaborator.report, opener)
-        self._frames = itertools.count(1)
+        self._pictures: dict[tuple[int, tuple[str, ...]], Node] = {}
         self._bound: dict[tuple[Span, object], Bound] = {}
         self._binders: dict[str, Binder] = {}
 
@@ -135,7 +134,7 @@ class Calls:
                 )
                 item = replace(item, type=wanted)
             item = widened(item, wanted)
-        inner = Scope(declared, constants=declared.module.constants)
+        inner = Scope(declared, constants=declared.module.constants, mention=scope)
         self._pass_arguments(declared, call, item, scope, inner)
         return self._elaborator.flow(declared, item, inner)
 
@@ -271,7 +270,16 @@ class Calls:
             return self.fitter.fit(node, item, bound)
         if op.kind == "image" and op.name != "decode" and isinstance(item.type, Unknown):
             return node
-        return self.typed(node, op)
+        return self._framed(self.typed(node, op), scope)
+
+    def _framed(self, node: Node, scope: Scope) -> Node:
+        """`decode`, with the picture it gives told from others: by where the file comes from."""
+        if node.op != "decode" or not isinstance(node.type, Image):
+            return node
+        source, fields = scope.origin(node.inputs[0])
+        frame = (id(source), fields)
+        self._pictures[frame] = source  # an `id` counts for as long as there is the node
+        return replace(node, type=replace(node.type, frame=frame))
 
     def typed(self, node: Node, op: Op) -> Node:
         """A node with the type its operator gives, or what stands for a wrong one."""
@@ -287,8 +295,6 @@ class Calls:
                 f"wants {misfit.wants}",
             )
             return Node("unknown", {}, (item,), UNKNOWN, node.span, node.site)
-        if op.name == "decode" and isinstance(kind, Image):
-            return replace(node, type=replace(kind, frame=next(self._frames)))
         if op.name == "crop" and isinstance(node.params["image"], Live):
             return self._cut_out(node, kind)
         if op.name == "boxes":

@@ -62,6 +62,7 @@ class Control:
         """The body that `expr` is for an item of this type."""
         inside, source = scope.inside(), bodies.inputs[0]
         item = start(kind, source, "an element" if is_element else called(source))
+        inside.item = None if is_element else (item, source)
         apply = self._elaborator.operand if is_value else self._elaborator.apply
         return bodies.add(item, apply(expr, item, inside), inside)
 
