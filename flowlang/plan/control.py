@@ -239,9 +239,7 @@ class Control:
         """`match { condition => stage, ... }` is an `if` in the `else` of the one before."""
         chain: tree.Expr = last.value
         for arm in reversed(arms):
-            condition = arm.patterns[0]
-            for other in arm.patterns[1:]:
-                condition = tree.Binary("or", condition, other, condition.span.to(other.span))
+            condition = tree.joined("or", arm.patterns)
             chain = tree.If(condition, arm.value, chain, expr.span)
         return self._elaborator.apply(chain, item, scope)
 

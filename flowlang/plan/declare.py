@@ -97,7 +97,7 @@ class Declarations:
 
     def claim(self, item: tree.Use, user: Module) -> None:
         """Note that a file is used: its names begin with what those who use it first call it."""
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refused, ValueError):  # which a path with a null byte raises
             given = evaluate(item.path, user.constants)
             key = os.path.realpath(user.folder / str(given.value))
             self._prefixes.setdefault(key, f"{user.prefix}{item.name}.")

@@ -197,7 +197,7 @@ class _Reader:
         kind = _KINDS.get(_name(given.annotation) if given.annotation else "", "value")
         try:
             value = ast.literal_eval(default) if default is not None else None
-        except ValueError:
+        except (ValueError, TypeError, RecursionError, MemoryError):
             value = None
         return Param(
             given.arg,

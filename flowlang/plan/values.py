@@ -83,7 +83,10 @@ def number(node: tree.Number) -> Constant:
         raise _too_large(node.span)
     if not node.unit:
         if node.is_int:
-            return Constant("int", int(node.digits), node.span)
+            digits = (
+                node.digits.lstrip("0") or "0"
+            )  # Python counts them, those too that say nothing
+            return Constant("int", int(digits), node.span)
         return Constant("float", amount, node.span)
     if node.unit in SECONDS:
         return Constant("duration", amount * SECONDS[node.unit], node.span)

@@ -144,6 +144,9 @@ TYPES: dict[str, tuple[str, str]] = {
     "division": (ONE + "float = .v / 2", "float"),
     "division of known numbers": (ONE + "float = 4 / 2", "float"),
     "minus": (ONE + "int = -.v", "int"),
+    "a let of the flow's name": (
+        "export flow a: int -> int {\n  let a = in + 1\n  return a\n}", "int",
+    ),
     "comparison": (ONE + 'bool = .v >= 2 and not (.k == "a") or .w == 3', "bool"),
     "comparison of texts": (ONE + 'bool = .k < "m"', "bool"),
     "sides of an image": ("decode -> .width * .height", "int"),
@@ -240,6 +243,17 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "map of itself": (
         "export flow f: list<int> -> list<int> = map(f)", "recursive-flow", "f",
     ),
+    "map of itself behind its name": (
+        "flow a: list<int> -> list<int> = map(max=3, a)", "recursive-flow", "a",
+    ),
+    "default of itself": ("flow a(k: int = a): int -> int = pass", "recursive-flow", "a"),
+    "itself before a let of its name": (
+        "flow a: int -> int {\n  let x = in -> a\n  let a = 5\n  return x\n}",
+        "recursive-flow", "a",
+    ),
+    "itself with arguments": (
+        "flow a(a: int = 1): int -> int { return in -> a(2) }", "recursive-flow", "a",
+    ),
     "boxes of another graph": (
         'flow net = resize(640) -> rgb -> normalize(unit) -> trt("yolov8n.onnx")\n'
         "export flow f {\n  let found = in -> decode -> net\n"
@@ -290,6 +304,15 @@ def test_where_the_complaint_stands(name: str) -> None:
     """One mistake gives one error, at the smallest place that is wrong."""
     text, slug, place = WRONG[name]
     assert told(text) == (slug, place)
+
+
+def test_what_copies_an_unknown_record_is_unknown() -> None:
+    """A mistake before a record of copies is told, and not what the copies may lack."""
+    text = "type r = { a: int }\nexport flow f: r -> r = nope -> { ..., b: nope2 }"
+    assert [d.message for d in errors(text)] == [
+        "there is no operator or flow named `nope`",
+        "there is no operator or flow named `nope2`",
+    ]
 
 
 @pytest.mark.parametrize(

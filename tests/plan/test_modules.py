@@ -406,6 +406,12 @@ def test_what_a_signature_cannot_say(
     assert place is None or error.span.text == place
 
 
+def test_a_default_that_cannot_be_read_is_left_to_python(write: Write) -> None:
+    """What is no literal, or none that could be made, is the function's own affair."""
+    write("p.py", "def f(x: int, *, d: dict = {[1]: 2}, e: int = len('abc')) -> int: ...\n")
+    assert kind('use "p.py" as p\nexport flow a = p.f(e=4)') == "int -> int"
+
+
 def test_a_record_that_cannot_be_read_is_told_alike_to_all_who_use_it(write: Write) -> None:
     """The reason is the field's, however often the record is asked for."""
     write(
