@@ -16,6 +16,18 @@ from typing import Any, Protocol
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan.ops import SIDES, Op, Param
 from flowlang.plan.schedule import SETTINGS, Given, fit_setting
+from flowlang.plan.types import (
+    BOOL,
+    FLOAT,
+    INT,
+    STR,
+    UNKNOWN,
+    ListOf,
+    Type,
+    Unknown,
+    fits,
+    unify,
+)
 from flowlang.plan.values import Constant, Refused, evaluate, nearest, refuse
 from flowlang.syntax import tree
 
@@ -236,12 +248,8 @@ class Binder:
             return value
         if param.kind == "word" and kind == "word" and value in param.words:
             return value
-        if (
-            param.kind == "value"
-            and op.kind == "python"
-            and kind in ("int", "float", "str", "bool", "list", "percent")
-        ):
-            return list(value) if kind == "list" else value
+        if param.kind == "value" and op.kind == "python" and _is_of(given, param.type):
+            return _listed(value)
         if param.kind == "numbers":
             numbers = value if kind == "list" else (value,) if kind in ("int", "float") else ()
             if len(numbers) in (1, 3) and all(type(n) in (int, float) for n in numbers):
@@ -474,7 +482,34 @@ def _files_in(folder: Path) -> list[str]:
         return []
 
 
+def _is_of(given: Constant, wanted: Type) -> bool:
+    """Whether an argument of a Python operator is of its type."""
+    if given.kind not in ("int", "float", "str", "bool", "list", "percent"):
+        return False
+    kind = _type_of(given.value)
+    return isinstance(wanted, Unknown) or (kind is not None and fits(kind, wanted))
+
+
+def _type_of(value: Any) -> Type | None:
+    """The type of what stands in the file, or None where a list is of several."""
+    if not isinstance(value, tuple):
+        return {bool: BOOL, int: INT, float: FLOAT, str: STR}.get(type(value))
+    kinds = [_type_of(part) for part in value]
+    kind = kinds[0] if kinds else UNKNOWN
+    for other in kinds[1:]:
+        kind = unify(kind, other) if kind is not None and other is not None else None
+    return ListOf(kind) if kind is not None else None
+
+
+def _listed(value: Any) -> Any:
+    """A list as Python has it, and what is in it too."""
+    return [_listed(part) for part in value] if isinstance(value, tuple) else value
+
+
 def _wants(param: Param) -> str:
+    """What a parameter takes, in words."""
+    if not isinstance(param.type, Unknown) and param.kind == "value":
+        return str(param.type)
     return {
         "int": "a whole number",
         "number": "a number",

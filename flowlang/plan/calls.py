@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
 from flowlang.plan.arguments import Binder, Bound, did_you_mean
-from flowlang.plan.expression import widened
+from flowlang.plan.expression import is_known, widened
 from flowlang.plan.fitting import ModelFitter, Untold, called, mismatch, sight_before
 from flowlang.plan.graph import Live, Node
 from flowlang.plan.module import Declared
@@ -193,16 +193,25 @@ class Calls:
             return None
         scope = Scope(declared, constants=declared.module.constants)
         value = self._argument(declared, wanted, wanted.default, item, scope)
-        if value.op in (graph.LITERAL, "unknown"):
+        if value.op == "unknown" or is_known(value):
             return value
         message = f"the default of `{wanted.name}` must be known before anything runs"
         self._report(Diagnostic("not-a-constant", message, Label(wanted.default.span)))
         return self._elaborator.unknown(wanted.default.span, item, scope)
 
     def set_defaults(self, declared: Declared, item: Node, scope: Scope) -> None:
-        """Give a flow that nobody mentions its defaults, to check it by itself."""
-        values = {i.name: self.default(declared, i, item) for i in declared.flow.inputs}
-        self._set(scope, {n: v for n, v in values.items() if v is not None})
+        """Give a flow that nobody mentions its defaults, to check it by itself.
+
+        A parameter that has none is of its type, and of no value that anything could be told.
+        """
+        values: dict[str, Node] = {}
+        for given in declared.flow.inputs:
+            value = self.default(declared, given, item)
+            if value is None:
+                kind = declared.module.types.resolve(given.type)
+                value = Node("unknown", {}, (), kind, given.span, scope.site(given.span))
+            values[given.name] = value
+        self._set(scope, values)
 
     @staticmethod
     def _set(inner: Scope, values: Mapping[str, Node]) -> None:
@@ -300,7 +309,7 @@ class Calls:
         if op.name == "boxes":
             return self._located(node, kind)
         if op.function is not None:
-            params = {**node.params, "function": op.function}
+            params = {**node.params, graph.FUNCTION: op.function}
             inputs = (widened(item, op.function.takes), *node.inputs[1:])
             return replace(node, op=graph.PYTHON, params=params, inputs=inputs, type=kind)
         return replace(node, type=kind)
@@ -319,10 +328,13 @@ class Calls:
         kind = value.type
         if param is None or isinstance(kind, Unknown) or (wanted and kind in wanted):
             return
-        if param.kind == "value" and (op.name != "crop" or isinstance(kind, Image)):
+        is_image = op.name == "crop" and isinstance(kind, Image)
+        if param.kind == "value" and (is_image or (op.function and fits(kind, param.type))):
             return
-        words = {"value": "an image", "int": "a whole number", "number": "a number"}
+        words = {"int": "a whole number", "number": "a number"}
         said = words.get(param.kind, param.kind)
+        if param.kind == "value":
+            said = str(param.type) if op.function else "an image"
         message = f"`{param.name}` of `{op.name}` is {said}, and `{expr.span.text}` gives {kind}"
         self._report(Diagnostic("wrong-kind", message, Label(expr.span)))
 

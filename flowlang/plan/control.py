@@ -252,7 +252,7 @@ class Control:
         # Null goes on to the next choice, so only the last one's can come out.
         outputs = [*(without_null(k) for k in made[:-1]), made[-1]]
         kind = self._one_type(bodies.made, list(expr.choices), "the choices of this `??`", outputs)
-        is_nullable = any(isinstance(k, Optional) for k in made[:-1])
+        is_nullable = any(isinstance(k, (Optional, Unknown)) for k in made[:-1])
         params = {"skips_null": is_nullable}
         return self._control(graph.FALLBACK, params, bodies, kind, expr, scope)
 

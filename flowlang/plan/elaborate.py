@@ -205,7 +205,8 @@ class Elaborator:
         """What stands behind an arrow: not a value, which would take nothing of the item."""
         inner = ungrouped(expr)
         what = self.calls.value_kind(inner, scope) if isinstance(inner, tree.Call) else None
-        if isinstance(inner, (tree.Number, tree.String, tree.Bool, tree.Range)):
+        number = ungrouped(inner.value) if isinstance(inner, tree.Unary) else inner
+        if isinstance(number, (tree.Number, tree.String, tree.Bool, tree.Range)):
             what = "value"
         if what is None:
             return self.apply(expr, item, scope)

@@ -219,6 +219,34 @@ def test_env_stands_in_params_only() -> None:
     assert slugs('export flow f = decode -> resize(env("SIZE", 1))') == ["not-a-constant"]
 
 
+def test_a_param_is_of_the_type_it_declares() -> None:
+    """A whole number may be the default of a float, and is one then."""
+    (found,) = plan("param a: float = 1\nexport flow f = decode").params
+    assert (found.value.kind, type(found.value.value)) == ("float", float)
+    text = "param a: float = 1\nexport flow f: bytes -> float = decode -> .width * 0 + a"
+    assert slugs(text) == []
+
+
+def test_env_takes_its_arguments_by_name() -> None:
+    """In any order, and no others."""
+    choices = Choices({}, {"HOME": "there"})
+    for call in ('env(default="x", name="HOME")', 'env("HOME", default="x")', 'env(name="HOME")'):
+        (found,) = plan(f"param a = {call}\nexport flow f = decode", choices).params
+        assert (found.value.value, found.origin) == ("there", "environment")
+    for call in ('env(default="x")', 'env("HOME", other="x")', 'env("HOME", "x", name="HOME")'):
+        assert slugs(f"param a = {call}\nexport flow f = decode", choices) != []
+
+
+def test_a_flow_that_nobody_mentions_needs_no_values() -> None:
+    """It is checked as far as that goes without those that a mention would give."""
+    text = """flow part(side: int, file: str, k: int) {
+  let small = in -> resize(side) -> rgb
+  return small -> if .width > side + 1 then (trt(file) -> top(k)) else (trt(file) -> top(k))
+}
+export flow f = decode"""
+    assert slugs(text) == []
+
+
 def test_params_are_computed_from_params_above() -> None:
     """Arithmetic, interpolation and lists see the params declared before them."""
     text = """

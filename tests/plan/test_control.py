@@ -135,6 +135,21 @@ TYPES: dict[str, tuple[str, str]] = {
     "fallback of null": (ONE + "int = .w ?? 0", "int"),
     "fallback of null to null": (ONE + "int? = .w ?? .w", "int?"),
     "fallback to another number": (ONE + "float = .w ?? 0.5", "float"),
+    "fallback in a key": (EACH + "list<e> = top(1, by=(.w ?? 0))", "list<e>"),
+    "fallback in a condition": (EACH + "list<e> = filter((.w ?? .v ?? 0) > 3)", "list<e>"),
+    "a list as a default": (
+        "export flow f(x: list<int> = [1, 2], y: list<float> = [3], z: list<str> = []):\n"
+        "  bytes -> { x: list<int>, y: list<float>, z: list<str> } = { x, y, z }",
+        "{ x: list<int>, y: list<float>, z: list<str> }",
+    ),
+    "a list as a default of a part": (
+        "flow p(x: list<int> = [1, 2]): bytes -> list<int> = x\n"
+        "export flow f: bytes -> list<int> = p",
+        "list<int>",
+    ),
+    "null of null": (
+        "type a = int?\nexport flow f: { n: a? } -> int = .n ?? 0", "int",
+    ),
     "fallback in a fallback": (ONE + "int = (.w ?? .w) ?? 3", "int"),
     "a field of what may be null": (
         "export flow f: { a: { b: int }? } -> int? = .a.b",
@@ -222,6 +237,14 @@ WRONG: dict[str, tuple[str, str, str]] = {
     ),
     "param behind an arrow": (
         "param k = 3\nexport flow f: int -> int = pass -> k", "not-a-stage", "k",
+    ),
+    "negative number behind an arrow": ("decode -> -5", "not-a-stage", "-5"),
+    "a flow that nobody mentions": (
+        "flow p(k: int): bytes -> int = nope -> k + 1\nexport flow f = decode",
+        "unknown-operator", "nope",
+    ),
+    "a value of a flow that nobody mentions": (
+        'flow p(k: int): bytes -> str = k\nexport flow f = decode', "type-mismatch", "str",
     ),
     "null": (ONE + "bool = .w == null", "unknown-operator", "null"),
     "pattern of a parameter": (
