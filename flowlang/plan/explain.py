@@ -165,7 +165,7 @@ def _stage(stage: StagePlan) -> Iterable[str]:
         yield f"  host    {_chain(stage.tail)}"
     if stage.nodes[0].op == graph.PYTHON:
         node = stage.nodes[0]
-        yield f"  python  {node_text(node)}  ({node.params['function'].path.name})"
+        yield f"  python  {node_text(node)}  ({node.params[graph.FUNCTION].path.name})"
 
 
 def _device(stage: StagePlan) -> str:
