@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flowlang.diagnostics import BadRequest
+from flowlang.plan.expression import known_value
 from flowlang.plan.graph import Parameter
 from flowlang.plan.types import (
     ANY_ARRAY,
@@ -167,7 +168,7 @@ class Arguments:
             p.name: None for p in parameters if isinstance(p.type, Optional)
         }
         self._defaults |= {
-            p.name: p.default.params["value"] for p in parameters if p.default is not None
+            p.name: known_value(p.default) for p in parameters if p.default is not None
         }
 
     def beside(self, item: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
