@@ -56,6 +56,7 @@ class Engine:
     """
 
     channel: Channel
+    is_loading = False  # it is the engine process that loads
 
     def __init__(
         self,

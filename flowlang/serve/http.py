@@ -349,7 +349,6 @@ class Server(uvicorn.Server):
         """Answer what is inside, then close the flows and let uvicorn end."""
         clock = self._loop.time
         until_s = clock() + self._setup.grace_s
-        is_loaded = self._backend.is_loaded or self.status != 0
         in_time = False
         try:
             self._service.refuse()
@@ -365,6 +364,6 @@ class Server(uvicorn.Server):
             if not in_time:
                 _warn(f"not all was answered in {self._setup.grace_s:g} s")
                 self.status = 1
-            self.is_cut_short = not (in_time and is_loaded)
+            self.is_cut_short = self._backend.is_loading or not in_time
             self.config.timeout_graceful_shutdown = max(1, math.ceil(until_s - clock()))
             self.should_exit = True
