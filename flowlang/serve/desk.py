@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import pickle
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from enum import IntEnum
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import Draining, InternalError, RequestError
+from flowlang.diagnostics import DeadlineExceeded, Draining, InternalError, RequestError
 from flowlang.plan.graph import Parameter
 from flowlang.plan.types import Type
 from flowlang.serve.answer import OCTETS, encode
@@ -39,7 +40,7 @@ log = logging.getLogger("flowlang.serve")
 class Kind(IntEnum):
     """What a message is. Bytes travel as they are, everything else pickled: both sides are ours."""
 
-    CALL = 1  # the bytes of a flow's item; `part` is the flow's number, `within_s` the deadline
+    CALL = 1  # the bytes of a flow's item; `part` is the flow's number, `until_s` the deadline
     CALL_WITH = 2  # the same, pickled: item, priority, parameters
     ASK = 3  # what HTTP brought that is no call of a flow: the name of a question, and its words
     CANCEL = 4  # the number of a call that nobody waits for any more
@@ -47,6 +48,7 @@ class Kind(IntEnum):
     ANSWERS = 6  # pickled: the number and the outcome of each
     FLOWS = 7  # pickled: the flows there are now, each a Card; none while they are loaded
     TRACE = 8  # pickled: the trace that the message behind it belongs to, as headers
+    PROBE = 9  # nothing, which is sent back: that the engine reads what it is sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +195,8 @@ class _Front:
                 self._trace = message
             elif kind == Kind.OPEN:
                 self._open()
+            elif kind == Kind.PROBE:
+                self.channel.send(number, Kind.PROBE, b"")
             else:
                 self._ask(number, *pickle.loads(message))
         except RequestError as error:
@@ -210,7 +214,12 @@ class _Front:
         parameters: Mapping[str, Any],
     ) -> None:
         flow = self._desk.flow(record.part)
-        request = flow.put(item, self, number, record.within_s or None, priority, parameters)
+        within_s = None
+        if record.until_s:  # by the clock that all processes of a machine share
+            within_s = record.until_s - time.monotonic()
+            if within_s <= 0:
+                raise DeadlineExceeded("its deadline passed before the engine read it")
+        request = flow.put(item, self, number, within_s, priority, parameters)
         self._calls[number] = flow, request
 
     def _ask(self, number: int, question: str, *words: Any) -> None:

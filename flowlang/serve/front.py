@@ -10,11 +10,19 @@ import asyncio
 import contextlib
 import itertools
 import pickle
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import Draining, InternalError, RequestError
-from flowlang.serve.answer import Answer, Refusal, error_answer
+from flowlang.diagnostics import (
+    BadRequest,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    Overloaded,
+    RequestError,
+)
+from flowlang.serve.answer import Answer, Refusal, deadline_of, error_answer
 from flowlang.serve.channel import Channel, Record, connect
 from flowlang.serve.desk import Card, Kind
 from flowlang.serve.inference import emptied
@@ -26,6 +34,9 @@ if TYPE_CHECKING:
 
 RETRY_S = 0.05  # between tries to connect
 FIRST_WORD_S = 1.0  # of the engine: for so long a front that begins takes no connections
+LATE_S = 0.02  # behind its deadline the engine is given up: it knows better why it is late
+PROBE_S = 1.0  # between looks whether the engine reads
+STALLED_S = 3.0  # an engine that has read nothing for longer is stalled
 
 
 class RemoteFlow:
@@ -73,6 +84,8 @@ class Engine:
         self._is_connected = False
         self._numbers = itertools.count()
         self._connecting: asyncio.Task[None] | None = None
+        self._probing: asyncio.TimerHandle | None = None
+        self._probed_s: float | None = None  # when the probe was sent that is not back yet
         self._is_closed = False
         self._has_heard = asyncio.Event()
         self.is_loaded = False
@@ -82,6 +95,7 @@ class Engine:
         for want of flows that are there: the engine says so as soon as it is met.
         """
         self._connecting = asyncio.get_running_loop().create_task(self._connect())
+        self._probe()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._has_heard.wait(), FIRST_WORD_S)
 
@@ -107,6 +121,8 @@ class Engine:
         self._fail_all(Draining("the app stopped before this was done"))
         if self._connecting is not None:
             self._connecting.cancel()
+        if self._probing is not None:
+            self._probing.cancel()
         if self._is_connected:
             self.channel.close()
         return in_time
@@ -114,21 +130,45 @@ class Engine:
     # Asking
 
     async def call(self, kind: Kind, message: bytes, part: int = 0, within_s: float = 0.0) -> Any:
-        """What the engine answers. Raises what it failed with, and Refusal where it is gone."""
+        """What the engine answers. Raises what it failed with, Refusal where it is gone,
+        Overloaded where it is too far behind, and DeadlineExceeded where it is late.
+        """
         if not self.is_loaded:
             raise _gone()
+        if self.channel.is_full:
+            raise Overloaded("too much is on its way to the engine")
         number = next(self._numbers) & 0xFFFFFFFF
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
         self._calls[number] = future
         if self._tracer is not None:
             self._tell_trace(self._tracer, kind)
-        self.channel.send(number, kind, message, part, within_s)
+        if not within_s:
+            timer, until_s = None, 0.0
+        else:  # a stopped engine, or one that is held up, does not look at any deadline
+            timer = loop.call_later(within_s + LATE_S, self._give_up, number)
+            until_s = time.monotonic() + within_s
+        self.channel.send(number, kind, message, part, until_s)
         try:
             return await future
         except asyncio.CancelledError:
             if self._calls.pop(number, None) is not None and self.channel.is_open:
                 self.channel.send(number, Kind.CANCEL, b"")
             raise
+        except DeadlineExceeded as error:
+            if error.stage is not None or not within_s:  # a time that a schedule has set
+                raise
+            raise DeadlineExceeded(f"not answered within {within_s * 1e3:.0f} ms") from None
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _give_up(self, number: int) -> None:
+        """The deadline of a call has passed, and the engine has not said so."""
+        future = self._calls.pop(number, None)
+        if future is not None and not future.done():
+            future.set_exception(DeadlineExceeded("not answered by its deadline"))
+            self.channel.send(number, Kind.CANCEL, b"")
 
     def _tell_trace(self, tracer: Tracer, kind: Kind) -> None:
         """Say which trace the next message belongs to, where that is of use to the engine.
@@ -139,9 +179,22 @@ class Engine:
         if (kind == Kind.ASK or tracer.current() is not None) and (headers := tracer.headers()):
             self.channel.send(0, Kind.TRACE, pickle.dumps(headers, pickle.HIGHEST_PROTOCOL))
 
-    async def ask(self, question: str, *words: Any) -> Any:
+    async def ask(self, question: str, *words: Any, within_s: float = 0.0) -> Any:
         """What the engine answers to a question that is no call of a flow."""
-        return await self.call(Kind.ASK, pickle.dumps((question, *words), pickle.HIGHEST_PROTOCOL))
+        message = pickle.dumps((question, *words), pickle.HIGHEST_PROTOCOL)
+        return await self.call(Kind.ASK, message, within_s=within_s)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the engine is there, and reads nothing: it is stopped, or held up."""
+        return self._probed_s is not None and time.monotonic() > self._probed_s + STALLED_S
+
+    def _probe(self) -> None:
+        """Send the engine a probe every PROBE_S, unless the last one is not back yet."""
+        self._probing = asyncio.get_running_loop().call_later(PROBE_S, self._probe)
+        if self._is_connected and self._probed_s is None:
+            self._probed_s = time.monotonic()
+            self.channel.send(0, Kind.PROBE, b"")
 
     # Hearing
 
@@ -155,6 +208,8 @@ class Engine:
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
+        elif record.kind == Kind.PROBE:
+            self._probed_s = None
         elif record.kind == Kind.FLOWS:
             self._has_heard.set()
             self._take([RemoteFlow(self, card) for card in pickle.loads(message)])
@@ -169,6 +224,7 @@ class Engine:
     def lost(self) -> None:
         """The engine is gone: whoever waits is told, and whoever comes, until it is there again."""
         self.is_loaded = self._is_connected = False
+        self._probed_s = None
         self._fail_all(_gone())
         if not self._is_closed:
             self._shut()
@@ -222,23 +278,33 @@ class FrontService(Service):
     async def infer(
         self, path: str, headers: dict[bytes, bytes], body: bytes, request_id: bytes
     ) -> tuple[Answer, bytes]:
-        return await self._ask("infer", path, request_id, headers, body)
+        try:
+            within_s = deadline_of(headers.get(b"x-deadline-ms")) or 0.0
+        except BadRequest:
+            within_s = 0.0  # the engine says so
+        return await self._ask("infer", path, request_id, headers, body, within_s=within_s)
 
     async def _look(self, method: str, path: str, request_id: bytes) -> Answer:
         is_own = path.startswith("/health/") or is_health(path)
         # The engine is told to stop at the same time, and may not know it yet.
         is_refused = self.state == "draining" and path.endswith("/infer")
         if is_own or is_refused or not self.engine.is_loaded:
+            self._look_at_engine()
             return self.look(method, path, request_id)
         answer, _ = await self._ask("look", path, request_id, method)
         return answer
 
+    def _look_at_engine(self) -> None:
+        self.inference.hindrance = "stalled" if self.engine.is_stalled else ""
+
     async def _ask(
-        self, question: str, path: str, request_id: bytes, *words: Any
+        self, question: str, path: str, request_id: bytes, *words: Any, within_s: float = 0.0
     ) -> tuple[Answer, bytes]:
         """The engine's answer to what was asked at a path, and the request's id."""
         try:
-            answer: tuple[Answer, bytes] = await self.engine.ask(question, path, request_id, *words)
+            answer: tuple[Answer, bytes] = await self.engine.ask(
+                question, path, request_id, *words, within_s=within_s
+            )
         except RequestError as error:
             told = error
         except InternalError:

@@ -297,6 +297,7 @@ class Inference:
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
+        self.hindrance = ""  # why none should be sent here, though they are let in
         self.under_way = 0
         self.tracer = tracer
         self.models: dict[str, Model] = {}
@@ -324,8 +325,19 @@ class Inference:
             tell()
 
     @property
-    def is_ready(self) -> bool:
+    def is_open(self) -> bool:
+        """Whether requests are let in."""
         return self.state == "ready"
+
+    @property
+    def is_ready(self) -> bool:
+        """What health checks are told: whether requests should be sent here."""
+        return self.is_open and not self.hindrance
+
+    @property
+    def status(self) -> str:
+        """The state, or what hinders it from being ready."""
+        return self.hindrance if self.is_open and self.hindrance else self.state
 
     def check_open(self) -> None:
         """Raises Refusal or Draining where no request is let in."""
@@ -365,7 +377,7 @@ class Inference:
         """The models there are; with `is_ready` those that take requests."""
         if is_ready and not self.is_ready:
             return []
-        state, reason = ("READY", "") if self.is_ready else ("UNAVAILABLE", self.state)
+        state, reason = ("READY", "") if self.is_ready else ("UNAVAILABLE", self.status)
         return [
             {"name": name, "version": VERSION, "state": state, "reason": reason}
             for name in self.models
@@ -407,7 +419,7 @@ class Inference:
             return await model.run(work)
         except Unanswered as error:
             successor = self.models.get(model.name, model)
-            if error.code != Draining.code or successor is model or not self.is_ready:
+            if error.code != Draining.code or successor is model or not self.is_open:
                 raise
             return await successor.run(successor.read(request))
 

@@ -399,11 +399,11 @@ class Service:
         return Answer(200, body)
 
     def _show_metrics(self) -> Answer:
-        return Answer(200, metrics_text(self._app, self.state), METRICS)
+        return Answer(200, metrics_text(self._app, self.inference.status), METRICS)
 
     def _tell_ready(self) -> Answer:
-        body = to_json({"status": self.state, "requests": self.inside})
-        return Answer(200 if self.state == "ready" else 503, body)
+        body = to_json({"status": self.inference.status, "requests": self.inside})
+        return Answer(200 if self.inference.is_ready else 503, body)
 
 
 def _is_open(method: str, path: str) -> bool:
