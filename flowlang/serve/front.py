@@ -295,7 +295,8 @@ class FrontService(Service):
         return answer
 
     def _look_at_engine(self) -> None:
-        self.inference.hindrance = "stalled" if self.engine.is_stalled else ""
+        if not self._is_draining:
+            self.inference.hinder("stalled" if self.engine.is_stalled else "")
 
     async def _ask(
         self, question: str, path: str, request_id: bytes, *words: Any, within_s: float = 0.0

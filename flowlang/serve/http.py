@@ -60,6 +60,7 @@ def serve(
     port: int,
     *,
     grace_s: float = GRACE_S,
+    drain_delay_s: float = 0.0,
     on_listen: Callable[[str], None] | None = None,
     on_ready: Callable[[str], None] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
@@ -81,7 +82,8 @@ def serve(
     The first signal stops it: no request is let in, those inside are answered within `grace_s`
     seconds, status 0 (1 if they were not). A second one ends the process at once, status 1. So
     does, with its error printed, a port that cannot be had or a `load` that fails. Signals are
-    listened to in the main thread only.
+    listened to in the main thread only. With a `drain_delay_s` requests are let in for so long
+    after the first signal, while health checks say already that none should be sent here.
 
     With `watches`, `load` is called again whenever a file of the flows has changed: the new ones
     take over while the old ones answer what they have. Where it fails the old ones stay.
@@ -112,6 +114,7 @@ def serve(
         host=host,
         port=there,
         grace_s=grace_s,
+        drain_delay_s=drain_delay_s,
         max_body_bytes=max_body_bytes,
         faces=faces,
         certificate=certificate,
@@ -348,6 +351,9 @@ class Server(uvicorn.Server):
     async def _empty(self) -> None:
         """Answer what is inside, then close the flows and let uvicorn end."""
         clock = self._loop.time
+        if self._setup.drain_delay_s and self._service.state == "ready":
+            self._service.begin_to_drain()
+            await asyncio.sleep(self._setup.drain_delay_s)
         until_s = clock() + self._setup.grace_s
         in_time = False
         try:

@@ -301,7 +301,7 @@ class Inference:
         self.under_way = 0
         self.tracer = tracer
         self.models: dict[str, Model] = {}
-        self.on_change: list[Callable[[], object]] = []  # called when `state` has changed
+        self.on_change: list[Callable[[], object]] = []  # called when `status` has changed
 
     def let_in(self, app: App) -> None:
         """Take requests for these flows. The counts of those that were there before go on."""
@@ -319,8 +319,16 @@ class Inference:
         """Let no request in any more. Those inside go on."""
         self.become("draining")
 
+    def hinder(self, why: str) -> None:
+        """Tell health checks that none should be sent here, or with no reason that they may."""
+        self.hindrance = why
+        self._tell_change()
+
     def become(self, state: Literal["loading", "ready", "draining"]) -> None:
         self.state = state
+        self._tell_change()
+
+    def _tell_change(self) -> None:
         for tell in self.on_change:
             tell()
 

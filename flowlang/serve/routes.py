@@ -110,6 +110,7 @@ class Service:
         tracer: Tracer | None = None,
     ) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
+        self._is_draining = False
         self.under_way = 0
         self.inference = Inference(tracer)
         self._inference_routes = InferenceRoutes(self.inference, max_body_bytes)
@@ -160,8 +161,14 @@ class Service:
         self._doors = self._open = doors
         self.state = "ready"
 
+    def begin_to_drain(self) -> None:
+        """Say that none should be sent here any more, and let in who comes all the same."""
+        self._is_draining = True
+        self.inference.hinder("draining")
+
     def refuse(self) -> None:
         """Let no request in any more. Those inside go on."""
+        self._is_draining = True
         self.state = "draining"
         self._bodies.is_draining = True
         self._open = {}
@@ -234,7 +241,7 @@ class Service:
             (b"x-request-id", request_id),
             *answer.headers,
         ]
-        if self.state == "draining":
+        if self._is_draining:  # who asks again over a new connection may be sent elsewhere
             headers.append(CLOSE)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
