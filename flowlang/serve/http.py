@@ -24,6 +24,7 @@ from flowlang.diagnostics import FlowError
 from flowlang.serve.access import AccessLog
 from flowlang.serve.backend import Backend, Local
 from flowlang.serve.corked import Corked
+from flowlang.serve.inference import emptied
 from flowlang.serve.process import (
     BACKLOG,
     allow_many_connections,
@@ -366,6 +367,7 @@ class Server(uvicorn.Server):
             for listening in self._listening:
                 listening.close()
             await asyncio.sleep(LINGER_S)
+            in_time = await self._hang_up(max(1.0, until_s - clock())) and in_time
         finally:
             if not in_time:
                 _warn(f"not all was answered in {self._setup.grace_s:g} s")
@@ -373,3 +375,16 @@ class Server(uvicorn.Server):
             self.is_cut_short = self._backend.is_loading or not in_time
             self.config.timeout_graceful_shutdown = max(1, math.ceil(until_s - clock()))
             self.should_exit = True
+
+    async def _hang_up(self, within_s: float) -> bool:
+        """Close all connections, each once its client has taken what it was answered.
+
+        Returns whether all did; those that have not by then are cut off.
+        """
+        connections = self.server_state.connections
+        for connection in list(connections):
+            connection.shutdown()
+        in_time = await emptied(lambda: len(connections), within_s)
+        for connection in list(connections):
+            connection.transport.abort()
+        return in_time

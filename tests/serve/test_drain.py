@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
-from tests.serve.server import KINDS, PATIENCE_S, Server, free_port, refused, serving, write
+from tests.serve.server import (
+    KINDS,
+    PATIENCE_S,
+    Server,
+    free_port,
+    refused,
+    running,
+    serving,
+    write,
+)
 
 OPERATORS = """
 import time
@@ -143,6 +152,29 @@ def test_who_was_never_ready_has_nothing_to_wait_for(
         server.signal()
         assert server.wait() == 0
         assert time.monotonic() - began_s < 10
+
+
+@pytest.mark.parametrize("fronts", [0, 2])
+def test_an_answer_that_nobody_takes_is_none(tmp_path: Path, fronts: int) -> None:
+    """Its client is waited for, as long as for any; then it is cut off, and the status is 1."""
+    echo = write(tmp_path / "echo.flow", "pass\n")
+    code = f"""
+import sys, flowlang
+from flowlang.serve import serve
+load = lambda: flowlang.load({str(echo)!r}, device="cpu")
+sys.exit(serve(load, "127.0.0.1", 0, grace_s=2.0, fronts={fronts}))
+"""
+    with running(tmp_path, "-c", code) as server, server.wait_ready().connect() as connection:
+        with server.connect() as reading:
+            for asking in (connection, reading):
+                asking.post("/", bytes(30_000_000))
+            began_s = time.monotonic()
+            server.signal()
+            time.sleep(0.5)
+            assert len(reading.answer()[2]) == 30_000_000
+        assert server.wait() == 1
+        assert 1.8 < time.monotonic() - began_s < 6
+        assert server.errors == "flowlang: not all was answered in 2 s\n"
 
 
 @pytest.mark.parametrize("given", ["-1", "soon", "nan", "inf"])
