@@ -183,12 +183,18 @@ class Flow:
         deadline_s: float | None,
         priority: int,
         parameters: Mapping[str, Any],
+        arrived_s: float | None = None,
     ) -> Request:
-        """Send an item whose answer goes to a reply of the caller's own, `token` with it."""
+        """Send an item whose answer goes to a reply of the caller's own, `token` with it.
+
+        `arrived_s` is when it was asked for by `time.monotonic`, where that was not just now.
+        """
         value = self._accept(item)
         if parameters or self.parameters:
             value = self._arguments.beside(value, parameters)
-        return self._scheduler.submit(self._entrance, value, reply, token, deadline_s, priority)
+        return self._scheduler.submit(
+            self._entrance, value, reply, token, deadline_s, priority, arrived_s
+        )
 
     def cancel(self, request: Request) -> bool:
         """Give a request up: it leaves the queue and its answer is dropped. False if it is over."""

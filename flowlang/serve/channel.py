@@ -1,8 +1,8 @@
 """Messages between two processes of one machine: a socket tells of them, shared memory holds them.
 
 Layer 4. Each side has a ring in the memory that both map. A message is copied in once and out once;
-the socket carries twenty bytes for it, and those of all messages of one turn of the event loop go
-in one frame, so that many messages cost one wake-up. Knows nothing of what the messages say.
+the socket carries 24 bytes for it, and those of all messages of one turn of the event loop go in
+one frame, so that many messages cost one wake-up. Knows nothing of what the messages say.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ TOLD_BYTES = 8 << 20  # of them
 WAITING_BYTES = 32 << 20  # on the way beside the ring: with more than that a channel is full
 
 _HEAD = struct.Struct("<III")  # bytes behind it, messages read of the other's ring, records
-_RECORD = struct.Struct("<IIBBHd")  # a Record's fields, and whether it lies in the ring
+_RECORD = struct.Struct("<IIBBHfd")  # a Record's fields, and whether it lies in the ring
 _HELLO = b"flowlang ring 1"
 
 
 class Record(NamedTuple):
-    """What is told of a message. `number`, `kind`, `part` and `until_s` are the users' own."""
+    """What is told of a message. The users' own are `number`, `kind`, `part`, `within_s`
+    and `sent_s`, which has the precision of a clock.
+    """
 
     number: int
     size: int
     kind: int
     is_in_ring: int
     part: int
-    until_s: float
+    within_s: float
+    sent_s: float
 
 
 class Ring:
@@ -147,7 +150,13 @@ class Channel(asyncio.Protocol):
         return self._is_paused or self._inline_bytes > WAITING_BYTES
 
     def send(
-        self, number: int, kind: int, message: Any, part: int = 0, until_s: float = 0.0
+        self,
+        number: int,
+        kind: int,
+        message: Any,
+        part: int = 0,
+        within_s: float = 0.0,
+        sent_s: float = 0.0,
     ) -> None:
         """Send bytes, or what is like them, at the end of this turn of the event loop."""
         self._flush_soon()
@@ -155,7 +164,7 @@ class Channel(asyncio.Protocol):
         if not is_in_ring:
             self._inline.append(message)
             self._inline_bytes += len(message)
-        record = _RECORD.pack(number, len(message), kind, is_in_ring, part, until_s)
+        record = _RECORD.pack(number, len(message), kind, is_in_ring, part, within_s, sent_s)
         self._records.append(record)
 
     def _flush_soon(self) -> None:

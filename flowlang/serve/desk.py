@@ -40,7 +40,7 @@ log = logging.getLogger("flowlang.serve")
 class Kind(IntEnum):
     """What a message is. Bytes travel as they are, everything else pickled: both sides are ours."""
 
-    CALL = 1  # the bytes of a flow's item; `part` is the flow's number, `until_s` the deadline
+    CALL = 1  # the bytes of a flow's item; `part` is the flow's number, `within_s` the deadline
     CALL_WITH = 2  # the same, pickled: item, priority, parameters
     ASK = 3  # what HTTP brought that is no call of a flow: the name of a question, and its words
     CANCEL = 4  # the number of a call that nobody waits for any more
@@ -214,12 +214,12 @@ class _Front:
         parameters: Mapping[str, Any],
     ) -> None:
         flow = self._desk.flow(record.part)
-        within_s = None
-        if record.until_s:  # by the clock that all processes of a machine share
-            within_s = record.until_s - time.monotonic()
-            if within_s <= 0:
-                raise DeadlineExceeded("its deadline passed before the engine read it")
-        request = flow.put(item, self, number, within_s, priority, parameters)
+        within_s = sent_s = None
+        if record.within_s:  # since it was sent, by the clock that all processes share
+            within_s, sent_s = record.within_s, record.sent_s
+            if sent_s + within_s <= time.monotonic():
+                raise DeadlineExceeded(f"not answered within {within_s * 1e3:.0f} ms")
+        request = flow.put(item, self, number, within_s, priority, parameters, sent_s)
         self._calls[number] = flow, request
 
     def _ask(self, number: int, question: str, *words: Any) -> None:

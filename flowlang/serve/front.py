@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 RETRY_S = 0.05  # between tries to connect
 FIRST_WORD_S = 1.0  # of the engine: for so long a front that begins takes no connections
-LATE_S = 0.02  # behind its deadline the engine is given up: it knows better why it is late
+LATE_S = 0.02  # behind a deadline, for an engine that keeps and counts it too to be first
 PROBE_S = 1.0  # between looks whether the engine reads
 STALLED_S = 3.0  # an engine that has read nothing for longer is stalled
 
@@ -143,31 +143,27 @@ class Engine:
         self._calls[number] = future
         if self._tracer is not None:
             self._tell_trace(self._tracer, kind)
-        if not within_s:
-            timer, until_s = None, 0.0
-        else:  # a stopped engine, or one that is held up, does not look at any deadline
-            timer = loop.call_later(within_s + LATE_S, self._give_up, number)
-            until_s = time.monotonic() + within_s
-        self.channel.send(number, kind, message, part, until_s)
+        timer, sent_s = None, 0.0
+        if within_s:  # an engine that is stopped, or held up, does not look at any deadline
+            timer = loop.call_later(within_s + LATE_S, self._give_up, number, within_s)
+            sent_s = time.monotonic()
+        self.channel.send(number, kind, message, part, within_s, sent_s)
         try:
             return await future
         except asyncio.CancelledError:
             if self._calls.pop(number, None) is not None and self.channel.is_open:
                 self.channel.send(number, Kind.CANCEL, b"")
             raise
-        except DeadlineExceeded as error:
-            if error.stage is not None or not within_s:  # a time that a schedule has set
-                raise
-            raise DeadlineExceeded(f"not answered within {within_s * 1e3:.0f} ms") from None
         finally:
             if timer is not None:
                 timer.cancel()
 
-    def _give_up(self, number: int) -> None:
+    def _give_up(self, number: int, within_s: float) -> None:
         """The deadline of a call has passed, and the engine has not said so."""
         future = self._calls.pop(number, None)
         if future is not None and not future.done():
-            future.set_exception(DeadlineExceeded("not answered by its deadline"))
+            late = f"not answered within {within_s * 1e3:.0f} ms"
+            future.set_exception(DeadlineExceeded(late))
             self.channel.send(number, Kind.CANCEL, b"")
 
     def _tell_trace(self, tracer: Tracer, kind: Kind) -> None:

@@ -137,12 +137,12 @@ def test_the_time_on_the_way_counts(
         desk.let_in(app)
         front = await _meet(path)
         flow = await front.be_open()
-        left_s: list[float] = []
+        spent_s: list[float] = []
         put = app["main"].put
 
-        def note(item: Any, reply: Any, token: Any, deadline_s: Any, *rest: Any) -> Any:
-            left_s.append(deadline_s)
-            return put(item, reply, token, deadline_s, *rest)
+        def note(*given: Any) -> Any:
+            spent_s.append(time.monotonic() - given[-1])
+            return put(*given)
 
         monkeypatch.setattr(app["main"], "put", note)
         for within_s in (60.0, 0.1):
@@ -155,8 +155,8 @@ def test_the_time_on_the_way_counts(
             else:
                 with pytest.raises(DeadlineExceeded, match="not answered within 100 ms"):
                     await asked
-        assert len(left_s) == 1
-        assert 59 < left_s[0] < 59.81
+        assert len(spent_s) == 1, "it was worked for although it was too late"
+        assert 0.2 <= spent_s[0] < 1
         await front.engine.close(PATIENCE_S)
         assert await desk.deserted(PATIENCE_S)
         desk.close()
