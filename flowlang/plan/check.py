@@ -84,7 +84,7 @@ def inspect_source(
     if any(d.severity == "error" for d in found) or checker.elaborator is None:
         return Inspection(None, found, seen, module)
     params = tuple(p for m in checker.declarations.modules for p in m.params.values())
-    files = (*checker.declarations.files, *map(str, checker.elaborator.calls.fitter.models))
+    files = (*checker.declarations.files, *checker.elaborator.calls.fitter.files)
     plan = Plan(source, flows, checker.elaborator.settings, params, tuple(found), files)
     return Inspection(plan, found, seen, module)
 

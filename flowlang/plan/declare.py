@@ -36,8 +36,11 @@ class Choices:
     opener: Opener | None = None
 
 
-# What App and Flow take themselves.
-CALLERS = frozenset({"deadline_s", "priority", "errors", "ahead"})
+# What App and Flow take themselves, and what the Open Inference Protocol has a meaning for that
+# holds for every flow.
+CALLERS = frozenset(
+    {"deadline_s", "priority", "errors", "ahead"} | {"timeout", "binary_data_output"}
+)
 MAIN = "main"  # the flow that a bare pipeline is
 PARAM_TYPES = ("int", "float", "str", "bool", "path", "duration", "size")
 _EXAMPLES = {"int": "1", "float": "0.5", "bool": "false", "duration": "5ms", "size": "64MiB"}

@@ -5,7 +5,7 @@ Layer 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,13 @@ class ModelFitter:
         self.report = report
         self.opener = opener
         self.models: dict[Path, Model | None] = {}
+
+    @property
+    def files(self) -> Iterator[str]:
+        """All files that were read, or would be to run the models."""
+        for path, model in self.models.items():
+            yield str(path)
+            yield from map(str, model.weights if model is not None else ())
 
     def model_of(self, bound: Bound) -> Model | None:
         path = bound.params.get("model")

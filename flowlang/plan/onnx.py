@@ -24,7 +24,8 @@ from flowlang.plan.types import Record, Shape, Tensor, Type
 # Field numbers of onnx.proto
 MODEL_GRAPH = 7
 GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 5, 11, 12
-TENSOR_NAME = 8
+TENSOR_NAME, TENSOR_EXTERNAL = 8, 13
+ENTRY_KEY, ENTRY_VALUE = 1, 2
 MODEL_SMALL = (1, 8, 14)  # ir_version, opset_import, metadata_props
 
 # onnx.TensorProto.DataType
@@ -66,6 +67,7 @@ class Model:
     outputs: tuple[Port, ...]
     opener: Opener | None = field(default=None, compare=False)  # of an encrypted file
     metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
+    weights: tuple[Path, ...] = ()  # the files beside it that hold some of them
 
     def content(self) -> bytes | None:
         """What an encrypted file holds; None for a plain one, which is read where it lies."""
@@ -115,14 +117,14 @@ def read_model(path: str | os.PathLike[str], opener: Opener | None = None) -> Mo
     if os.fspath(path).endswith(ENCRYPTED):
         if opener is None:
             raise NotAModel("it is encrypted, and there is no key to open it with")
-        header, initializers = _header(opener(Path(path)))
-        return _model(Path(path), header, initializers, opener)
+        header = _header(opener(Path(path)))
+        return _model(Path(path), header, opener)
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise NotAModel("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            header, initializers = _header(mapped)
-    return _model(Path(path), header, initializers, None)
+            header = _header(mapped)
+    return _model(Path(path), header, None)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -170,10 +172,20 @@ def _fields(data: Data, at: int, stop: int) -> Iterator[tuple[int, int, int, int
         at = end
 
 
-def _header(data: Data) -> tuple[bytes, frozenset[str]]:
-    """A ModelProto without weights and nodes, and the names of its initializers."""
+@dataclass(slots=True)
+class _Header:
+    """A ModelProto without weights and nodes, the names of its initializers, and the files that
+    some of them are in.
+    """
+
+    message: bytes = b""
+    initializers: set[str] = field(default_factory=set)
+    locations: set[str] = field(default_factory=set)
+
+
+def _header(data: Data) -> _Header:
     out = bytearray()
-    initializers: set[str] = set()
+    header = _Header()
     has_graph = False
     try:
         for number, start, payload, end in _fields(data, 0, len(data)):
@@ -181,23 +193,29 @@ def _header(data: Data) -> tuple[bytes, frozenset[str]]:
                 out += data[start:end]
             elif number == MODEL_GRAPH:
                 has_graph = True
-                graph = _graph(data, payload, end, initializers)
+                graph = _graph(data, payload, end, header)
                 out += bytes([MODEL_GRAPH << 3 | 2]) + _as_varint(len(graph)) + graph
     except IndexError:
         raise NotAModel("it is cut short, or it is no protobuf message") from None
     if not has_graph:
         raise NotAModel("it holds no graph")
-    return bytes(out), frozenset(initializers)
+    header.message = bytes(out)
+    return header
 
 
-def _graph(data: Data, at: int, stop: int, initializers: set[str]) -> bytes:
-    """A GraphProto's inputs and outputs; the names of its initializers are added to the set."""
+def _graph(data: Data, at: int, stop: int, header: _Header) -> bytes:
+    """A GraphProto's inputs and outputs; what its initializers say is added to the header."""
     out = bytearray()
     for number, start, payload, end in _fields(data, at, stop):
         if number == GRAPH_INITIALIZER:
             for inner, _, text, last in _fields(data, payload, end):
                 if inner == TENSOR_NAME:
-                    initializers.add(data[text:last].decode("utf-8", "replace"))
+                    header.initializers.add(data[text:last].decode("utf-8", "replace"))
+                elif inner == TENSOR_EXTERNAL:
+                    entry = {n: data[a:z] for n, _, a, z in _fields(data, text, last)}
+                    if entry.get(ENTRY_KEY) == b"location":
+                        location = entry.get(ENTRY_VALUE, b"")
+                        header.locations.add(location.decode("utf-8", "replace"))
         elif number in (GRAPH_INPUT, GRAPH_OUTPUT):
             out += data[start:end]
     return bytes(out)
@@ -231,12 +249,12 @@ def _messages() -> ModuleType:
     return module
 
 
-def _model(path: Path, header: bytes, initializers: frozenset[str], opener: Opener | None) -> Model:
+def _model(path: Path, header: _Header, opener: Opener | None) -> Model:
     from google.protobuf.message import DecodeError
 
     model = _messages().ModelProto()
     try:
-        model.ParseFromString(header)
+        model.ParseFromString(header.message)
     except DecodeError:
         raise NotAModel("it is no ONNX model") from None
 
@@ -253,9 +271,10 @@ def _model(path: Path, header: bytes, initializers: frozenset[str], opener: Open
         return Port(value.name, DTYPE[kind.elem_type], shape)
 
     # Before IR version 4 a graph lists its weights among its inputs.
-    inputs = tuple(port(v) for v in model.graph.input if v.name not in initializers)
+    inputs = tuple(port(v) for v in model.graph.input if v.name not in header.initializers)
     outputs = tuple(port(v) for v in model.graph.output)
     if not inputs or not outputs:
         raise NotAModel("it has no inputs or no outputs")
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    return Model(path, inputs, outputs, opener, metadata)
+    weights = tuple(path.parent / location for location in sorted(header.locations))
+    return Model(path, inputs, outputs, opener, metadata, weights)

@@ -24,7 +24,7 @@ LOST = frozenset({"cudaErrorIllegalAddress", "cudaErrorLaunchFailure", "cudaErro
                   "cudaErrorHardwareStackError", "cudaErrorIllegalInstruction",
                   "cudaErrorMisalignedAddress", "cudaErrorInvalidAddressSpace",
                   "cudaErrorInvalidPc", "cudaErrorLaunchTimeout", "cudaErrorDeviceUninitialized",
-                  "cudaErrorContextIsDestroyed"})  # fmt: skip
+                  "cudaErrorContextIsDestroyed", "cudaErrorAssert"})  # fmt: skip
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import BadRequest, InternalError, RequestError, StageFailed
@@ -63,6 +64,7 @@ def spec_of(plan: StagePlan) -> trt.EngineSpec:
         _prologue(pack) if pack is not None else None,
         plan.settings.get("workspace", trt.WORKSPACE),
         node.model.content,
+        node.model.weights,
     )
 
 
@@ -88,7 +90,6 @@ class GpuInstance:
     def __init__(self, plan: StagePlan, gpu: int, resources: GpuResources) -> None:
         cuda.use(gpu)
         self.plan = plan
-        self.stream = cuda.Stream()
         self.resources = resources
         node = next(n for n in plan.nodes if n.model is not None)
         if node.model is None:
@@ -97,20 +98,20 @@ class GpuInstance:
         self.ports = node.model.inputs
         spec = spec_of(plan)
         engine = resources.engines.of(spec, cuda.gpu(gpu))
-        self.context = trt.Context(
-            engine, self.stream, use_graphs=plan.settings.get("graphs", True)
-        )
         extras = dict(zip(plan.nodes, plan.extras, strict=True))
         self.has_extras = any(extras.values())
         self.after = RowChain(plan.tail, extras, plan.settings)
         self.source: _Pictures | _Arrays
         kind = _Pictures if decodes_on_gpu(plan.region) else _Arrays
-        try:
+        with ExitStack() as made:  # what is made is given back if the rest cannot be
+            self.stream = cuda.Stream()
+            made.callback(self.stream.close)
+            self.context = trt.Context(
+                engine, self.stream, use_graphs=plan.settings.get("graphs", True)
+            )
+            made.callback(self.context.close)
             self.source = kind(plan, gpu, self, spec.prologue is not None)
-        except BaseException:
-            self.context.close()
-            self.stream.close()
-            raise
+            made.pop_all()
 
     def warm(self) -> None:
         self.source.warm()
@@ -255,8 +256,7 @@ class _Pictures:
         DALI names at most one of the culprits. So each picture is worked on by the reference
         operators, which tell exactly whose fault it is, and the rest goes through as bitmaps.
         """
-        encoded = [batch.values[i] for i in batch.good]
-        checked = list(self.lane.resources.rescuers.map(self._try_on_host, encoded))
+        checked = list(self.lane.resources.rescuers.map(self._try_on_host, batch.pictures))
         left: list[int] = []
         batch.pictures = []
         for index, found in zip(batch.good, checked, strict=True):
@@ -271,6 +271,7 @@ class _Pictures:
         try:
             self._hand_over(self.large.run(batch.pictures, self.lane.stream.handle), batch)
         except RuntimeError as error:
+            self.lane.stream.wait()  # raises InstanceLost where it is no fault of the pictures
             message = f"decode failed: {str(error).splitlines()[0]}"
             for index in left:
                 batch.outcomes[index] = StageFailed(
@@ -306,12 +307,14 @@ class _Arrays:
         nodes = [n for n in plan.region if not (is_folded and n.op == graph.PACK)]
         self.before: list[Work] = [work_of(n, plan.settings) for n in nodes]
         context = lane.context
-        self.staged = {
-            name: cuda.PinnedBuffer(
-                (context.most, *context.engine.shape(name)), context.engine.dtype(name)
-            )
-            for name in context.inputs
-        }
+        self.staged: dict[str, cuda.PinnedBuffer] = {}
+        try:
+            for name in context.inputs:
+                shape, dtype = context.engine.shape(name), context.engine.dtype(name)
+                self.staged[name] = cuda.PinnedBuffer((context.most, *shape), dtype)
+        except BaseException:
+            self.close()
+            raise
 
     def warm(self) -> None: ...
 

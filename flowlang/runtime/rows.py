@@ -67,8 +67,13 @@ def _top(node: Node) -> RowWork:
 
 
 def _of_any_shape(name: str) -> Callable[[Node], RowWork]:
-    """What works along the last axis takes rows as it takes one."""
-    return lambda node: results.MAKERS[name](node, {})
+    """What works along the last axis takes rows as it takes one, if a row has an axis at all."""
+
+    def make(node: Node) -> RowWork:
+        work = results.MAKERS[name](node, {})
+        return lambda rows: work(rows) if rows.ndim > 1 else None
+
+    return make
 
 
 MAKERS: Mapping[str, Callable[[Node], RowWork]] = {

@@ -8,6 +8,7 @@ is made before CUDA has answered: without a driver its constructors crash the pr
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import threading
 import time
@@ -77,7 +78,8 @@ def _logger() -> Any:
 class EngineSpec:
     """What an engine is built from. `batch` is (least, best, most).
 
-    `content` gives what an encrypted model holds, and None for a plain file.
+    `content` gives what an encrypted model holds, and None for a plain file, whose `weights` may be
+    in files beside it.
     """
 
     model: Path
@@ -86,6 +88,7 @@ class EngineSpec:
     prologue: rework.Prologue | None
     workspace: int = WORKSPACE
     content: Callable[[], bytes | None] = field(default=lambda: None, compare=False)
+    weights: tuple[Path, ...] = ()
 
     @property
     def profiles(self) -> tuple[tuple[int, int, int], ...]:
@@ -107,7 +110,7 @@ class EngineSpec:
             p = self.prologue
             normalisation = (p.mean or (), p.std or (), (p.height, p.width, p.channels))
         return EngineKey(
-            model_sha256=_sha256(self.model, self.model.stat().st_mtime_ns),
+            model_sha256=_sha256_of(self.model, *self.weights),
             precision=self.precision,
             profile=tuple(("input", (low,), (best,), (high,)) for low, best, high in self.profiles),
             normalisation=normalisation,
@@ -120,6 +123,17 @@ class EngineSpec:
             compute_capability=gpu.compute_capability,
             driver_class=gpu.driver,
         )
+
+
+def _sha256_of(model: Path, *weights: Path) -> str:
+    """That of a model's file, or of all its files where there are several."""
+    try:
+        each = [_sha256(file, file.stat().st_mtime_ns) for file in (model, *weights)]
+    except OSError as error:
+        raise EngineError(
+            f"`{model.name}` cannot be read: {error.strerror}: {error.filename}"
+        ) from None
+    return each[0] if not weights else hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=256)
@@ -271,7 +285,13 @@ class Engine:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape without its batch dimension."""
-        return tuple(self.engine.get_tensor_shape(name))[1:]
+        shape = tuple(self.engine.get_tensor_shape(name))[1:]
+        if any(side < 0 for side in shape):
+            raise EngineError(
+                f"`{self.spec.model.name}` gives `{name}` in sizes that depend on what it sees "
+                f"({shape}), and an engine needs them fixed: run this flow on the CPU"
+            )
+        return shape
 
 
 class Context:
@@ -387,9 +407,20 @@ class _Execution:
             for name in self._engine.inputs:
                 if not self._context.set_input_shape(name, (size, *self._engine.shape(name))):
                     raise EngineError(f"`{self._engine.spec.model.name}` takes no batch of {size}")
+            self._check_rows(size)
             self._shaped = size
         if not self._context.execute_async_v3(self._stream.handle):
             raise InstanceLost(f"TensorRT stopped: {_logger().last}")
+
+    def _check_rows(self, size: int) -> None:
+        """Raises EngineError where an output has not one row an item: its memory would not hold it,
+        and one item would be given another's.
+        """
+        for name in self._engine.outputs:
+            shape = tuple(self._context.get_tensor_shape(name))
+            if shape != (size, *self._engine.shape(name)):
+                model = self._engine.spec.model.name
+                raise EngineError(f"`{model}` gives `{name}` as {shape} for a batch of {size}")
 
 
 class Engines:

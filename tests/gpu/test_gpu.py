@@ -25,7 +25,7 @@ import onnxruntime
 import psutil
 import pytest
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from examples import models
 from flowlang import App, load
@@ -509,6 +509,18 @@ def test_several_bad_pictures_fail_alone(
         assert abs(outcome - wanted).max() <= CELL_LEVELS
 
 
+def test_a_truncated_picture_that_is_allowed_outlives_a_bad_neighbour(
+    open_instance: Any, photos: list[bytes]
+) -> None:
+    """What was made readable once stays so when its batch is done again without the bad one."""
+    instance = open_instance(CELLS.format(1).replace("decode", "decode(truncated=allow)"))
+    cut = photos[0][: len(photos[0]) // 2]
+    (alone,) = instance.run([cut])
+    outcomes = instance.run([photos[1], cut, damaged("png-rgb")])
+    assert isinstance(outcomes[2], BadRequest)
+    assert abs(outcomes[1] - alone).max() <= CELL_LEVELS
+
+
 def test_a_picture_smaller_than_its_crop_fails_alone(
     place: Place, open_app: Callable[..., App], photos: list[bytes]
 ) -> None:
@@ -701,6 +713,25 @@ def test_a_model_that_cannot_be_built_is_told(place: Place, open_app: Callable[.
     )
     with pytest.raises(EngineError, match=r"TensorRT cannot (read|build) `odd.onnx`: .+"):
         open_app('trt("odd.onnx", batch=1..2) x2')
+
+
+def test_an_output_without_a_row_for_each_item_is_told(
+    place: Place, open_app: Callable[..., App]
+) -> None:
+    """Its memory would be overrun, and items given what belongs to others."""
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["data", "shape"], ["out"])],
+        "flat",
+        [helper.make_tensor_value_info("data", 1, ["N", 32])],
+        [helper.make_tensor_value_info("out", 1, ["M", 4])],
+        [numpy_helper.from_array(np.asarray([-1, 4], np.int64), "shape")],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(
+        helper.make_model(graph, ir_version=8, opset_imports=opsets), place.models / "flat.onnx"
+    )
+    with pytest.raises(EngineError, match=r"`flat.onnx` gives `out` as .* for a batch of"):
+        open_app('trt("flat.onnx", batch=1..8) x1')
 
 
 ROW_BYTES = 1 << 20

@@ -128,6 +128,8 @@ def test_weights_in_another_file_are_not_needed(tmp_path: Path) -> None:
     (tmp_path / "weights").unlink()
     model = read_model(path)
     assert (model.inputs, model.outputs) == (inside.inputs, inside.outputs)
+    assert model.weights == (tmp_path / "weights",)
+    assert not inside.weights
 
 
 @pytest.mark.parametrize(

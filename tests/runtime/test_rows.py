@@ -105,3 +105,12 @@ def test_items_that_are_no_rows_are_done_singly(folder: Path) -> None:
     outcomes = chain.of_rows(values, [None, None])
     assert [str(o) for o in outcomes] == [str(chain.through(v, None)) for v in values]
     assert all(isinstance(o, StageFailed) for o in outcomes)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "l2"])
+def test_a_number_an_item_has_no_row_to_share(folder: Path, name: str) -> None:
+    """Of a model that gives each item one number, no item's is held against another's."""
+    nodes = nodes_of(folder, name)
+    chain = RowChain(nodes, dict.fromkeys(nodes, ()), {})
+    values = np.asarray([0.5, 1.5, 2.5], np.float32)
+    assert chain.of_rows(values, [None] * 3) == [chain.through(v, None) for v in values]
