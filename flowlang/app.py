@@ -183,8 +183,12 @@ class Flow:
         deadline_s: float | None,
         priority: int,
         parameters: Mapping[str, Any],
+        arrived_s: float | None = None,
     ) -> Request:
-        """Send an item whose answer goes to a reply of the caller's own, `token` with it."""
+        """Send an item whose answer goes to a reply of the caller's own, `token` with it.
+
+        `arrived_s` is when it was asked for by `time.monotonic`, where that was not just now.
+        """
         try:
             value = self._accept(item)
             if parameters or self.parameters:
@@ -192,7 +196,9 @@ class Flow:
         except RequestError as error:
             self.count_refusal(error.code)
             raise
-        return self._scheduler.submit(self._entrance, value, reply, token, deadline_s, priority)
+        return self._scheduler.submit(
+            self._entrance, value, reply, token, deadline_s, priority, arrived_s
+        )
 
     def cancel(self, request: Request) -> bool:
         """Give a request up: it leaves the queue and its answer is dropped. False if it is over."""

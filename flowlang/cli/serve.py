@@ -5,6 +5,7 @@ Layer 4.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
     from flowlang.serve.trace import Tracer
 
 
+def _check_number(context: click.Context, option: click.Parameter, value: float) -> float:
+    if math.isnan(value):  # which is in every range
+        raise click.BadParameter("nan is no number of seconds", context, option)
+    return value
+
+
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--host", default="127.0.0.1", show_default=True)
@@ -52,6 +59,14 @@ if TYPE_CHECKING:
     "watches",
     is_flag=True,
     help="Load the flows again when their files change; the old ones stay if the new do not check.",
+)
+@click.option(
+    "--drain-delay",
+    type=click.FloatRange(0, 3600),
+    default=0,
+    metavar="SECONDS",
+    callback=_check_number,
+    help="Once told to stop, say so to health checks for so long before requests are refused.",
 )
 @click.option(
     "--grpc-port",
@@ -86,6 +101,7 @@ def serve(
     port: int,
     fronts: int,
     watches: bool,
+    drain_delay: float,
     grpc_port: int | None,
     thrift_port: int | None,
     thrift_flow: str | None,
@@ -134,6 +150,7 @@ def serve(
             host,
             port,
             watches=watches,
+            drain_delay_s=drain_delay,
             faces=faces,
             certificate=certificate,
             token=token,

@@ -80,14 +80,16 @@ class Scheduler:
         token: Any = None,
         deadline_s: float | None = None,
         priority: int = 0,
+        arrived_s: float | None = None,
     ) -> Request:
-        """Take a request in. `deadline_s` is how long its answer may take, in seconds.
+        """Take a request in. `deadline_s` is how long its answer may take, in seconds, since it
+        arrived: now, or when the clock said `arrived_s`.
 
         Of those that wait, the lowest `priority` above 0 is taken first; 0 is that of the flow.
         Raises Overloaded or Draining at once instead of letting it wait for nothing.
         """
         now = self.clock()
-        request = Request(entrance, value, reply, token, now)
+        request = Request(entrance, value, reply, token, now if arrived_s is None else arrived_s)
         if self.observer is not None and (trace := self.observer.current()) is not None:
             request.trace = trace
         if priority:
@@ -336,7 +338,7 @@ class Scheduler:
         """A request that was let in sets out, or waits at the entrance."""
         entrance = request.entrance
         if allowed_s is not None:
-            self._expire_at(now + allowed_s, request, None, after)
+            self._expire_at(request.arrived_s + allowed_s, request, None, after)
         if entrance.door is not None:
             self._knock(entrance.door, request, now, after)
         elif entrance.under_way >= entrance.width:

@@ -25,8 +25,8 @@ class Backend(Protocol):
     """The flows behind a server. All methods belong to one event loop."""
 
     @property
-    def is_loaded(self) -> bool:
-        """Whether there are flows."""
+    def is_loading(self) -> bool:
+        """Whether a thread loads flows, which nobody can end but with its process."""
 
     async def prepare(self) -> None:
         """What is to be done before anything listens. It is short."""
@@ -61,6 +61,7 @@ class Local:
         self._watches = watches
         self._grace_s = grace_s
         self._app: App | None = None
+        self.is_loading = False
         self._is_closed = False
         self._watching: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Future[bool]] = set()  # flows that others have taken over from
@@ -88,9 +89,15 @@ class Local:
             on_ready()
             if self._watches:
                 watching = reload_on_change(
-                    self._files, self._load, self._take_over, _warn, since_ns
+                    self._files, self._load_again, self._take_over, _warn, since_ns
                 )
                 self._watching = loop.create_task(watching)
+
+        self._load_apart(take)
+
+    def _load_apart(self, take: Callable[[App | BaseException], object]) -> None:
+        """Load in a thread that nobody waits for at the end, and `take` what came of it."""
+        loop = asyncio.get_running_loop()
 
         def load() -> None:
             try:
@@ -98,9 +105,28 @@ class Local:
             except BaseException as error:  # or it would load for ever
                 loaded = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
-                loop.call_soon_threadsafe(take, loaded)
+                loop.call_soon_threadsafe(finish, loaded)
 
+        def finish(loaded: App | BaseException) -> None:
+            self.is_loading = False
+            take(loaded)
+
+        self.is_loading = True
         threading.Thread(target=load, name="flowlang-load", daemon=True).start()
+
+    async def _load_again(self) -> App:
+        found: asyncio.Future[App] = asyncio.get_running_loop().create_future()
+
+        def take(loaded: App | BaseException) -> None:
+            if found.cancelled():
+                return
+            if isinstance(loaded, BaseException):
+                found.set_exception(loaded)
+            else:
+                found.set_result(loaded)
+
+        self._load_apart(take)
+        return await found
 
     def _files(self) -> list[str]:
         return self._app.physical.files if self._app is not None else []

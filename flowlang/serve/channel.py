@@ -1,8 +1,8 @@
 """Messages between two processes of one machine: a socket tells of them, shared memory holds them.
 
 Layer 4. Each side has a ring in the memory that both map. A message is copied in once and out once;
-the socket carries sixteen bytes for it, and those of all messages of one turn of the event loop go
-in one frame, so that many messages cost one wake-up. Knows nothing of what the messages say.
+the socket carries 24 bytes for it, and those of all messages of one turn of the event loop go in
+one frame, so that many messages cost one wake-up. Knows nothing of what the messages say.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ SENT_BYTES = 64 << 20  # of the ring that the connecting side writes: a thousand
 ANSWERED_BYTES = 16 << 20  # of the other one
 
 TOLD_EACH = 64  # messages
+TOLD_BYTES = 8 << 20  # of them
+WAITING_BYTES = 32 << 20  # on the way beside the ring: with more than that a channel is full
 
 _HEAD = struct.Struct("<III")  # bytes behind it, messages read of the other's ring, records
-_RECORD = struct.Struct("<IIBBHf")  # a Record's fields, and whether it lies in the ring
+_RECORD = struct.Struct("<IIBBHfd")  # a Record's fields, and whether it lies in the ring
 _HELLO = b"flowlang ring 1"
 
 
 class Record(NamedTuple):
-    """What is told of a message. `number`, `kind`, `part` and `within_s` are the users' own."""
+    """What is told of a message. The users' own are `number`, `kind`, `part`, `within_s`
+    and `sent_s`, which has the precision of a clock.
+    """
 
     number: int
     size: int
@@ -35,6 +39,7 @@ class Record(NamedTuple):
     is_in_ring: int
     part: int
     within_s: float
+    sent_s: float
 
 
 class Ring:
@@ -81,6 +86,11 @@ class Ring:
         self._head = begin + size
         return bytes(self._memory[offset : offset + size])
 
+    @property
+    def passed(self) -> int:
+        """How many bytes lie behind the place of the next message."""
+        return self._head
+
 
 class Peer(Protocol):
     """Whoever stands at one end of a channel."""
@@ -106,12 +116,22 @@ class Channel(asyncio.Protocol):
         self._transport: Any = None
         self._records: list[bytes] = []
         self._inline: list[Any] = []
+        self._inline_bytes = 0
         self._is_flushing = False
+        self._is_paused = False
         self._read = 0  # messages of the other's ring, since it was told last
+        self._told_at = 0  # how far it had been read then
         self._buffer = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        self._transport.set_write_buffer_limits(WAITING_BYTES)
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -121,15 +141,30 @@ class Channel(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the other side is so far behind that it should be sent no more.
+
+        What is sent all the same is kept: who sends asks before.
+        """
+        return self._is_paused or self._inline_bytes > WAITING_BYTES
+
     def send(
-        self, number: int, kind: int, message: Any, part: int = 0, within_s: float = 0.0
+        self,
+        number: int,
+        kind: int,
+        message: Any,
+        part: int = 0,
+        within_s: float = 0.0,
+        sent_s: float = 0.0,
     ) -> None:
         """Send bytes, or what is like them, at the end of this turn of the event loop."""
         self._flush_soon()
         is_in_ring = self._writes.write(message)
         if not is_in_ring:
             self._inline.append(message)
-        record = _RECORD.pack(number, len(message), kind, is_in_ring, part, within_s)
+            self._inline_bytes += len(message)
+        record = _RECORD.pack(number, len(message), kind, is_in_ring, part, within_s, sent_s)
         self._records.append(record)
 
     def _flush_soon(self) -> None:
@@ -138,13 +173,15 @@ class Channel(asyncio.Protocol):
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        body = b"".join((*self._records, *self._inline))
-        head = _HEAD.pack(len(body), self._read, len(self._records))
+        records = len(self._records)
+        head = _HEAD.pack(records * _RECORD.size + self._inline_bytes, self._read, records)
+        frame = b"".join((head, *self._records, *self._inline))
         self._records.clear()
         self._inline.clear()
-        self._read, self._is_flushing = 0, False
+        self._read = self._inline_bytes = 0
+        self._told_at, self._is_flushing = self._reads.passed, False
         if self.is_open:
-            self._transport.write(head + body)
+            self._transport.write(frame)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -172,7 +209,8 @@ class Channel(asyncio.Protocol):
                 message = body[inline : inline + record.size]
                 inline += record.size
             self._peer.receive(record, message)
-        if self._read >= TOLD_EACH:  # where nothing is to be said, the ring would fill up
+        # Where nothing is to be said, the ring would fill up.
+        if self._read >= TOLD_EACH or self._reads.passed - self._told_at > TOLD_BYTES:
             self._flush_soon()
 
     def close(self) -> None:

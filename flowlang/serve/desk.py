@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import pickle
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from enum import IntEnum
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import Draining, InternalError, RequestError
+from flowlang.diagnostics import DeadlineExceeded, Draining, InternalError, RequestError
 from flowlang.plan.graph import Parameter
 from flowlang.plan.types import Type
 from flowlang.serve.answer import OCTETS, encode
@@ -47,6 +48,7 @@ class Kind(IntEnum):
     ANSWERS = 6  # pickled: the number and the outcome of each
     FLOWS = 7  # pickled: the flows there are now, each a Card; none while they are loaded
     TRACE = 8  # pickled: the trace that the message behind it belongs to, as headers
+    PROBE = 9  # nothing, which is sent back: that the engine reads what it is sent
     REFUSED = 10  # the code that a request was refused with before it was a call of flow `part`
 
 
@@ -201,6 +203,8 @@ class _Front:
                 self._trace = message
             elif kind == Kind.OPEN:
                 self._open()
+            elif kind == Kind.PROBE:
+                self.channel.send(number, Kind.PROBE, b"")
             else:
                 self._ask(number, *pickle.loads(message))
         except RequestError as error:
@@ -218,7 +222,12 @@ class _Front:
         parameters: Mapping[str, Any],
     ) -> None:
         flow = self._desk.flow(record.part)
-        request = flow.put(item, self, number, record.within_s or None, priority, parameters)
+        within_s = sent_s = None
+        if record.within_s:  # since it was sent, by the clock that all processes share
+            within_s, sent_s = record.within_s, record.sent_s
+            if sent_s + within_s <= time.monotonic():
+                raise DeadlineExceeded(f"not answered within {within_s * 1e3:.0f} ms")
+        request = flow.put(item, self, number, within_s, priority, parameters, sent_s)
         self._calls[number] = flow, request
 
     def _ask(self, number: int, question: str, *words: Any) -> None:

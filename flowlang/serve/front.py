@@ -10,11 +10,19 @@ import asyncio
 import contextlib
 import itertools
 import pickle
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import Draining, InternalError, RequestError
-from flowlang.serve.answer import Answer, Refusal, error_answer
+from flowlang.diagnostics import (
+    BadRequest,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    Overloaded,
+    RequestError,
+)
+from flowlang.serve.answer import Answer, Refusal, deadline_of, error_answer
 from flowlang.serve.channel import Channel, Record, connect
 from flowlang.serve.desk import Card, Kind
 from flowlang.serve.inference import emptied
@@ -26,6 +34,9 @@ if TYPE_CHECKING:
 
 RETRY_S = 0.05  # between tries to connect
 FIRST_WORD_S = 1.0  # of the engine: for so long a front that begins takes no connections
+LATE_S = 0.02  # behind a deadline, for an engine that keeps and counts it too to be first
+PROBE_S = 1.0  # between looks whether the engine reads
+STALLED_S = 3.0  # an engine that has read nothing for longer is stalled
 
 
 class RemoteFlow:
@@ -60,6 +71,7 @@ class Engine:
     """
 
     channel: Channel
+    is_loading = False  # it is the engine process that loads
 
     def __init__(
         self,
@@ -76,6 +88,8 @@ class Engine:
         self._is_connected = False
         self._numbers = itertools.count()
         self._connecting: asyncio.Task[None] | None = None
+        self._probing: asyncio.TimerHandle | None = None
+        self._probed_s: float | None = None  # when the probe was sent that is not back yet
         self._is_closed = False
         self._has_heard = asyncio.Event()
         self.is_loaded = False
@@ -85,6 +99,7 @@ class Engine:
         for want of flows that are there: the engine says so as soon as it is met.
         """
         self._connecting = asyncio.get_running_loop().create_task(self._connect())
+        self._probe()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._has_heard.wait(), FIRST_WORD_S)
 
@@ -110,6 +125,8 @@ class Engine:
         self._fail_all(Draining("the app stopped before this was done"))
         if self._connecting is not None:
             self._connecting.cancel()
+        if self._probing is not None:
+            self._probing.cancel()
         if self._is_connected:
             self.channel.close()
         return in_time
@@ -117,21 +134,41 @@ class Engine:
     # Asking
 
     async def call(self, kind: Kind, message: bytes, part: int = 0, within_s: float = 0.0) -> Any:
-        """What the engine answers. Raises what it failed with, and Refusal where it is gone."""
+        """What the engine answers. Raises what it failed with, Refusal where it is gone,
+        Overloaded where it is too far behind, and DeadlineExceeded where it is late.
+        """
         if not self.is_loaded:
             raise _gone()
+        if self.channel.is_full:
+            raise Overloaded("too much is on its way to the engine")
         number = next(self._numbers) & 0xFFFFFFFF
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
         self._calls[number] = future
         if self._tracer is not None:
             self._tell_trace(self._tracer, kind)
-        self.channel.send(number, kind, message, part, within_s)
+        timer, sent_s = None, 0.0
+        if within_s:  # an engine that is stopped, or held up, does not look at any deadline
+            timer = loop.call_later(within_s + LATE_S, self._give_up, number, within_s)
+            sent_s = time.monotonic()
+        self.channel.send(number, kind, message, part, within_s, sent_s)
         try:
             return await future
         except asyncio.CancelledError:
             if self._calls.pop(number, None) is not None and self.channel.is_open:
                 self.channel.send(number, Kind.CANCEL, b"")
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _give_up(self, number: int, within_s: float) -> None:
+        """The deadline of a call has passed, and the engine has not said so."""
+        future = self._calls.pop(number, None)
+        if future is not None and not future.done():
+            late = f"not answered within {within_s * 1e3:.0f} ms"
+            future.set_exception(DeadlineExceeded(late))
+            self.channel.send(number, Kind.CANCEL, b"")
 
     def _tell_trace(self, tracer: Tracer, kind: Kind) -> None:
         """Say which trace the next message belongs to, where that is of use to the engine.
@@ -142,9 +179,22 @@ class Engine:
         if (kind == Kind.ASK or tracer.current() is not None) and (headers := tracer.headers()):
             self.channel.send(0, Kind.TRACE, pickle.dumps(headers, pickle.HIGHEST_PROTOCOL))
 
-    async def ask(self, question: str, *words: Any) -> Any:
+    async def ask(self, question: str, *words: Any, within_s: float = 0.0) -> Any:
         """What the engine answers to a question that is no call of a flow."""
-        return await self.call(Kind.ASK, pickle.dumps((question, *words), pickle.HIGHEST_PROTOCOL))
+        message = pickle.dumps((question, *words), pickle.HIGHEST_PROTOCOL)
+        return await self.call(Kind.ASK, message, within_s=within_s)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the engine is there, and reads nothing: it is stopped, or held up."""
+        return self._probed_s is not None and time.monotonic() > self._probed_s + STALLED_S
+
+    def _probe(self) -> None:
+        """Send the engine a probe every PROBE_S, unless the last one is not back yet."""
+        self._probing = asyncio.get_running_loop().call_later(PROBE_S, self._probe)
+        if self._is_connected and self._probed_s is None:
+            self._probed_s = time.monotonic()
+            self.channel.send(0, Kind.PROBE, b"")
 
     def tell_refusal(self, part: int, code: str) -> None:
         """Have a request counted that was refused here."""
@@ -163,6 +213,8 @@ class Engine:
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
+        elif record.kind == Kind.PROBE:
+            self._probed_s = None
         elif record.kind == Kind.FLOWS:
             self._has_heard.set()
             self._take([RemoteFlow(self, card) for card in pickle.loads(message)])
@@ -177,6 +229,7 @@ class Engine:
     def lost(self) -> None:
         """The engine is gone: whoever waits is told, and whoever comes, until it is there again."""
         self.is_loaded = self._is_connected = False
+        self._probed_s = None
         self._fail_all(_gone())
         if not self._is_closed:
             self._shut()
@@ -229,23 +282,34 @@ class FrontService(Service):
     async def infer(
         self, path: str, headers: dict[bytes, bytes], body: bytes, request_id: bytes
     ) -> tuple[Answer, bytes]:
-        return await self._ask("infer", path, request_id, headers, body)
+        try:
+            within_s = deadline_of(headers.get(b"x-deadline-ms")) or 0.0
+        except BadRequest:
+            within_s = 0.0  # the engine says so
+        return await self._ask("infer", path, request_id, headers, body, within_s=within_s)
 
     async def _look(self, method: str, path: str, request_id: bytes) -> Answer:
         is_own = path.startswith("/health/") or is_health(path)
         # The engine is told to stop at the same time, and may not know it yet.
         is_refused = self.state == "draining" and path.endswith("/infer")
         if is_own or is_refused or not self.engine.is_loaded:
+            self._look_at_engine()
             return self.look(method, path, request_id)
         answer, _ = await self._ask("look", path, request_id, method)
         return answer
 
+    def _look_at_engine(self) -> None:
+        if not self._is_draining:
+            self.inference.hinder("stalled" if self.engine.is_stalled else "")
+
     async def _ask(
-        self, question: str, path: str, request_id: bytes, *words: Any
+        self, question: str, path: str, request_id: bytes, *words: Any, within_s: float = 0.0
     ) -> tuple[Answer, bytes]:
         """The engine's answer to what was asked at a path, and the request's id."""
         try:
-            answer: tuple[Answer, bytes] = await self.engine.ask(question, path, request_id, *words)
+            answer: tuple[Answer, bytes] = await self.engine.ask(
+                question, path, request_id, *words, within_s=within_s
+            )
         except RequestError as error:
             told = error
         except InternalError:

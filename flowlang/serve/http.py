@@ -23,6 +23,7 @@ from flowlang.diagnostics import FlowError
 from flowlang.serve.access import AccessLog
 from flowlang.serve.backend import Backend, Local
 from flowlang.serve.corked import Corked
+from flowlang.serve.inference import emptied
 from flowlang.serve.launch import (
     BACKLOG,
     STOPS,
@@ -59,6 +60,7 @@ def serve(
     port: int,
     *,
     grace_s: float = GRACE_S,
+    drain_delay_s: float = 0.0,
     on_listen: Callable[[str], None] | None = None,
     on_ready: Callable[[str], None] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
@@ -80,7 +82,8 @@ def serve(
     The first signal stops it: no request is let in, those inside are answered within `grace_s`
     seconds, status 0 (1 if they were not). A second one ends the process at once, status 1. So
     does, with its error printed, a port that cannot be had or a `load` that fails. Signals are
-    listened to in the main thread only.
+    listened to in the main thread only. With a `drain_delay_s` requests are let in for so long
+    after the first signal, while health checks say already that none should be sent here.
 
     With `watches`, `load` is called again whenever a file of the flows has changed: the new ones
     take over while the old ones answer what they have. Where it fails the old ones stay.
@@ -111,6 +114,7 @@ def serve(
         host=host,
         port=there,
         grace_s=grace_s,
+        drain_delay_s=drain_delay_s,
         max_body_bytes=max_body_bytes,
         faces=faces,
         certificate=certificate,
@@ -347,8 +351,10 @@ class Server(uvicorn.Server):
     async def _empty(self) -> None:
         """Answer what is inside, then close the flows and let uvicorn end."""
         clock = self._loop.time
+        if self._setup.drain_delay_s and self._service.state == "ready":
+            self._service.begin_to_drain()
+            await asyncio.sleep(self._setup.drain_delay_s)
         until_s = clock() + self._setup.grace_s
-        is_loaded = self._backend.is_loaded or self.status != 0
         in_time = False
         try:
             self._service.refuse()
@@ -360,10 +366,24 @@ class Server(uvicorn.Server):
             for listening in self._listening:
                 listening.close()
             await asyncio.sleep(LINGER_S)
+            in_time = await self._hang_up(max(1.0, until_s - clock())) and in_time
         finally:
             if not in_time:
                 _warn(f"not all was answered in {self._setup.grace_s:g} s")
                 self.status = 1
-            self.is_cut_short = not (in_time and is_loaded)
+            self.is_cut_short = self._backend.is_loading or not in_time
             self.config.timeout_graceful_shutdown = max(1, math.ceil(until_s - clock()))
             self.should_exit = True
+
+    async def _hang_up(self, within_s: float) -> bool:
+        """Close all connections, each once its client has taken what it was answered.
+
+        Returns whether all did; those that have not by then are cut off.
+        """
+        connections = self.server_state.connections
+        for connection in list(connections):
+            connection.shutdown()
+        in_time = await emptied(lambda: len(connections), within_s)
+        for connection in list(connections):
+            connection.transport.abort()
+        return in_time

@@ -321,9 +321,10 @@ class Inference:
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self.state: State = "loading"
+        self.hindrance = ""  # why none should be sent here, though they are let in
         self.tracer = tracer
         self.models: dict[str, Model] = {}
-        self.on_change: list[Callable[[], object]] = []  # called when `state` has changed
+        self.on_change: list[Callable[[], object]] = []  # called when `status` has changed
 
     def let_in(self, app: App) -> None:
         """Take requests for these flows. The counts of those that were there before go on."""
@@ -341,14 +342,33 @@ class Inference:
         """Let no request in any more. Those inside go on."""
         self.become("draining")
 
+    def hinder(self, why: str) -> None:
+        """Tell health checks that none should be sent here, or with no reason that they may."""
+        self.hindrance = why
+        self._tell_change()
+
     def become(self, state: State) -> None:
         self.state = state
+        self._tell_change()
+
+    def _tell_change(self) -> None:
         for tell in self.on_change:
             tell()
 
     @property
-    def is_ready(self) -> bool:
+    def is_open(self) -> bool:
+        """Whether requests are let in."""
         return self.state == "ready"
+
+    @property
+    def is_ready(self) -> bool:
+        """What health checks are told: whether requests should be sent here."""
+        return self.is_open and not self.hindrance
+
+    @property
+    def status(self) -> str:
+        """The state, or what hinders it from being ready."""
+        return self.hindrance if self.is_open and self.hindrance else self.state
 
     def check_open(self) -> None:
         """Raises Refusal or Draining where no request is let in."""
@@ -388,7 +408,7 @@ class Inference:
         """The models there are; with `is_ready` those that take requests."""
         if is_ready and not self.is_ready:
             return []
-        state, reason = ("READY", "") if self.is_ready else ("UNAVAILABLE", self.state)
+        state, reason = ("READY", "") if self.is_ready else ("UNAVAILABLE", self.status)
         return [
             {"name": name, "version": VERSION, "state": state, "reason": reason}
             for name in self.models
@@ -431,7 +451,7 @@ class Inference:
 
     def _now(self, name: str) -> Model | None:
         """The model of a name that takes requests now."""
-        return self.models.get(name) if self.is_ready else None
+        return self.models.get(name) if self.is_open else None
 
 
 async def asked_again(

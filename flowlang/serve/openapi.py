@@ -342,7 +342,7 @@ def _state() -> Json:
     return {
         "type": "object",
         "properties": {
-            "status": {"enum": ["loading", "ready", "draining"]},
+            "status": {"enum": ["loading", "ready", "stalled", "draining"]},
             "requests": {"type": "integer", "minimum": 0, "description": "Those inside."},
         },
         "required": ["status", "requests"],

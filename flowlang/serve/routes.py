@@ -118,6 +118,7 @@ class Service:
         token: Token | None = None,
         tracer: Tracer | None = None,
     ) -> None:
+        self._is_draining = False
         self.under_way = 0
         self.inference = Inference(tracer)
         self._inference_routes = InferenceRoutes(self.inference, max_body_bytes)
@@ -171,8 +172,14 @@ class Service:
             doors["/"] = next(iter(doors.values()))
         self._doors = self._open = doors
 
+    def begin_to_drain(self) -> None:
+        """Say that none should be sent here any more, and let in who comes all the same."""
+        self._is_draining = True
+        self.inference.hinder("draining")
+
     def refuse(self) -> None:
         """Let no request in any more. Those inside go on."""
+        self._is_draining = True
         self._bodies.is_draining = True
         self._open = {}
         self.inference.refuse()
@@ -239,7 +246,7 @@ class Service:
             (b"x-request-id", request_id),
             *answer.headers,
         ]
-        if self.state == "draining":
+        if self._is_draining:  # who asks again over a new connection may be sent elsewhere
             headers.append(CLOSE)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
@@ -408,11 +415,11 @@ class Service:
         return Answer(200, body)
 
     def _show_metrics(self) -> Answer:
-        return Answer(200, metrics_text(self._app, self.state), METRICS)
+        return Answer(200, metrics_text(self._app, self.inference.status), METRICS)
 
     def _tell_ready(self) -> Answer:
-        body = to_json({"status": self.state, "requests": self.inside})
-        return Answer(200 if self.state == "ready" else 503, body)
+        body = to_json({"status": self.inference.status, "requests": self.inside})
+        return Answer(200 if self.inference.is_ready else 503, body)
 
 
 def _is_open(method: str, path: str) -> bool:

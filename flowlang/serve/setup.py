@@ -43,6 +43,7 @@ class Setup:
     host: str
     port: int
     grace_s: float
+    drain_delay_s: float = 0.0
     max_body_bytes: int
     faces: Sequence[MakeFace] = ()
     certificate: Certificate | None = None

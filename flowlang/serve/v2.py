@@ -78,7 +78,7 @@ class InferenceRoutes:
             and parts[2:3] == ["models"]
             and parts[-1] == "infer"
             and (len(parts) == 5 or (len(parts) == 7 and parts[4] == "versions"))
-            and self._inference.is_ready
+            and self._inference.is_open
         )
 
     async def infer(

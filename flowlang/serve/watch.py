@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 from flowlang.diagnostics import FlowError
@@ -39,15 +39,15 @@ def look(files: Iterable[str]) -> Seen:
 
 async def reload_on_change(
     files: Callable[[], Iterable[str]],
-    load: Callable[[], App],
+    load: Callable[[], Awaitable[App]],
     change: Callable[[App], None],
     told: Callable[[str], None],
     since_ns: int,
 ) -> None:
     """Load flows anew whenever `files` have changed since that time, for ever.
 
-    `load` runs in a thread, while the old flows go on; `change` gets what it gave. Where it fails,
-    the reason is `told` and the old flows stay. A change while it runs counts as another.
+    The old flows go on while it loads; `change` gets what it gave. Where it fails, the reason is
+    `told` and the old flows stay. A change while it loads counts as another.
     """
     seen: Seen = {f: state for f, state in look(files()).items() if state and state[0] < since_ns}
     while True:
@@ -60,7 +60,7 @@ async def reload_on_change(
             continue  # still being written
         seen = now
         try:
-            app = await asyncio.to_thread(load)
+            app = await load()
         except (FlowError, OSError) as error:
             told(f"kept as it was, for what has changed cannot be served:\n{error}")
             continue

@@ -54,6 +54,9 @@ def test_an_empty_ring_has_room_for_all_of_itself() -> None:
     assert ring.write(b"x")
 
 
+SENT_S = 12_345_678.000_1  # of a machine that has run for months, to the tenth of a millisecond
+
+
 class Teller:
     """A peer that answers each message with its number and itself turned round."""
 
@@ -107,7 +110,9 @@ def test_messages_of_all_sizes_come_back(tmp_path: Path, monkeypatch: pytest.Mon
         sizes = [0, 1, 99_999, 100_001, 20_001, 250_000, *(i * 37 % 5_000 for i in range(600))]
         messages = [random.Random(size).randbytes(size) for size in sizes]
         for number, message in enumerate(messages):
-            asking.channel.send(number, number % 7, message, part=number % 11, within_s=0.5)
+            asking.channel.send(
+                number, number % 7, message, part=number % 11, within_s=0.5, sent_s=SENT_S
+            )
             if number % 50 == 0:
                 await asyncio.sleep(0.01)
         await _until(lambda: len(asking.heard) == len(messages))
@@ -115,7 +120,7 @@ def test_messages_of_all_sizes_come_back(tmp_path: Path, monkeypatch: pytest.Mon
             assert (record.number, record.kind, record.size) == (number, number % 7, sizes[number])
             assert answer == messages[number][::-1]
         assert [r.part for r, _ in answering.heard] == [n % 11 for n in range(len(messages))]
-        assert {r.within_s for r, _ in answering.heard} == {0.5}
+        assert {(r.within_s, r.sent_s) for r, _ in answering.heard} == {(0.5, SENT_S)}
         assert not all(r.is_in_ring for r, _ in answering.heard)
         assert sum(r.is_in_ring for r, _ in answering.heard) > 100
         await _part(listener, answering, asking)

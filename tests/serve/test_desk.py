@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 import flowlang
 from flowlang.app import App
-from flowlang.diagnostics import Draining
+from flowlang.diagnostics import DeadlineExceeded, Draining
 from flowlang.serve.desk import Desk, Kind
 from flowlang.serve.front import Engine, RemoteFlow
 from flowlang.serve.trace import Tracer
@@ -119,6 +120,44 @@ def test_a_front_that_leaves_answers_first(app: App, tmp_path: Path) -> None:
             else:
                 with pytest.raises(Draining):
                     await asked
+        assert await desk.deserted(PATIENCE_S)
+        desk.close()
+
+    asyncio.run(go())
+
+
+def test_the_time_on_the_way_counts(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadline is one from when the front was asked, whenever the engine reads of it."""
+
+    async def go() -> None:
+        desk = Desk(path := str(tmp_path / "engine"), {}, 1)
+        desk.start(lambda: None)
+        desk.let_in(app)
+        front = await _meet(path)
+        flow = await front.be_open()
+        spent_s: list[float] = []
+        put = app["main"].put
+
+        def note(*given: Any) -> Any:
+            spent_s.append(time.monotonic() - given[-1])
+            return put(*given)
+
+        monkeypatch.setattr(app["main"], "put", note)
+        for within_s in (60.0, 0.1):
+            asked = asyncio.ensure_future(flow.acall(b"x", deadline_s=within_s))
+            await asyncio.sleep(0)  # so that it is sent at the end of this turn
+            await asyncio.sleep(0)
+            time.sleep(0.2)
+            if within_s > 1:
+                assert await asked == b"x"
+            else:
+                with pytest.raises(DeadlineExceeded, match="not answered within 100 ms"):
+                    await asked
+        assert len(spent_s) == 1, "it was worked for although it was too late"
+        assert 0.2 <= spent_s[0] < 1
+        await front.engine.close(PATIENCE_S)
         assert await desk.deserted(PATIENCE_S)
         desk.close()
 

@@ -37,7 +37,7 @@ from tests.serve.server import (
 )
 
 OPERATORS = """
-import time
+import ctypes, time
 
 from flowlang import BadRequest
 
@@ -55,6 +55,10 @@ def slow(seconds: bytes) -> bytes:
     time.sleep(float(seconds))
     return seconds
 
+def hold(seconds: bytes) -> bytes:
+    ctypes.PyDLL(None).sleep(int(seconds))  # with the lock of the interpreter
+    return seconds
+
 def word(data: bytes) -> str:
     return Word(data.decode()) if data.startswith(b"odd") else data.decode()
 """
@@ -62,6 +66,7 @@ FLOWS = """
 use "operators.py" as ops
 export flow echo = pass
 export flow slow = ops.slow
+export flow hold = ops.hold
 export flow word = ops.word
 export flow judge = ops.judge
 schedule { echo(queue=1000) }
@@ -501,6 +506,98 @@ def test_a_restarted_engine_serves_what_the_file_says_now(tmp_path: Path) -> Non
         server.line("serving second on ")
         assert server.client.post("/flows/second", content=b"x").content == b"x"
         assert server.client.post("/flows/first", content=b"x").status_code == 404
+
+
+# An engine that is stopped, or held up
+
+
+@contextmanager
+def stopped(engine: int) -> Iterator[None]:
+    """A process that the kernel lets do nothing meanwhile."""
+    process = psutil.Process(engine)
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/flows/echo", b"x"), ("/v2/models/held/infer", INFERENCE)]
+)
+def test_a_deadline_is_kept_without_the_engine(server: Server, path: str, body: bytes) -> None:
+    """Stopped, it looks at none; and once it goes on it works for nobody who has been told."""
+    headers = {"X-Deadline-Ms": "300"}
+    with stopped(processes(server).engine):
+        began_s = time.monotonic()
+        late = server.client.post(path, content=body, headers=headers)
+        assert 0.3 <= time.monotonic() - began_s < 2
+    assert late.status_code == 504
+    assert "not answered within 300 ms" in late.text
+    assert server.client.post("/flows/echo", content=b"on").content == b"on"
+    assert _inside(server, "held") == 0
+
+
+def test_a_deadline_is_kept_while_an_operator_holds_the_interpreter(folder: Path) -> None:
+    """No thread of the engine runs meanwhile, that of its deadlines included."""
+    with ingesting(folder) as server, ThreadPoolExecutor(1) as pool:
+        holding = pool.submit(server.client.post, "/flows/hold", content=b"4")
+        server.wait_inside(1)
+        began_s = time.monotonic()
+        late = httpx.post(f"{server.url}/flows/echo", headers={"X-Deadline-Ms": "300"})
+        assert time.monotonic() - began_s < 2
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline-exceeded")
+        assert holding.result().content == b"4"
+        assert server.client.post("/flows/echo", content=b"on").content == b"on"
+
+
+def test_who_has_an_engine_that_reads_nothing_is_not_ready(server: Server) -> None:
+    """After a few seconds, in both protocols; and it is again once the engine goes on."""
+
+    def ready() -> tuple[int, str, int]:
+        health = server.client.get("/health/ready")
+        return (
+            health.status_code,
+            health.json()["status"],
+            server.client.get("/v2/health/ready").status_code,
+        )
+
+    assert ready() == (200, "ready", 200)
+    with stopped(processes(server).engine):
+        began_s = time.monotonic()
+        wait_until(lambda: ready() == (503, "stalled", 503))
+        assert 2 < time.monotonic() - began_s < 8
+        assert server.client.get("/health/live").status_code == 200
+    wait_until(lambda: ready() == (200, "ready", 200))
+
+
+def test_what_an_engine_does_not_read_is_refused(folder: Path) -> None:
+    """Once the ring and a little more are full; those that were taken are answered in the end."""
+    with ingesting(folder, "--ingest", "1") as server:
+        found = processes(server, fronts=1)
+        connections = [server.connect() for _ in range(300)]
+        before = memory_bytes(found.fronts[0])
+        with stopped(found.engine):
+            for number, connection in enumerate(connections):
+                connection.post("/flows/echo", bytes([number % 256]) * 1_000_000)
+            wait_until(lambda: server.health()["requests"] < 120)
+            grown = memory_bytes(found.fronts[0]) - before
+        answers = [connection.answer() for connection in connections]
+        for connection in connections:
+            connection.close()
+        assert server.client.post("/flows/echo", content=b"on").content == b"on"
+    counts = Counter(status for status, _, _ in answers)
+    assert set(counts) == {200, 429}
+    assert 60 < counts[200] < 120
+    for number, (status, headers, body) in enumerate(answers):
+        if status == 200:
+            assert body == bytes([number % 256]) * 1_000_000
+        else:
+            assert (headers["retry-after"], json.loads(body)["error"]["code"]) == (
+                "1",
+                "overloaded",
+            )
+    assert grown < 450 << 20
 
 
 # Ending

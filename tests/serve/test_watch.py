@@ -105,6 +105,20 @@ def test_a_change_of_one_file_loads_all_again(tmp_path: Path) -> None:
         assert server.client.post("/flows/same", content=b"x").content == b"x"
 
 
+def test_a_stop_waits_for_no_reload(server: Server, tmp_path: Path) -> None:
+    """However long the new flows take to load: those inside are answered, and it ends at once."""
+    begun = tmp_path / "begun"
+    slow = f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\ntime.sleep(40)\n"
+    (tmp_path / "post.py").write_text(slow + POST.format(name="tell", version=2))
+    wait_until(begun.exists)
+    assert version_of(server) == 1
+    server.signal()
+    began_s = time.monotonic()
+    assert server.wait() == 0
+    assert time.monotonic() - began_s < 5
+    assert server.errors == ""
+
+
 def test_a_change_while_flows_are_loaded_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +128,7 @@ def test_a_change_while_flows_are_loaded_is_another(
     file.write_text("0")
     loaded: list[str] = []
 
-    def load() -> Any:
+    async def load() -> Any:
         loaded.append(file.read_text())
         if len(loaded) < 3:
             file.write_text("x" * len(loaded))  # which is what has been read no more
