@@ -30,7 +30,8 @@ class Picture:
 
     `is_complete` is False where the file ends before the last pixel of its first image; a file
     damaged in its middle still counts as complete. `channels` counts the components of a pixel,
-    None where pixels are indices into a palette.
+    None where pixels are indices into a palette. `tile_pixels` are those of one tile, which a
+    decoder makes whole however small the picture is; 0 where there are no tiles.
     """
 
     format: str  # "jpeg" "png" "webp" "gif" "bmp" "tiff" "jpeg2000" "pnm"
@@ -40,6 +41,7 @@ class Picture:
     is_progressive: bool
     channels: int | None
     stores_rgb: bool = False  # a JPEG without the usual YCbCr, which hardware decoders take for it
+    tile_pixels: int = 0
 
 
 def read_picture(data: Buffer) -> Picture:
@@ -339,13 +341,15 @@ class _Directory:
             tag: (kind, size, at + 12 * index + 8)
             for index, (tag, kind, size) in enumerate(entries)
         }
+        if len(self._entries) < count:  # some decoders take the first, some the last
+            raise UnreadablePicture("a TIFF that has a tag twice")
 
     def all(self, tag: int) -> tuple[int, ...]:
-        """The numbers of a tag; none where the tag is absent or holds no whole numbers."""
+        """The numbers of a tag; none where it is absent."""
         kind, count, at = self._entries.get(tag, (3, 0, 0))
         letter = {1: "B", 3: "H", 4: "I"}.get(kind)
-        if letter is None or not count:
-            return ()
+        if letter is None:  # some decoders take other types too, and some pass over the tag
+            raise UnreadablePicture(f"a TIFF whose tag {tag} is of type {kind}")
         if count > MAX_STEPS:
             raise UnreadablePicture(f"a TIFF of over {MAX_STEPS} strips")
         layout = f"{self._order}{count}{letter}"
@@ -354,23 +358,33 @@ class _Directory:
         return unpack_from(layout, self._data, at)
 
     def one(self, tag: int, otherwise: int) -> int:
-        """The first number of a tag, or `otherwise`."""
-        return next(iter(self.all(tag)), otherwise)
+        """The number of a tag, or `otherwise` where it is absent."""
+        numbers = self.all(tag) or (otherwise,)
+        if len(set(numbers)) > 1:  # bits of each component, elsewhere one number by definition
+            raise UnreadablePicture(f"a TIFF whose tag {tag} has several values")
+        return numbers[0]
 
 
 def _read_tiff(data: Buffer) -> Picture:
     directory = _Directory(data)
     width, height = directory.one(_WIDTH, 0), directory.one(_HEIGHT, 0)
     channels = directory.one(_SAMPLES, 1)
-    is_complete = _has_strips(data, directory, width, height, channels)
-    return Picture("tiff", width, height, is_complete, False, channels)
+    tile = directory.one(_TILE_WIDTH, 0), directory.one(_TILE_HEIGHT, 0)
+    is_complete = _has_strips(data, directory, width, height, channels, tile)
+    tile_pixels = tile[0] * tile[1]
+    return Picture("tiff", width, height, is_complete, False, channels, tile_pixels=tile_pixels)
 
 
 def _has_strips(
-    data: Buffer, directory: _Directory, width: int, height: int, channels: int
+    data: Buffer,
+    directory: _Directory,
+    width: int,
+    height: int,
+    channels: int,
+    tile: tuple[int, int],
 ) -> bool:
     """Whether the strips or tiles are as many as the size asks for, and lie in the file."""
-    across, down = directory.one(_TILE_WIDTH, 0), directory.one(_TILE_HEIGHT, 0)
+    across, down = tile
     if across and down:
         starts, sizes = directory.all(_TILES), directory.all(_TILE_SIZES)
         needed = -(-width // across) * -(-height // down)
@@ -438,11 +452,11 @@ def _has_tile_parts(data: Buffer, at: int) -> bool:
     raise UnreadablePicture(f"a JPEG 2000 of over {MAX_STEPS} tile parts")
 
 
-_GAP = rb"(?:\s|#[^\n]*\n)+"
-_BITMAP_HEADER = re.compile(rb"P[14]" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})\s")
-_PIXMAP_HEADER = re.compile(
-    rb"P[2356]" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})\s"
-)
+# A comment that a lone return ends, or that touches a number, is another one to each decoder.
+_GAP = rb"(?:\s|#[^\r\n]*\r?\n)"
+_NEXT = rb"\s" + _GAP + rb"*(\d{1,9})"
+_BITMAP_HEADER = re.compile(rb"P[14]" + _GAP + rb"+(\d{1,9})" + _NEXT + rb"\s")
+_PIXMAP_HEADER = re.compile(rb"P[2356]" + _GAP + rb"+(\d{1,9})" + _NEXT + _NEXT + rb"\s")
 _PNM_HEADER_BYTES = 4096
 _ALL_DIGITS_ZERO = bytes(0x30 if 0x30 <= c <= 0x39 else 0x20 for c in range(256))
 

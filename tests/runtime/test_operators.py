@@ -23,7 +23,7 @@ from flowlang.runtime import host
 from flowlang.runtime.frame import Frame, frame_of, run_framed, with_frame
 from flowlang.runtime.host import work_of
 from tests.nodes import image_node, made, run
-from tests.pictures import good
+from tests.pictures import good, write_tiff
 
 Array: TypeAlias = NDArray[Any]
 PROPERTY = settings(max_examples=100, deadline=None)
@@ -186,6 +186,17 @@ def test_a_condition_that_fails_is_told_with_its_place() -> None:
 
 
 # Images
+
+
+def test_a_picture_over_the_limit_of_pixels_is_refused() -> None:
+    """Its own pixels count, and those of one tile, which a decoder makes whole."""
+    decode = work_of(made("decode"), {"max_pixels": 10_000})
+    for side, tile in ((100, 96), (16, 96)):
+        assert decode(write_tiff(np.zeros((side, side), np.uint8), tile=(tile, tile))) is not None
+    with pytest.raises(BadRequest, match="a picture of 100x101 pixels, and `max_pixels` is 10,000"):
+        decode(write_tiff(np.zeros((101, 100), np.uint8), tile=(16, 16)))
+    with pytest.raises(BadRequest, match="in tiles of 12,544 pixels, and `max_pixels` is 10,000"):
+        decode(write_tiff(np.zeros((16, 16), np.uint8), tile=(112, 112)))
 
 
 def test_the_size_of_an_image() -> None:

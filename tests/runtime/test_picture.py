@@ -20,7 +20,7 @@ from flowlang.runtime.picture import (
     is_plain_jpeg,
     read_picture,
 )
-from tests.pictures import Pixels, bad, encode, good, photographs
+from tests.pictures import Pixels, bad, encode, good, photographs, write_tiff
 
 SMALL_ENOUGH_TO_DECODE = 4_000_000
 
@@ -69,6 +69,7 @@ def test_a_good_file_tells_its_format_size_and_components(name: str) -> None:
         is_progressive=name == "jpeg-progressive",
         channels=wanted.channels,
         stores_rgb=name == "jpeg-rgb",
+        tile_pixels=32 * 32 if name == "tiff-tiles" else 0,
     )
 
 
@@ -202,6 +203,28 @@ def test_a_gif_needs_neither_its_trailer_nor_its_later_images() -> None:
     assert read_picture(film[: len(film) * 3 // 4]).is_complete
 
 
+def _tiff(*entries: tuple[int, int, int, int]) -> bytes:
+    """A gray 64x64 TIFF of one strip, with further tags: each its type, count and value."""
+    own = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    rows = [*own, (273, 4, 1, 400), (277, 3, 1, 1), (278, 4, 1, 64), (279, 4, 1, 4096), *entries]
+    tags = b"".join(struct.pack("<HHII", *row) for row in rows)
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(rows)) + tags + bytes(4)
+    return head.ljust(400, b"\0") + bytes(4096)
+
+
+def test_a_tiff_made_by_hand_is_read() -> None:
+    """What the tests below add to is a picture."""
+    assert read_picture(_tiff()) == Picture("tiff", 64, 64, True, False, 1)
+    assert decode(_tiff()) is not None
+
+
+def test_tiles_larger_than_their_picture_are_told() -> None:
+    """A decoder makes a tile whole, so its pixels count however few of them are shown."""
+    tiled = write_tiff(np.zeros((16, 16), np.uint8), tile=(512, 256))
+    assert read_picture(tiled).tile_pixels == 512 * 256
+    assert read_picture(good()["tiff-strips"].data).tile_pixels == 0
+
+
 def _jpeg_frame(marker: int, size: bytes, rest: bytes) -> bytes:
     return b"\xff\xd8\xff" + bytes([marker]) + size + rest + b"\xff\xda\0\x02\xff\xd9"
 
@@ -232,11 +255,27 @@ MADE_WRONG = {
     "webp-chunk": (b"RIFF\x20\0\0\0WEBPICCP" + bytes(30), "ICCP"),
     "tiff-big": (b"II\x2b\0\x08\0\0\0" + bytes(20), "BigTIFF"),
     "tiff-nothing": (b"II*\0\x08\0\0\0\0\0", "where its pixels are"),
+    "tiff-width-twice": (_tiff((256, 4, 1, 30000)), "a tag twice"),
+    "tiff-width-of-two": (_tiff((322, 3, 2, 16 << 16 | 32)), "tag 322 has several"),
+    "tiff-signed-tile": (_tiff((322, 9, 1, 8192), (323, 9, 1, 8192)), "tag 322 is of type 9"),
     "jpeg2000-box": (b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\4free", "damaged box"),
     "pnm-values": (b"P5 4 1 100\n1234", "values up to 100"),
+    # OpenCV ends a comment at the return, and takes the mark after a number for its end.
+    "pnm-return": (b"P5 #a\r200 100 255 \n64 64 255\n" + bytes(5000), "damaged header"),
+    "pnm-mark": (b"P5 64#3000 \n64 255\n" + bytes(5000), "damaged header"),
     "pnm-words": (b"P5 is a Norwegian radio station." + bytes(5000), "damaged header"),
     "avif": (b"\0\0\0\x20ftypavif" + bytes(30), "AVIF"),
 }
+
+
+def test_comments_of_a_pnm_end_with_their_line() -> None:
+    """After any white space, and at a line's end in either way of writing it."""
+    for end in (b"\n", b"\r\n"):
+        data = b"P5 # a" + end + b"30 #b" + end + b"#c" + end + b" 20" + end + b"255\n" + bytes(600)
+        assert read_picture(data) == Picture("pnm", 30, 20, True, False, 1)
+        shown = decode(data)
+        assert shown is not None
+        assert shown.shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize("name", MADE_WRONG)
