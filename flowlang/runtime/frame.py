@@ -16,6 +16,7 @@ from flowlang.diagnostics import BadRequest, InternalError
 from flowlang.plan import graph
 from flowlang.plan.graph import Node
 from flowlang.plan.physical import MAX_PIXELS
+from flowlang.plan.rules import free_size, nearest
 from flowlang.runtime.exif import upright_size
 
 if TYPE_CHECKING:
@@ -217,8 +218,8 @@ def frame_of(array: Array) -> Frame:
 
 def inner_size(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
     """Height and width of a picture of rows x columns made to fit inside height x width."""
-    scale = min(height / rows, width / columns)
-    return min(height, max(1, round(rows * scale))), min(width, max(1, round(columns * scale)))
+    to, of = (height, rows) if height * columns < width * rows else (width, columns)
+    return nearest(rows * to, of), nearest(columns * to, of)
 
 
 def resize_placement(rows: int, columns: int, params: Params) -> Placement:
@@ -232,34 +233,13 @@ def resize_placement(rows: int, columns: int, params: Params) -> Placement:
         return Placement(to_h, to_w, top, left, height, width)
     if fit == "stretch" and height is not None and width is not None:
         return Placement.whole(height, width)
-    to_h, to_w = _free_size(rows, columns, params)
+    to_h, to_w = free_size(rows, columns, params)
     if to_h * to_w > MAX_PIXELS:
         raise BadRequest(
             f"an image of {rows}x{columns} would become one of {to_h}x{to_w}, of more than "
             f"{MAX_PIXELS:,} pixels"
         )
     return Placement.whole(to_h, to_w)
-
-
-def _free_size(rows: int, columns: int, params: Params) -> tuple[int, int]:
-    """Height and width where the shape of the picture decides at least one of them."""
-    fit, size, h, w = params["fit"], params["size"], params["h"], params["w"]
-    most, step = params.get("most"), params.get("multiple")
-    high: float
-    wide: float
-    if fit in ("shorter", "least"):
-        scale = size / min(rows, columns)
-        scale = max(1.0, scale) if fit == "least" else scale
-        high, wide = rows * scale, columns * scale
-    else:
-        high = h if h is not None else rows * w / columns
-        wide = w if w is not None else columns * h / rows
-    if most is not None and max(high, wide) > most:
-        scale = most / max(rows, columns)
-        high, wide = rows * scale, columns * scale
-    if step is not None:
-        return max(1, round(high / step)) * step, max(1, round(wide / step)) * step
-    return max(1, round(high)), max(1, round(wide))
 
 
 def crop_place(rows: int, columns: int, params: Params) -> tuple[int, int, int, int]:

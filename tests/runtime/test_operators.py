@@ -264,6 +264,11 @@ def test_flip_and_rotate() -> None:
         ((100, 333), {"h": 48, "most": 100}, (30, 100)),
         ((100, 333), {"w": 111}, (33, 111)),
         ((1, 400), {"w": 4}, (1, 4)),
+        ((501, 448), {"size": 224, "fit": "shorter"}, (251, 224)),
+        ((192, 417), {"size": 224, "fit": "shorter"}, (224, 487)),
+        ((200, 503), {"h": 100}, (100, 252)),
+        ((200, 505), {"h": 100}, (100, 253)),
+        ((80, 100), {"h": 80, "multiple": 32}, (64, 96)),
         ((100, 200), {"h": 48, "w": 320, "multiple": 100}, (48, 320)),
         ((100, 200), {"size": 64, "fit": "letterbox", "most": 10}, (64, 64)),
     ],
@@ -271,7 +276,10 @@ def test_flip_and_rotate() -> None:
 def test_sizes_that_the_picture_decides(
     shape: tuple[int, int], params: dict[str, Any], wanted: tuple[int, int]
 ) -> None:
-    """`least` only grows, `most` bounds the longer side, and `multiple` rounds both."""
+    """`least` only grows, `most` bounds the longer side, and `multiple` rounds both.
+
+    Halves of a pixel go up, and halves of a multiple to the even one.
+    """
     image = np.zeros((*shape, 3), np.uint8)
     assert run("resize", image, **params).shape == (*wanted, 3)
 
