@@ -35,7 +35,7 @@ from flowlang.runtime.frame import (
     resize_placement,
     with_frame,
 )
-from flowlang.runtime.picture import Picture, UnreadablePicture, is_plain_jpeg, read_picture
+from flowlang.runtime.picture import Picture, UnreadablePicture, plain_jpeg_size, read_picture
 from flowlang.runtime.results import read_lines
 from flowlang.runtime.rows import RowWork
 
@@ -163,7 +163,7 @@ def _decode(node: Node, settings: Mapping[str, Any]) -> Work:
     allows_truncated = node.params["truncated"] == "allow"
 
     def work(data: bytes) -> Array:
-        if len(data) > max_bytes or not is_plain_jpeg(data, max_pixels):
+        if len(data) > max_bytes or plain_jpeg_size(data, max_pixels) is None:
             picture = check_picture(data, max_bytes, max_pixels, allows_truncated)
             if not picture.is_complete and picture.format == "jpeg":
                 data += vision.END_OF_JPEG

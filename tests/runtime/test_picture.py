@@ -17,7 +17,7 @@ from flowlang.runtime.picture import (
     MAX_STEPS,
     Picture,
     UnreadablePicture,
-    is_plain_jpeg,
+    plain_jpeg_size,
     read_picture,
 )
 from tests.pictures import Pixels, bad, encode, good, photographs, write_tiff
@@ -77,18 +77,19 @@ def test_a_good_file_tells_its_format_size_and_components(name: str) -> None:
 def test_an_everyday_jpeg_is_known_by_the_short_look_only_where_the_long_one_agrees(
     name: str,
 ) -> None:
-    """The short look never says yes to a file that is not a whole JPEG in the usual colours."""
+    """The short look gives the size of a whole JPEG in the usual colours, and of no other file."""
     data = good()[name].data
     picture = read_picture(data)
     is_usual = picture.format == "jpeg" and not picture.stores_rgb and picture.channels in (1, 3)
-    assert is_plain_jpeg(data, 1 << 26) == (is_usual and data.endswith(b"\xff\xd9"))
-    assert not is_plain_jpeg(data, picture.width * picture.height - 1)
+    is_plain = is_usual and data.endswith(b"\xff\xd9")
+    assert plain_jpeg_size(data, 1 << 26) == ((picture.height, picture.width) if is_plain else None)
+    assert plain_jpeg_size(data, picture.width * picture.height - 1) is None
 
 
 @pytest.mark.parametrize("name", bad())
 def test_no_bad_file_passes_the_short_look(name: str) -> None:
     """What `read_picture` or the limits refuse is never let through by the short look."""
-    assert not is_plain_jpeg(bad()[name].data, 64 << 20)
+    assert plain_jpeg_size(bad()[name].data, 64 << 20) is None
 
 
 @given(st.data())
@@ -97,11 +98,13 @@ def test_the_short_look_stands_damaged_headers(choice: st.DataObject) -> None:
     data = bytearray(good()["jpeg-420"].data[:2000] + b"\0" * 4000 + b"\xff\xd9")
     for _ in range(choice.draw(st.integers(1, 8))):
         data[choice.draw(st.integers(2, 700))] = choice.draw(st.integers(0, 255))
-    if is_plain_jpeg(bytes(data), 1 << 26):
+    size = plain_jpeg_size(bytes(data), 1 << 26)
+    if size is not None:
         try:
             picture = read_picture(bytes(data))
         except UnreadablePicture:
             return
+        assert size == (picture.height, picture.width)
         assert picture.width * picture.height <= 1 << 26
 
 
