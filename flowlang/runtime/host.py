@@ -49,6 +49,7 @@ Work: TypeAlias = results.Work
 MAX_WORKS = 64  # kept for values that requests bring
 UPRIGHT = 1.5  # taller than this for its width, a line of text runs downwards
 LONGEST = 16384  # side of what is cut out of a quad
+FAR_SMALLER = 4  # times, from which on a part of an image is copied
 
 
 def work_of(node: Node, settings: Mapping[str, Any]) -> Work:
@@ -243,9 +244,22 @@ def _crop(node: Node, settings: Mapping[str, Any]) -> Work:
     def work(image: Array) -> Array:
         rows, columns = image.shape[:2]
         top, left, height, width = crop_place(rows, columns, params)
-        return image[top : top + height, left : left + width]
+        return _part(image, slice(top, top + height), slice(left, left + width))
 
     return work
+
+
+def _part(image: Array, rows: slice, columns: slice) -> Array:
+    """What lies there in an image: a view, or a copy of what is far smaller than the memory that
+    a view would keep.
+    """
+    import numpy as np
+
+    part = image[rows, columns]
+    owner = image
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    return part.copy() if part.nbytes * FAR_SMALLER < owner.nbytes else part
 
 
 def _pad(node: Node, settings: Mapping[str, Any]) -> Work:
@@ -286,10 +300,16 @@ def _cut(node: Node, settings: Mapping[str, Any]) -> Work:
         last = whole - length
         starts = [*range(0, last, length - overlap), last]
         if high is not None:
-            parts = [(image[s : s + length], frame.cropped(s, 0, length, columns)) for s in starts]
+            parts = [
+                (slice(s, s + length), slice(None), frame.cropped(s, 0, length, columns))
+                for s in starts
+            ]
         else:
-            parts = [(image[:, s : s + length], frame.cropped(0, s, rows, length)) for s in starts]
-        return [with_frame(pixels, part) for pixels, part in parts]
+            parts = [
+                (slice(None), slice(s, s + length), frame.cropped(0, s, rows, length))
+                for s in starts
+            ]
+        return [with_frame(_part(image, down, across), place) for down, across, place in parts]
 
     return work
 
@@ -337,7 +357,7 @@ def _cut_box(image: Array, frame: Frame, corners: Array) -> Array:
     (left, top), (right, bottom) = corners.min(0).tolist(), corners.max(0).tolist()
     first_row, last_row = _pixels(top, bottom, frame.height)
     first, last = _pixels(left, right, frame.width)
-    part = image[first_row:last_row, first:last]
+    part = _part(image, slice(first_row, last_row), slice(first, last))
     return with_frame(part, frame.cropped(first_row, first, last_row - first_row, last - first))
 
 

@@ -331,6 +331,31 @@ def test_pieces_know_where_they_lie() -> None:
         work_of(made("cut", h=10, overlap=10), {})
 
 
+def memory_of(image: Array) -> int:
+    """Bytes that an image keeps alive."""
+    while isinstance(image.base, np.ndarray):
+        image = image.base
+    return image.nbytes
+
+
+def test_a_small_part_does_not_keep_its_picture_alive() -> None:
+    """What is far smaller is copied, however many crops it took; the rest stays a view."""
+    picture = RANDOM.integers(0, 256, (400, 600, 3), np.uint8)
+    box = [10.0, 20.0, 110.0, 90.0]
+    small = [
+        run("crop", picture, size=16),
+        run("crop_box", box, picture),
+        run("cut", picture, h=50)[1],
+    ]
+    for part in small:
+        assert memory_of(part) == part.nbytes
+    np.testing.assert_array_equal(small[0], picture[192:208, 292:308])
+    np.testing.assert_array_equal(small[1], picture[20:90, 10:110])
+    large = run("crop", picture, size=300)
+    assert memory_of(large) == picture.nbytes
+    assert memory_of(run("crop", large, size=200)) == 200 * 200 * 3
+
+
 # What lies in a box or a quad
 
 
