@@ -24,7 +24,7 @@ from flowlang.plan.ops import OPS, Param
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS
 from flowlang.plan.rewrite import levels_of
 from flowlang.plan.types import Image
-from flowlang.runtime import results, rows, vision
+from flowlang.runtime import results, row_ops, vision
 from flowlang.runtime.frame import (
     Frame,
     crop_place,
@@ -37,7 +37,7 @@ from flowlang.runtime.frame import (
 )
 from flowlang.runtime.picture import Picture, UnreadablePicture, plain_jpeg_size, read_picture
 from flowlang.runtime.results import read_lines
-from flowlang.runtime.rows import RowWork
+from flowlang.runtime.row_ops import RowWork
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,7 +77,7 @@ def work_of(node: Node, settings: Mapping[str, Any]) -> Work:
 
 def row_work_of(node: Node) -> RowWork | None:
     """What an operator does to all rows of a batch; None where each needs work of its own."""
-    make = rows.MAKERS.get(node.op)
+    make = row_ops.MAKERS.get(node.op)
     if make is None or _lives(node) or node.params.get("by") is not None:
         return None
     return make(node)
