@@ -190,8 +190,8 @@ def check_picture(
         )
     if picture.tile_pixels > max_pixels:
         raise BadRequest(
-            f"a picture in tiles of {picture.tile_pixels:,} pixels, and `max_pixels` is "
-            f"{max_pixels:,}"
+            f"a picture of {picture.width}x{picture.height} pixels in tiles of "
+            f"{picture.tile_pixels:,}, and `max_pixels` is {max_pixels:,}"
         )
     if not picture.is_complete and not allows_truncated:
         raise BadRequest("the file ends before its picture is complete (truncated)")

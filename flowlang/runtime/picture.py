@@ -31,9 +31,9 @@ class Picture:
 
     `is_complete` is False where the file ends before the last pixel of its first image; a file
     damaged in its middle still counts as complete. `channels` counts the components of a pixel,
-    None where pixels are indices into a palette. `tile_pixels` are those of one tile, which a
-    decoder makes whole however small the picture is; 0 where there are no tiles. `exif` is where
-    the first EXIF block lies that a decoder takes for one; a TIFF is one itself.
+    None where pixels are indices into a palette. `tile_pixels` are those of all its tiles, which a
+    decoder makes whole however little of them is shown; 0 where there are none. `exif` is where the
+    first EXIF block lies that a decoder takes for one; a TIFF is one itself.
     """
 
     format: str  # "jpeg" "png" "webp" "gif" "bmp" "tiff" "jpeg2000" "pnm"
@@ -391,10 +391,11 @@ def _read_tiff(data: Buffer) -> Picture:
     directory = _Directory(data)
     width, height = directory.one(_WIDTH, 0), directory.one(_HEIGHT, 0)
     channels = directory.one(_SAMPLES, 1)
-    tile = directory.one(_TILE_WIDTH, 0), directory.one(_TILE_HEIGHT, 0)
-    is_complete = _has_strips(data, directory, width, height, channels, tile)
-    tile_pixels = tile[0] * tile[1]
-    return Picture("tiff", width, height, is_complete, False, channels, tile_pixels=tile_pixels)
+    across, down = directory.one(_TILE_WIDTH, 0), directory.one(_TILE_HEIGHT, 0)
+    tiles = -(-width // across) * -(-height // down) if across and down else 0
+    is_complete = _has_strips(data, directory, width, height, channels, tiles)
+    pixels = tiles * across * down
+    return Picture("tiff", width, height, is_complete, False, channels, tile_pixels=pixels)
 
 
 def _has_strips(
@@ -403,13 +404,12 @@ def _has_strips(
     width: int,
     height: int,
     channels: int,
-    tile: tuple[int, int],
+    tiles: int,
 ) -> bool:
     """Whether the strips or tiles are as many as the size asks for, and lie in the file."""
-    across, down = tile
-    if across and down:
+    if tiles:
         starts, sizes = directory.all(_TILES), directory.all(_TILE_SIZES)
-        needed = -(-width // across) * -(-height // down)
+        needed = tiles
     else:
         starts, sizes = directory.all(_STRIPS), directory.all(_STRIP_SIZES)
         needed = -(-height // (directory.one(_STRIP_ROWS, 0) or height or 1))

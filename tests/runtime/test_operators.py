@@ -189,14 +189,16 @@ def test_a_condition_that_fails_is_told_with_its_place() -> None:
 
 
 def test_a_picture_over_the_limit_of_pixels_is_refused() -> None:
-    """Its own pixels count, and those of one tile, which a decoder makes whole."""
+    """Its own pixels count, and those of its tiles, which a decoder makes whole."""
     decode = work_of(made("decode"), {"max_pixels": 10_000})
-    for side, tile in ((100, 96), (16, 96)):
-        assert decode(write_tiff(np.zeros((side, side), np.uint8), tile=(tile, tile))) is not None
+    for side, tile in ((100, 0), (96, 96), (96, 32), (16, 96)):
+        layout = {"tile": (tile, tile)} if tile else {}
+        assert decode(write_tiff(np.zeros((side, side), np.uint8), **layout)) is not None
     with pytest.raises(BadRequest, match="a picture of 100x101 pixels, and `max_pixels` is 10,000"):
         decode(write_tiff(np.zeros((101, 100), np.uint8), tile=(16, 16)))
-    with pytest.raises(BadRequest, match="in tiles of 12,544 pixels, and `max_pixels` is 10,000"):
-        decode(write_tiff(np.zeros((16, 16), np.uint8), tile=(112, 112)))
+    for side, tile, pixels in ((16, 112, "12,544"), (97, 32, "16,384")):
+        with pytest.raises(BadRequest, match=f"in tiles of {pixels}, and `max_pixels` is 10,000"):
+            decode(write_tiff(np.zeros((side, side), np.uint8), tile=(tile, tile)))
 
 
 def test_the_size_of_an_image() -> None:

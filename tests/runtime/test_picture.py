@@ -69,7 +69,7 @@ def test_a_good_file_tells_its_format_size_and_components(name: str) -> None:
         is_progressive=name == "jpeg-progressive",
         channels=wanted.channels,
         stores_rgb=name == "jpeg-rgb",
-        tile_pixels=32 * 32 if name == "tiff-tiles" else 0,
+        tile_pixels=128 * 96 if name == "tiff-tiles" else 0,
     )
 
 
@@ -222,9 +222,11 @@ def test_a_tiff_made_by_hand_is_read() -> None:
 
 
 def test_tiles_larger_than_their_picture_are_told() -> None:
-    """A decoder makes a tile whole, so its pixels count however few of them are shown."""
+    """A decoder makes all tiles whole, so their pixels count however few of them are shown."""
     tiled = write_tiff(np.zeros((16, 16), np.uint8), tile=(512, 256))
     assert read_picture(tiled).tile_pixels == 512 * 256
+    wide = write_tiff(np.zeros((1, 1025), np.uint8), tile=(256, 512))
+    assert read_picture(wide).tile_pixels == 3 * 512 * 256
     assert read_picture(good()["tiff-strips"].data).tile_pixels == 0
 
 
