@@ -87,13 +87,34 @@ def resize(given: Type, params: Params) -> Type:
         return sized(image, h, w)
     if params["fit"] == "least" or not image.is_sized or params["multiple"] or params["most"]:
         return sized(image, None, None)
-    return sized(image, *shorter_side(image.height or 1, image.width or 1, h))
+    return sized(image, *free_size(image.height or 1, image.width or 1, params))
 
 
-def shorter_side(height: int, width: int, side: int) -> tuple[int, int]:
-    """Height and width of a picture whose shorter side is made `side`, the other following."""
-    scale = side / min(height, width)
-    return max(1, round(height * scale)), max(1, round(width * scale))
+def free_size(rows: int, columns: int, params: Params) -> tuple[int, int]:
+    """Height and width that `resize` makes of rows x columns, where their ratio decides a side."""
+    fit, size, h, w = params["fit"], params["size"], params["h"], params["w"]
+    most, step = params.get("most"), params.get("multiple")
+    if fit in ("shorter", "least"):
+        of = min(rows, columns)
+        to = max(size, of) if fit == "least" else size
+    else:
+        to, of = (h, rows) if h is not None else (w, columns)
+    longest = max(rows, columns)
+    if most is not None and longest * to > most * of:
+        to, of = most, longest
+    if step is None:
+        return nearest(rows * to, of), nearest(columns * to, of)
+    # Halves go to the even multiple, as where text detectors were trained.
+    high, wide = (max(1, round(side * to / of / step)) * step for side in (rows, columns))
+    return high, wide
+
+
+def nearest(number: int, of: int) -> int:
+    """The whole number of at least 1 that is nearest to number / of, halves rounded up.
+
+    It is what DALI does, and Python's `round` is not.
+    """
+    return max(1, (2 * number + of) // (2 * of))
 
 
 def crop(given: Type, params: Params) -> Type:

@@ -44,6 +44,9 @@ def _dali() -> Any:
     return dali
 
 
+# DALI scales sides in single precision, in which a half that is to be rounded up may come out
+# below it. Where a side is asked for with this much more, it does not.
+SLIGHTLY_MORE = 1 + 2**-22
 SMALL_BATCH = 8  # up to this a pipeline of its own decodes: it is made for latency
 
 
@@ -180,6 +183,7 @@ def _resize(dali: Any, data: Any, node: Node) -> Any:
     params = node.params
     size, fit = params["size"], params["fit"]
     h, w = (size, size) if size is not None else (params["h"], params["w"])
+    high, wide = (None if side is None else side * SLIGHTLY_MORE for side in (h, w))
     # subpixel_scale would shift the sampling grid by the rounding of the output's size.
     options = {
         "interp_type": dali.types.INTERP_LINEAR,
@@ -187,11 +191,11 @@ def _resize(dali: Any, data: Any, node: Node) -> Any:
         "subpixel_scale": False,
     }
     if fit == "shorter":
-        return dali.fn.resize(data, resize_shorter=float(size), **options)
+        return dali.fn.resize(data, resize_shorter=high, **options)
     if fit == "stretch":
-        sides = {"resize_y": h, "resize_x": w}
-        return dali.fn.resize(data, **{k: float(v) for k, v in sides.items() if v}, **options)
-    data = dali.fn.resize(data, size=[float(h), float(w)], mode="not_larger", **options)
+        sides = {"resize_y": high, "resize_x": wide}
+        return dali.fn.resize(data, **{k: v for k, v in sides.items() if v}, **options)
+    data = dali.fn.resize(data, size=[high, wide], mode="not_larger", **options)
     if fit == "pad":
         return dali.fn.pad(data, axes=(0, 1), shape=(h, w), fill_value=float(params["fill"]))
     return dali.fn.crop(

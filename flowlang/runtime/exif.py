@@ -8,11 +8,10 @@ file says it twice or wrongly, this follows OpenCV, the reference decoder.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
 from struct import unpack_from
 
 from flowlang.diagnostics import BadRequest
-from flowlang.runtime.picture import MAX_STEPS, UnreadablePicture, read_picture
+from flowlang.runtime.picture import Picture, UnreadablePicture, read_picture
 
 ORIENTATION = 0x0112
 # Values 5 to 8: the first row of the file is a side of the picture, so the sides change places.
@@ -25,73 +24,28 @@ def upright_size(data: bytes) -> tuple[int, int]:
         picture = read_picture(data)
     except UnreadablePicture as error:
         raise BadRequest(str(error)) from None
-    if is_lying(data, picture.format):
+    if is_lying(data, picture):
         return picture.width, picture.height
     return picture.height, picture.width
 
 
-def is_lying(data: bytes, form: str) -> bool:
-    """Whether a picture of this format is stored on its side."""
-    find = _BLOCKS.get(form)
-    if find is None:
+def is_lying(data: bytes, picture: Picture) -> bool:
+    """Whether a picture is stored on its side."""
+    if picture.format == "tiff":
+        return _orientation(data, is_file=True) in LYING
+    if picture.exif is None:
         return False
-    try:
-        block = find(data)
-    except (struct.error, IndexError):
-        return False
-    return block is not None and _orientation(block, is_file=form == "tiff") in LYING
+    block = data[picture.exif]
+    if picture.format == "png" and block[:4] not in (b"II*\0", b"MM\0*"):
+        return False  # libpng does not hand it on
+    return _orientation(block, is_file=False) in LYING
 
 
-def _find_in_jpeg(data: bytes) -> bytes | None:
-    """The first Exif segment before the pixels."""
-    at = 2
-    for _ in range(MAX_STEPS):
-        prefix, marker, size = unpack_from(">BBH", data, at)
-        if prefix != 0xFF or marker in (0, 0xFF):
-            at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
-            at += 2
-        elif marker in (0xDA, 0xD9):
-            return None
-        elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            return data[at + 10 : at + 2 + size]
-        else:
-            at += 2 + size
-    return None
-
-
-def _find_in_png(data: bytes) -> bytes | None:
-    at = 8
-    for _ in range(MAX_STEPS):
-        size, kind = unpack_from(">I4s", data, at)
-        if kind == b"eXIf":
-            return data[at + 8 : at + 8 + size]
-        if kind == b"IEND":
-            return None
-        at += 12 + size
-    return None
-
-
-def _find_in_webp(data: bytes) -> bytes | None:
-    at = 12
-    for _ in range(MAX_STEPS):
-        kind, size = unpack_from("<4sI", data, at)
-        if kind == b"EXIF":
-            return data[at + 8 : at + 8 + size]
-        at += 8 + size + (size & 1)
-    return None
-
-
-_BLOCKS: Mapping[str, Callable[[bytes], bytes | None]] = {
-    "jpeg": _find_in_jpeg,
-    "png": _find_in_png,
-    "webp": _find_in_webp,
-    "tiff": lambda data: data,
-}
 # Tags whose value lies elsewhere in an Exif block: OpenCV gives the block up where it does not.
 _TEXTS = frozenset((0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x8298))
 _FRACTIONS = {0x011A: 8, 0x011B: 8, 0x013E: 16, 0x013F: 48, 0x0211: 24, 0x0214: 48}
-_WIDTHS = {1: "B", 3: "H", 4: "I"}  # of a field's value, by its type (TIFF 6.0, page 15)
+# The layout of a field's value, by its type (TIFF 6.0, page 15)
+_LAYOUTS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 
 
 def _orientation(block: bytes, is_file: bool) -> int:
@@ -99,9 +53,7 @@ def _orientation(block: bytes, is_file: bool) -> int:
 
     The structure is a TIFF file, or the Exif block of another.
     """
-    order = {b"II": "<", b"MM": ">"}.get(block[:2])
-    if order is None:
-        return 1
+    order = "<" if block[:2] == b"II" else ">"  # whatever else is there
     try:
         mark, at = unpack_from(order + "HI", block, 2)
         return _read_directory(block, order, at, is_file) if mark == 42 else 1
@@ -112,10 +64,12 @@ def _orientation(block: bytes, is_file: bool) -> int:
 def _read_directory(block: bytes, order: str, at: int, is_file: bool) -> int:
     (count,) = unpack_from(order + "H", block, at)
     for entry in range(at + 2, at + 2 + 12 * count, 12):
-        tag, kind = unpack_from(order + "HH", block, entry)
+        tag, kind, size = unpack_from(order + "HHI", block, entry)
         if tag == ORIENTATION:
-            width = _WIDTHS.get(kind, "") if is_file else "H"
-            return int(unpack_from(order + width, block, entry + 8)[0]) if width else 1
+            layout = "H"
+            if is_file:  # libtiff passes over a tag that is not one whole number
+                layout = _LAYOUTS.get(kind, "") if size == 1 else ""
+            return int(unpack_from(order + layout, block, entry + 8)[0]) if layout else 1
         if not is_file and _reaches_out(block, order, tag, entry):
             return 1
     return 1

@@ -16,6 +16,7 @@ from flowlang.diagnostics import BadRequest, InternalError
 from flowlang.plan import graph
 from flowlang.plan.graph import Node
 from flowlang.plan.physical import MAX_PIXELS
+from flowlang.plan.rules import free_size, nearest
 from flowlang.runtime.exif import upright_size
 
 if TYPE_CHECKING:
@@ -217,49 +218,35 @@ def frame_of(array: Array) -> Frame:
 
 def inner_size(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
     """Height and width of a picture of rows x columns made to fit inside height x width."""
-    scale = min(height / rows, width / columns)
-    return min(height, max(1, round(rows * scale))), min(width, max(1, round(columns * scale)))
+    to, of = (height, rows) if height * columns < width * rows else (width, columns)
+    return nearest(rows * to, of), nearest(columns * to, of)
 
 
 def resize_placement(rows: int, columns: int, params: Params) -> Placement:
     """What `resize` does to an image of rows x columns. Raises BadRequest."""
     fit, size = params["fit"], params["size"]
     height, width = (params["h"], params["w"]) if size is None else (size, size)
+    if has_free_size(params):
+        to_h, to_w = free_size(rows, columns, params)
+        if to_h * to_w > MAX_PIXELS:
+            raise BadRequest(
+                f"an image of {rows}x{columns} would become one of {to_h}x{to_w}, of more than "
+                f"{MAX_PIXELS:,} pixels"
+            )
+        return Placement.whole(to_h, to_w)
     if fit == "letterbox" or fit == "pad":
         to_h, to_w = inner_size(rows, columns, height, width)
         is_centred = fit == "letterbox"
         top, left = ((height - to_h) // 2, (width - to_w) // 2) if is_centred else (0, 0)
         return Placement(to_h, to_w, top, left, height, width)
-    if fit == "stretch" and height is not None and width is not None:
-        return Placement.whole(height, width)
-    to_h, to_w = _free_size(rows, columns, params)
-    if to_h * to_w > MAX_PIXELS:
-        raise BadRequest(
-            f"an image of {rows}x{columns} would become one of {to_h}x{to_w}, of more than "
-            f"{MAX_PIXELS:,} pixels"
-        )
-    return Placement.whole(to_h, to_w)
+    return Placement.whole(height, width)
 
 
-def _free_size(rows: int, columns: int, params: Params) -> tuple[int, int]:
-    """Height and width where the shape of the picture decides at least one of them."""
-    fit, size, h, w = params["fit"], params["size"], params["h"], params["w"]
-    most, step = params.get("most"), params.get("multiple")
-    high: float
-    wide: float
-    if fit in ("shorter", "least"):
-        scale = size / min(rows, columns)
-        scale = max(1.0, scale) if fit == "least" else scale
-        high, wide = rows * scale, columns * scale
-    else:
-        high = h if h is not None else rows * w / columns
-        wide = w if w is not None else columns * h / rows
-    if most is not None and max(high, wide) > most:
-        scale = most / max(rows, columns)
-        high, wide = rows * scale, columns * scale
-    if step is not None:
-        return max(1, round(high / step)) * step, max(1, round(wide / step)) * step
-    return max(1, round(high)), max(1, round(wide))
+def has_free_size(params: Params) -> bool:
+    """Whether the shape of a picture decides what size `resize` makes of it."""
+    if params["fit"] in ("shorter", "least"):
+        return True
+    return params["size"] is None and (params["h"] is None or params["w"] is None)
 
 
 def crop_place(rows: int, columns: int, params: Params) -> tuple[int, int, int, int]:
@@ -323,11 +310,16 @@ def through(nodes: Sequence[Node], source: Any) -> Frame:
     is_file = isinstance(source, (bytes, bytearray, memoryview))
     frame = Frame.of(*upright_size(bytes(source))) if is_file else frame_of(source)
     for node in nodes:
-        step = _STEPS.get(node.op)
-        if step is None:
-            raise InternalError(f"`{node.op}` stands between a picture and a model")
-        frame = step(node.params, frame)
+        frame = framed_by(node, frame)
     return frame
+
+
+def framed_by(node: Node, frame: Frame) -> Frame:
+    """The frame of what an image operator makes of an image with this one. Raises BadRequest."""
+    step = _STEPS.get(node.op)
+    if step is None:
+        raise InternalError(f"`{node.op}` stands between a picture and a model")
+    return step(node.params, frame)
 
 
 def run_framed(

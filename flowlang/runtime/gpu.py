@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import BadRequest, InternalError, RequestError, StageFailed
+from flowlang.diagnostics import BadRequest, InternalError, StageFailed
 from flowlang.plan import graph
 from flowlang.plan.chain import decodes_on_gpu
 from flowlang.plan.graph import Node
@@ -20,8 +20,10 @@ from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, StagePlan
 from flowlang.plan.types import Image, Tensor
 from flowlang.runtime import cuda, dali, trt
 from flowlang.runtime.cpu import RowChain
+from flowlang.runtime.exif import upright_size
+from flowlang.runtime.frame import Frame, framed_by, has_free_size
 from flowlang.runtime.host import Work, check_picture, work_of
-from flowlang.runtime.picture import Picture, is_plain_jpeg
+from flowlang.runtime.picture import Picture, plain_jpeg_size
 from flowlang.runtime.rework import Prologue
 from flowlang.runtime.vision import as_bmp, sample_pictures
 
@@ -184,7 +186,9 @@ class _Pictures:
     def __init__(self, plan: StagePlan, gpu: int, lane: GpuInstance, is_folded: bool) -> None:
         nodes = [n for n in plan.region if not (is_folded and n.op == graph.PACK)]
         self.lane = lane
+        self.nodes = nodes
         self.decode = nodes[0]
+        self.free_side = _free_side(nodes)
         self.host = [work_of(n, plan.settings) for n in nodes]
         self.max_bytes = plan.settings.get("max_bytes", MAX_BYTES)
         self.max_pixels = plan.settings.get("max_pixels", MAX_PIXELS)
@@ -214,11 +218,12 @@ class _Pictures:
     def begin(self, batch: _Batch) -> None:
         """Sort out what cannot be decoded and start on the rest."""
         for index, data in enumerate(batch.values):
-            if len(data) > self.max_bytes or not is_plain_jpeg(data, self.max_pixels):
+            size = plain_jpeg_size(data, self.max_pixels) if len(data) <= self.max_bytes else None
+            if size is None or (self.free_side and self._may_grow(*size)):
                 try:
                     data = self._readable(data)
                 except BadRequest as error:
-                    batch.outcomes[index] = self._blame(error)
+                    batch.outcomes[index] = error
                     continue
             batch.good.append(index)
             batch.pictures.append(data)
@@ -226,10 +231,29 @@ class _Pictures:
             batch.region = self.small if len(batch.good) <= self.small.batch else self.large
             batch.region.start(batch.pictures)
 
+    def _may_grow(self, height: int, width: int) -> bool:
+        """Whether the region may make too much of a picture stored so, whichever way it is up."""
+        short = min(height, width)
+        return 2 * height * width * self.free_side**2 > MAX_PIXELS * short**2
+
     def _readable(self, data: bytes) -> bytes:
-        """A picture that the GPU decoders get right. Raises BadRequest where it is none."""
-        picture = check_picture(data, self.max_bytes, self.max_pixels, self.allows_truncated)
-        return data if is_decoded(picture) else as_bmp(data, picture)
+        """A picture that the GPU decoders get right, of a size that the region can make.
+
+        Raises BadRequest, blaming an operator, where it is none.
+        """
+        node = self.decode
+        try:
+            picture = check_picture(data, self.max_bytes, self.max_pixels, self.allows_truncated)
+            readable = data if is_decoded(picture) else as_bmp(data, picture)
+            if self.free_side:  # DALI makes any size it is asked for
+                frame = Frame.of(*upright_size(data))
+                for node in self.nodes:
+                    frame = framed_by(node, frame)
+            return readable
+        except BadRequest as error:
+            error.message = f"{node.op} failed: {error.message}"
+            error.stage, error.place = node.op, str(node.span)
+            raise
 
     def load(self, batch: _Batch) -> None:
         """Queue the copy of what was decoded into the engine's input, on the GPU."""
@@ -288,15 +312,25 @@ class _Pictures:
         except Exception as error:
             return error
 
-    def _blame(self, error: RequestError) -> RequestError:
-        error.message = f"decode failed: {error.message}"
-        error.stage, error.place = "decode", str(self.decode.span)
-        return error
-
     def close(self) -> None:
         self.large.close()
         if self.small is not self.large:
             self.small.close()
+
+
+def _free_side(nodes: Sequence[Node]) -> int:
+    """The side that a resize asks for where the picture decides the other; 0 where none does.
+
+    Where there are two of them, or what they resize is no longer the decoded picture, it is so
+    large that every picture is followed through the region.
+    """
+    free = [i for i, n in enumerate(nodes) if n.op == "resize" and has_free_size(n.params)]
+    if not free:
+        return 0
+    if len(free) > 1 or any(n.op in ("resize", "crop") for n in nodes[: free[0]]):
+        return MAX_PIXELS
+    params = nodes[free[0]].params
+    return int(params["size"] or params["h"] or params["w"])
 
 
 class _Arrays:

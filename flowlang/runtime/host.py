@@ -24,7 +24,7 @@ from flowlang.plan.ops import OPS, Param
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS
 from flowlang.plan.rewrite import levels_of
 from flowlang.plan.types import Image
-from flowlang.runtime import results, rows, vision
+from flowlang.runtime import results, row_ops, vision
 from flowlang.runtime.frame import (
     Frame,
     crop_place,
@@ -35,9 +35,9 @@ from flowlang.runtime.frame import (
     resize_placement,
     with_frame,
 )
-from flowlang.runtime.picture import Picture, UnreadablePicture, is_plain_jpeg, read_picture
+from flowlang.runtime.picture import Picture, UnreadablePicture, plain_jpeg_size, read_picture
 from flowlang.runtime.results import read_lines
-from flowlang.runtime.rows import RowWork
+from flowlang.runtime.row_ops import RowWork
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,6 +49,7 @@ Work: TypeAlias = results.Work
 MAX_WORKS = 64  # kept for values that requests bring
 UPRIGHT = 1.5  # taller than this for its width, a line of text runs downwards
 LONGEST = 16384  # side of what is cut out of a quad
+FAR_SMALLER = 4  # times, from which on a part of an image is copied
 
 
 def work_of(node: Node, settings: Mapping[str, Any]) -> Work:
@@ -76,7 +77,7 @@ def work_of(node: Node, settings: Mapping[str, Any]) -> Work:
 
 def row_work_of(node: Node) -> RowWork | None:
     """What an operator does to all rows of a batch; None where each needs work of its own."""
-    make = rows.MAKERS.get(node.op)
+    make = row_ops.MAKERS.get(node.op)
     if make is None or _lives(node) or node.params.get("by") is not None:
         return None
     return make(node)
@@ -163,7 +164,7 @@ def _decode(node: Node, settings: Mapping[str, Any]) -> Work:
     allows_truncated = node.params["truncated"] == "allow"
 
     def work(data: bytes) -> Array:
-        if len(data) > max_bytes or not is_plain_jpeg(data, max_pixels):
+        if len(data) > max_bytes or plain_jpeg_size(data, max_pixels) is None:
             picture = check_picture(data, max_bytes, max_pixels, allows_truncated)
             if not picture.is_complete and picture.format == "jpeg":
                 data += vision.END_OF_JPEG
@@ -186,6 +187,11 @@ def check_picture(
         raise BadRequest(
             f"a picture of {picture.width}x{picture.height} pixels, and `max_pixels` is "
             f"{max_pixels:,}"
+        )
+    if picture.tile_pixels > max_pixels:
+        raise BadRequest(
+            f"a picture of {picture.width}x{picture.height} pixels in tiles of "
+            f"{picture.tile_pixels:,}, and `max_pixels` is {max_pixels:,}"
         )
     if not picture.is_complete and not allows_truncated:
         raise BadRequest("the file ends before its picture is complete (truncated)")
@@ -238,9 +244,22 @@ def _crop(node: Node, settings: Mapping[str, Any]) -> Work:
     def work(image: Array) -> Array:
         rows, columns = image.shape[:2]
         top, left, height, width = crop_place(rows, columns, params)
-        return image[top : top + height, left : left + width]
+        return _part(image, slice(top, top + height), slice(left, left + width))
 
     return work
+
+
+def _part(image: Array, rows: slice, columns: slice) -> Array:
+    """What lies there in an image: a view, or a copy of what is far smaller than the memory that
+    a view would keep.
+    """
+    import numpy as np
+
+    part = image[rows, columns]
+    owner = image
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    return part.copy() if part.nbytes * FAR_SMALLER < owner.nbytes else part
 
 
 def _pad(node: Node, settings: Mapping[str, Any]) -> Work:
@@ -281,10 +300,16 @@ def _cut(node: Node, settings: Mapping[str, Any]) -> Work:
         last = whole - length
         starts = [*range(0, last, length - overlap), last]
         if high is not None:
-            parts = [(image[s : s + length], frame.cropped(s, 0, length, columns)) for s in starts]
+            parts = [
+                (slice(s, s + length), slice(None), frame.cropped(s, 0, length, columns))
+                for s in starts
+            ]
         else:
-            parts = [(image[:, s : s + length], frame.cropped(0, s, rows, length)) for s in starts]
-        return [with_frame(pixels, part) for pixels, part in parts]
+            parts = [
+                (slice(None), slice(s, s + length), frame.cropped(0, s, rows, length))
+                for s in starts
+            ]
+        return [with_frame(_part(image, down, across), place) for down, across, place in parts]
 
     return work
 
@@ -332,7 +357,7 @@ def _cut_box(image: Array, frame: Frame, corners: Array) -> Array:
     (left, top), (right, bottom) = corners.min(0).tolist(), corners.max(0).tolist()
     first_row, last_row = _pixels(top, bottom, frame.height)
     first, last = _pixels(left, right, frame.width)
-    part = image[first_row:last_row, first:last]
+    part = _part(image, slice(first_row, last_row), slice(first, last))
     return with_frame(part, frame.cropped(first_row, first, last_row - first_row, last - first))
 
 

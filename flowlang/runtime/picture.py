@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from struct import unpack_from
 
 Buffer = bytes | bytearray | memoryview
@@ -30,7 +31,9 @@ class Picture:
 
     `is_complete` is False where the file ends before the last pixel of its first image; a file
     damaged in its middle still counts as complete. `channels` counts the components of a pixel,
-    None where pixels are indices into a palette.
+    None where pixels are indices into a palette. `tile_pixels` are those of all its tiles, which a
+    decoder makes whole however little of them is shown; 0 where there are none. `exif` is where the
+    first EXIF block lies that a decoder takes for one; a TIFF is one itself.
     """
 
     format: str  # "jpeg" "png" "webp" "gif" "bmp" "tiff" "jpeg2000" "pnm"
@@ -40,6 +43,8 @@ class Picture:
     is_progressive: bool
     channels: int | None
     stores_rgb: bool = False  # a JPEG without the usual YCbCr, which hardware decoders take for it
+    tile_pixels: int = 0
+    exif: slice | None = field(default=None, compare=False)
 
 
 def read_picture(data: Buffer) -> Picture:
@@ -59,35 +64,37 @@ def read_picture(data: Buffer) -> Picture:
     return picture
 
 
-def is_plain_jpeg(data: bytes, max_pixels: int) -> bool:
-    """Whether this is an everyday JPEG: whole, 8 bits, YCbCr or gray, of at most `max_pixels`.
+def plain_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """Height and width, as stored, of an everyday JPEG: whole, 8 bits, YCbCr or gray, of at most
+    `max_pixels`.
 
-    A quarter of the cost of `read_picture`, for the many. False says nothing: ask `read_picture`.
+    A quarter of the cost of `read_picture`, for the many. None says nothing: ask `read_picture`.
     """
     if data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
-        return False
+        return None
     at = 2
     try:
         for _ in range(24):
             marker = data[at + 1]
             if data[at] != 0xFF:
-                return False
+                return None
             if marker == 0xC0 or marker == 0xC2:
                 break
             if marker not in _BEFORE_FRAME:
-                return False
+                return None
             at += 2 + (data[at + 2] << 8 | data[at + 3])
         else:
-            return False
+            return None
         bits, height, width, channels, first = _FRAME(data, at + 4)
     except (IndexError, struct.error):
-        return False
+        return None
     if bits != 8 or (channels != 3 and channels != 1) or first == 0x52:
-        return False
+        return None
     # At least two bits a block, the blocks counted generously: fewer and `read_picture` decides.
     blocks = channels * ((width + 31) >> 3) * ((height + 31) >> 3)
-    pixels: int = width * height
-    return 0 < pixels <= max_pixels and (len(data) - at) * 4 >= blocks
+    if 0 < width * height <= max_pixels and (len(data) - at) * 4 >= blocks:
+        return height, width
+    return None
 
 
 def _recognise(start: bytes) -> tuple[str, Callable[[Buffer], Picture]]:
@@ -105,7 +112,7 @@ def _recognise(start: bytes) -> tuple[str, Callable[[Buffer], Picture]]:
     raise UnreadablePicture(f"not a picture: starts with {start!r}")
 
 
-_EOI, _SOS, _ADOBE = 0xD9, 0xDA, 0xEE  # T.81 table B.1; Adobe Technical Note 5116
+_EOI, _SOS, _EXIF, _ADOBE = 0xD9, 0xDA, 0xE1, 0xEE  # T.81 table B.1; Adobe Technical Note 5116
 # Application segments but Adobe's, tables, restart interval, comment
 _BEFORE_FRAME = frozenset((*range(0xE0, 0xEE), 0xEF, 0xDB, 0xC4, 0xDD, 0xFE))
 _FRAME = struct.Struct(">BHHBB").unpack_from
@@ -117,7 +124,7 @@ _PROGRESSIVE = frozenset((0xC2, 0xCA))
 
 def _read_jpeg(data: Buffer) -> Picture:
     """Walk the segments to the first scan. A thumbnail's own markers lie inside a segment."""
-    at, frame_at, is_rgb = 2, 0, False
+    at, frame_at, is_rgb, exif = 2, 0, False, None
     for _ in range(MAX_STEPS):
         prefix, marker, size = unpack_from(">BBH", data, at)
         if prefix != 0xFF or marker == 0xFF or marker == 0:
@@ -129,17 +136,19 @@ def _read_jpeg(data: Buffer) -> Picture:
         else:
             if marker == _ADOBE and size >= 14 and data[at + 4 : at + 9] == b"Adobe":
                 is_rgb = data[at + 15] == 0
+            if marker == _EXIF and exif is None and data[at + 4 : at + 10] == b"Exif\0\0":
+                exif = slice(at + 10, at + 2 + size)
             if marker in _FRAMES:
                 if frame_at:
                     raise UnreadablePicture("a JPEG with two frame headers")
                 frame_at = at
             at += 2 + size
             if marker == _SOS:
-                return _read_frame(data, frame_at, at, is_rgb)
+                return _read_frame(data, frame_at, at, is_rgb, exif)
     raise UnreadablePicture(f"a JPEG with over {MAX_STEPS} segments before its pixels")
 
 
-def _read_frame(data: Buffer, at: int, scan_at: int, is_rgb: bool) -> Picture:
+def _read_frame(data: Buffer, at: int, scan_at: int, is_rgb: bool, exif: slice | None) -> Picture:
     """The picture of the frame header at `at`, whose first scan's bits start at `scan_at`."""
     if not at:
         raise UnreadablePicture("a JPEG whose pixels come before its frame header")
@@ -158,7 +167,9 @@ def _read_frame(data: Buffer, at: int, scan_at: int, is_rgb: bool) -> Picture:
     end = _find_last_eoi(data, scan_at)
     stores_rgb = channels == 3 and (is_rgb or bytes(data[at + 10 : at + 19 : 3]) == b"RGB")
     is_complete = end - scan_at >= least
-    return Picture("jpeg", width, height, is_complete, is_progressive, channels, stores_rgb)
+    return Picture(
+        "jpeg", width, height, is_complete, is_progressive, channels, stores_rgb, exif=exif
+    )
 
 
 def _count_blocks(data: Buffer, at: int, channels: int, width: int, height: int) -> int:
@@ -195,24 +206,31 @@ def _read_png(data: Buffer) -> Picture:
     if colour not in _PNG_CHANNELS or depth not in (1, 2, 4, 8, 16):
         raise UnreadablePicture(f"a PNG of unknown colour type {colour} at {depth} bits")
     channels = _PNG_CHANNELS[colour]
-    packed = _count_png_bytes(data)
+    packed, exif = _walk_png(data)
     # Deflate makes at most 1032 bytes of one, so a small file cannot fill a large claim.
     filled = width * height * depth * (channels or 1) // 8 <= 1032 * packed
-    return Picture("png", width, height, packed >= 0 and filled, False, channels)
+    return Picture("png", width, height, packed >= 0 and filled, False, channels, exif=exif)
 
 
-def _count_png_bytes(data: Buffer) -> int:
-    """Bytes of compressed pixels up to the end chunk; -1 where the file ends before it."""
-    at, packed = 8, 0
+def _walk_png(data: Buffer) -> tuple[int, slice | None]:
+    """Bytes of compressed pixels up to the end chunk, -1 where the file ends before it; and where
+    the first EXIF block with the right sum lies.
+    """
+    at, packed, exif = 8, 0, None
     for _ in range(MAX_STEPS):
         if at + 12 > len(data):
-            return -1
+            return -1, exif
         size, kind = unpack_from(">I4s", data, at)
+        content = slice(at + 8, at + 8 + size)
         at += 12 + size
         if kind == b"IDAT":
             packed += size
         elif kind == b"IEND":
-            return packed if at <= len(data) else -1
+            return (packed if at <= len(data) else -1), exif
+        elif kind == b"eXIf" and exif is None and at <= len(data):
+            (sum_,) = unpack_from(">I", data, at - 4)
+            if zlib.crc32(data[content.start - 4 : content.stop]) == sum_:
+                exif = content
     raise UnreadablePicture(f"a PNG of over {MAX_STEPS} chunks")
 
 
@@ -236,19 +254,25 @@ def _read_webp(data: Buffer) -> Picture:
         raise UnreadablePicture(f"a WebP that starts with a chunk named {kind!r}")
     flags, wide, high = unpack_from("<B3x3s3s", data, 20)
     width, height = int.from_bytes(wide, "little") + 1, int.from_bytes(high, "little") + 1
-    is_complete = is_complete and _has_webp_frame(data, 20 + size + (size & 1), end)
-    return Picture("webp", width, height, is_complete, False, 4 if flags & 0x10 else 3)
+    first = 20 + size + (size & 1)
+    is_complete = is_complete and _find_webp_chunk(data, first, end, _WEBP_FRAMES) is not None
+    exif = _find_webp_chunk(data, first, min(end, len(data)), (b"EXIF",)) if flags & 8 else None
+    channels = 4 if flags & 0x10 else 3
+    return Picture("webp", width, height, is_complete, False, channels, exif=exif)
 
 
-def _has_webp_frame(data: Buffer, at: int, end: int) -> bool:
-    """Whether a whole chunk of pixels lies between `at` and `end`, which is within the file."""
+_WEBP_FRAMES = (b"VP8 ", b"VP8L", b"ANMF")
+
+
+def _find_webp_chunk(data: Buffer, at: int, end: int, kinds: tuple[bytes, ...]) -> slice | None:
+    """The content of the first chunk of such a kind from `at`, where it ends at `end` or before."""
     for _ in range(MAX_STEPS):
         if at + 8 > end:
-            return False
+            return None
         kind, size = unpack_from("<4sI", data, at)
         at += 8 + size
-        if kind in (b"VP8 ", b"VP8L", b"ANMF"):
-            return at <= end
+        if kind in kinds:
+            return slice(at - size, at) if at <= end else None
         at += size & 1
     raise UnreadablePicture(f"a WebP of over {MAX_STEPS} chunks")
 
@@ -339,13 +363,15 @@ class _Directory:
             tag: (kind, size, at + 12 * index + 8)
             for index, (tag, kind, size) in enumerate(entries)
         }
+        if len(self._entries) < count:  # some decoders take the first, some the last
+            raise UnreadablePicture("a TIFF that has a tag twice")
 
     def all(self, tag: int) -> tuple[int, ...]:
-        """The numbers of a tag; none where the tag is absent or holds no whole numbers."""
+        """The numbers of a tag; none where it is absent."""
         kind, count, at = self._entries.get(tag, (3, 0, 0))
         letter = {1: "B", 3: "H", 4: "I"}.get(kind)
-        if letter is None or not count:
-            return ()
+        if letter is None:  # some decoders take other types too, and some pass over the tag
+            raise UnreadablePicture(f"a TIFF whose tag {tag} is of type {kind}")
         if count > MAX_STEPS:
             raise UnreadablePicture(f"a TIFF of over {MAX_STEPS} strips")
         layout = f"{self._order}{count}{letter}"
@@ -354,26 +380,36 @@ class _Directory:
         return unpack_from(layout, self._data, at)
 
     def one(self, tag: int, otherwise: int) -> int:
-        """The first number of a tag, or `otherwise`."""
-        return next(iter(self.all(tag)), otherwise)
+        """The number of a tag, or `otherwise` where it is absent."""
+        numbers = self.all(tag) or (otherwise,)
+        if len(set(numbers)) > 1:  # bits of each component, elsewhere one number by definition
+            raise UnreadablePicture(f"a TIFF whose tag {tag} has several values")
+        return numbers[0]
 
 
 def _read_tiff(data: Buffer) -> Picture:
     directory = _Directory(data)
     width, height = directory.one(_WIDTH, 0), directory.one(_HEIGHT, 0)
     channels = directory.one(_SAMPLES, 1)
-    is_complete = _has_strips(data, directory, width, height, channels)
-    return Picture("tiff", width, height, is_complete, False, channels)
+    across, down = directory.one(_TILE_WIDTH, 0), directory.one(_TILE_HEIGHT, 0)
+    tiles = -(-width // across) * -(-height // down) if across and down else 0
+    is_complete = _has_strips(data, directory, width, height, channels, tiles)
+    pixels = tiles * across * down
+    return Picture("tiff", width, height, is_complete, False, channels, tile_pixels=pixels)
 
 
 def _has_strips(
-    data: Buffer, directory: _Directory, width: int, height: int, channels: int
+    data: Buffer,
+    directory: _Directory,
+    width: int,
+    height: int,
+    channels: int,
+    tiles: int,
 ) -> bool:
     """Whether the strips or tiles are as many as the size asks for, and lie in the file."""
-    across, down = directory.one(_TILE_WIDTH, 0), directory.one(_TILE_HEIGHT, 0)
-    if across and down:
+    if tiles:
         starts, sizes = directory.all(_TILES), directory.all(_TILE_SIZES)
-        needed = -(-width // across) * -(-height // down)
+        needed = tiles
     else:
         starts, sizes = directory.all(_STRIPS), directory.all(_STRIP_SIZES)
         needed = -(-height // (directory.one(_STRIP_ROWS, 0) or height or 1))
@@ -438,11 +474,11 @@ def _has_tile_parts(data: Buffer, at: int) -> bool:
     raise UnreadablePicture(f"a JPEG 2000 of over {MAX_STEPS} tile parts")
 
 
-_GAP = rb"(?:\s|#[^\n]*\n)+"
-_BITMAP_HEADER = re.compile(rb"P[14]" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})\s")
-_PIXMAP_HEADER = re.compile(
-    rb"P[2356]" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})\s"
-)
+# A comment that a lone return ends, or that touches a number, is another one to each decoder.
+_GAP = rb"(?:\s|#[^\r\n]*\r?\n)"
+_NEXT = rb"\s" + _GAP + rb"*(\d{1,9})"
+_BITMAP_HEADER = re.compile(rb"P[14]" + _GAP + rb"+(\d{1,9})" + _NEXT + rb"\s")
+_PIXMAP_HEADER = re.compile(rb"P[2356]" + _GAP + rb"+(\d{1,9})" + _NEXT + _NEXT + rb"\s")
 _PNM_HEADER_BYTES = 4096
 _ALL_DIGITS_ZERO = bytes(0x30 if 0x30 <= c <= 0x39 else 0x20 for c in range(256))
 

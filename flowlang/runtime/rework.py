@@ -101,8 +101,3 @@ def prepend(model: Any, prologue: Prologue) -> Any:
     g.input.extend([new, *kept])
     g.initializer.extend(constants)
     return model
-
-
-def input_name(model: Any) -> str:
-    weights = {i.name for i in model.graph.initializer}
-    return str(next(i.name for i in model.graph.input if i.name not in weights))

@@ -6,7 +6,6 @@ frames. Images are height x width x 3 (height x width for gray); blue, green, re
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -80,14 +79,33 @@ def resize_antialiased(image: Array, height: int, width: int) -> Array:
     """Another size, each pixel the mean of those under a triangle as wide as the step."""
     import numpy as np
 
-    rows = np.tensordot(_triangle(image.shape[0], height), image.astype(np.float32), axes=1)
-    both = np.tensordot(_triangle(image.shape[1], width), rows, axes=([1], [1]))
-    return np.clip(np.rint(np.swapaxes(both, 0, 1)), 0, 255).astype(np.uint8)
+    rows, columns = image.shape[:2]
+    # Rows come first, as memory has them; but what grows comes after what shrinks, so that what
+    # stands between the two is no larger than the image or the result.
+    if height > rows and width < columns:
+        across = _filter_rows(np.swapaxes(image, 0, 1), width)
+        both = _filter_rows(np.swapaxes(across, 0, 1), height)
+    else:
+        down = _filter_rows(image, height)
+        both = np.swapaxes(_filter_rows(np.swapaxes(down, 0, 1), width), 0, 1)
+    return np.clip(np.rint(both), 0, 255).astype(np.uint8)
 
 
-@functools.lru_cache(maxsize=64)
-def _triangle(length: int, to: int) -> Array:
-    """Weights of the triangular filter that makes `length` samples `to`, one row a result.
+def _filter_rows(image: Array, length: int) -> Array:
+    """The image of `length` rows, float32, each the weighed mean of those near its place."""
+    import numpy as np
+
+    flat = image.reshape(len(image), -1)
+    out = np.empty((length, flat.shape[1]), np.float32)
+    for mean, first, weights in zip(out, *_triangles(len(flat), length), strict=True):
+        near = flat[first : first + len(weights)].astype(np.float32, copy=False)
+        np.dot(weights[: len(near)], near, out=mean)
+    return out.reshape(length, *image.shape[1:])
+
+
+def _triangles(length: int, to: int) -> tuple[Array, Array]:
+    """The triangular filter that makes `length` samples `to`: for each, the first sample that
+    counts, and the weights of those from there on.
 
     It is as wide as the step where it shrinks, and plain linear interpolation where it grows. Past
     an edge the sample at the edge repeats, as it does in plain linear interpolation.
@@ -96,15 +114,17 @@ def _triangle(length: int, to: int) -> Array:
 
     step = length / to
     support = max(1.0, step)
-    beyond = math.ceil(support)
-    centres = (np.arange(to) + 0.5) * step
-    places = np.arange(-beyond, length + beyond) + 0.5
-    weights = np.clip(1 - abs(places[None] - centres[:, None]) / support, 0, None)
+    centres = (np.arange(to)[:, None] + 0.5) * step
+    firsts = np.floor(centres - support).astype(np.int64)
+    places = firsts + np.arange(math.ceil(2 * support) + 1)
+    weights = np.clip(1 - abs(places + 0.5 - centres) / support, 0, None)
     weights /= weights.sum(1, keepdims=True)
-    inside = weights[:, beyond : beyond + length].copy()
-    inside[:, 0] += weights[:, :beyond].sum(1)
-    inside[:, -1] += weights[:, beyond + length :].sum(1)
-    return np.asarray(inside, np.float32)
+    places = np.clip(places, 0, length - 1)
+    starts = places[:, :1].copy()
+    # Each weight goes to its place's column; those past an edge meet at the edge's.
+    places += np.arange(to)[:, None] * places.shape[1] - starts
+    inside = np.bincount(places.ravel(), weights.ravel(), weights.size)
+    return starts[:, 0], inside.reshape(weights.shape).astype(np.float32)
 
 
 def recolour(start: str, end: str) -> Callable[[Array], Array]:

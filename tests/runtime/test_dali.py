@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from flowlang.diagnostics import BadRequest
 from flowlang.runtime import dali
-from flowlang.runtime.dali import Decoding, Region
+from flowlang.runtime.dali import Decoding, Decodings, Region
+from flowlang.runtime.gpu import _Batch, _Pictures
 from flowlang.runtime.vision import as_bmp
 from tests.pictures import encode, good, photograph, photographs
-from tests.regions import CHAINS, Chain, decodable, in_dali, on_host, region_of, write_models
+from tests.regions import (
+    CHAINS,
+    Chain,
+    decodable,
+    gpu_plan,
+    in_dali,
+    on_host,
+    region_of,
+    write_models,
+)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -65,6 +78,105 @@ def test_every_operator_agrees_with_its_reference(open_region: Open, chain: Chai
     given = files()
     for data, got in zip(given, in_dali(region, given), strict=True):
         chain.check(got, on_host(nodes, data), jpeg=False)
+
+
+# Sides that the shape decides end in a half here; in single precision the last three fall below.
+HALVES = {
+    "resize(224, fit=shorter)": ((448, 501), (449, 448), (898, 896), (192, 417), (387, 192)),
+    "resize(h=100)": ((501, 200), (505, 200), (603, 200), (417, 192)),
+    "resize(w=100)": ((200, 501), (200, 505), (200, 603), (192, 417)),
+    "resize(320, fit=letterbox)": ((640, 425), (429, 640), (640, 1), (640, 481)),
+    "resize(h=224, w=900, fit=pad)": ((448, 501), (417, 192), (423, 192), (405, 192)),
+    "resize(224, fit=shorter) -> crop(224)": ((448, 501), (501, 448), (898, 896), (192, 417)),
+}
+
+
+@pytest.mark.parametrize("text", HALVES)
+def test_a_side_that_ends_in_a_half_is_rounded_alike(open_region: Open, text: str) -> None:
+    """DALI makes it as long as the reference does, upwards, and puts it in the same place."""
+    region, nodes = open_region(f"decode -> {text} -> rgb")
+    for size in HALVES[text]:
+        data = encode(photograph("coffee.png").resize(size), "PNG")
+        (got,) = in_dali(region, [data])
+        wanted = on_host(nodes, data)
+        assert got.shape == wanted.shape, size
+        assert abs(got.astype(int) - wanted).max() <= 1, size
+
+
+# Pictures in the way of a GPU instance, their region on DALI's CPU backend
+
+
+@pytest.fixture
+def open_pictures(folder: Path) -> Iterator[Callable[[str], _Pictures]]:
+    """Builds what begins the batches of a flow's one stage."""
+    opened: list[_Pictures] = []
+
+    def opener(text: str) -> _Pictures:
+        (stage,) = gpu_plan(text, folder).stages
+        lane: Any = SimpleNamespace(
+            resources=SimpleNamespace(decodings=Decodings()),
+            context=SimpleNamespace(inputs={"data": None}, row_bytes={"data": 0}),
+        )
+        no_gpu: Any = None
+        opened.append(_Pictures(stage, no_gpu, lane, is_folded=True))
+        return opened[-1]
+
+    yield opener
+    for pictures in opened:
+        pictures.close()
+
+
+def flat(height: int, width: int, orientation: int = 1, form: str = "JPEG") -> bytes:
+    """A picture of one colour, stored as height x width."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(Image.new("RGB", (width, height), (90, 90, 90)), form, exif=exif)
+
+
+TAKER = ' -> rgb -> trt("chw.onnx")'
+LONG, TURNED, SHORT = flat(1, 9000), flat(1, 9000, orientation=6), flat(30, 40)
+
+
+@pytest.mark.parametrize(
+    ("region", "outcomes"),
+    [
+        ("resize(300, fit=shorter) -> crop(64)", (False, False, True)),
+        ("resize(h=300) -> resize(64)", (False, True, True)),
+        ("resize(w=300) -> resize(64)", (True, False, True)),
+        ("rgb -> resize(w=300) -> bgr -> resize(64)", (True, False, True)),
+        ("crop(h=1) -> resize(h=300) -> resize(64)", (False, True, True)),
+        ("resize(64)", (True, True, True)),
+    ],
+)
+def test_a_picture_that_would_explode_is_refused_before_its_region(
+    open_pictures: Callable[[str], _Pictures], region: str, outcomes: Sequence[bool]
+) -> None:
+    """DALI has no limit of its own: the one is refused that would be too large, as it stands."""
+    pictures = open_pictures(f"export flow f = decode -> {region}{TAKER}")
+    batch = _Batch([LONG, TURNED, SHORT])
+    pictures.begin(batch)
+    assert [o is None for o in batch.outcomes] == list(outcomes)
+    assert batch.good == [i for i, is_good in enumerate(outcomes) if is_good]
+    for error in batch.outcomes:
+        if error is not None:
+            assert isinstance(error, BadRequest)
+            assert error.stage == "resize"
+            assert "resize failed: an image of" in error.message
+            assert "of more than 67,108,864 pixels" in error.message
+    assert batch.region is not None
+    batch.region.result()
+
+
+def test_every_format_is_refused_alike_where_it_would_explode(
+    open_pictures: Callable[[str], _Pictures],
+) -> None:
+    """Not only the size of everyday JPEGs is looked at, and what is no picture is told as such."""
+    pictures = open_pictures(f"export flow f = decode -> resize(w=300) -> crop(64){TAKER}")
+    tall = [flat(9000, 1, form=form) for form in ("JPEG", "PNG", "BMP", "GIF")]
+    batch = _Batch([*tall, b"nothing"])
+    pictures.begin(batch)
+    assert [o.stage for o in batch.outcomes] == ["resize"] * 4 + ["decode"]
+    assert not batch.good
 
 
 @pytest.mark.parametrize("name", good())

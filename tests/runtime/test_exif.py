@@ -53,6 +53,13 @@ def in_png(kind: bytes, content: bytes, at: int = 33) -> bytes:
     return PNG[:at] + chunk + PNG[at:]
 
 
+def with_wrong_sum(data: bytes) -> bytes:
+    """A PNG whose first EXIF block does not have the sum that the file tells."""
+    at = data.index(b"eXIf")
+    (size,) = struct.unpack_from(">I", data, at - 4)
+    return data[: at + 4 + size] + b"sum!" + data[at + 8 + size :]
+
+
 def shown(data: bytes) -> tuple[int, int]:
     silence()
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
@@ -104,6 +111,16 @@ ODD = {
     "cut in the tag": in_jpeg(TURN[:-8]),
     "more tags promised": in_jpeg(TURN[:14] + b"\x09" + TURN[15:]),
     "orders mixed": in_jpeg(HEADER + b"IM" + TURN[8:]),
+    "order of one letter": in_jpeg(HEADER + b"Mx" + block(">", (0x0112, 3, 1, 6))[2:]),
+    "no order": in_jpeg(HEADER + b"\0\0" + block(">", (0x0112, 3, 1, 6))[2:]),
+    "png without an order": in_png(b"eXIf", b"Mx" + block(">", (0x0112, 3, 1, 6))[2:]),
+    "png with a wrong sum": with_wrong_sum(in_png(b"eXIf", TURN[6:])),
+    "png with a second block": in_png(b"eXIf", block("<")).replace(
+        PNG[33:], in_png(b"eXIf", TURN[6:])[33:]
+    ),
+    "png with a wrong sum and a second block": with_wrong_sum(
+        in_png(b"eXIf", block("<")).replace(PNG[33:], in_png(b"eXIf", TURN[6:])[33:])
+    ),
     "no mark": in_jpeg(HEADER + b"II\x2b\0" + TURN[10:]),
     "fill before": JPEG[:2] + b"\xff\xff" + in_jpeg(TURN)[2:],
     "png at the end": in_png(b"eXIf", TURN[6:], PNG.index(b"IEND") - 4),
@@ -117,6 +134,30 @@ def test_odd_files_are_read_as_opencv_reads_them(name: str) -> None:
     assert upright_size(ODD[name]) == shown(ODD[name])
 
 
+def tagged(*entry: int) -> bytes:
+    """A TIFF whose orientation is such an entry: its type, its count and its value."""
+    data = bytearray(written(1))
+    at = data.index(struct.pack("<HHI", 274, 3, 1))
+    data[at : at + 12] = block("<", (274, *entry))[10:22]  # type: ignore[arg-type]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 256])
+@pytest.mark.parametrize("kind", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11])
+def test_the_orientation_of_a_tiff_is_one_whole_number(kind: int, count: int) -> None:
+    """libtiff passes over the tag where its type is another, or where it has several values."""
+    data = tagged(kind, count, 6)
+    assert upright_size(data) == shown(data)
+
+
+def test_the_exif_block_of_a_webp_counts_where_the_header_tells_of_it() -> None:
+    """A chunk that the flags leave out is passed over."""
+    data = bytearray(encode(SUBJECT, "WEBP", lossless=True, exif=TURN[6:]))
+    assert upright_size(bytes(data)) == shown(bytes(data)) == (31, 20)
+    data[20] &= ~8
+    assert upright_size(bytes(data)) == shown(bytes(data)) == (20, 31)
+
+
 ENTRIES = st.tuples(
     st.sampled_from(TAGS), st.sampled_from([1, 2, 3, 4, 5]), st.sampled_from([1, 2, 4, 5, 20, 100]),
     st.sampled_from([0, 6, 8, 20, 30, 40, 70, 65535]),
@@ -124,12 +165,15 @@ ENTRIES = st.tuples(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from("<>"), st.lists(ENTRIES, max_size=4), st.integers(0, 9), st.integers(0, 60))
+@given(
+    st.sampled_from("<>"), st.lists(ENTRIES, max_size=4), st.integers(0, 9),
+    st.lists(ENTRIES, max_size=2), st.integers(0, 60),
+)  # fmt: skip
 def test_any_block_is_read_as_opencv_reads_it(
-    order: str, entries: Sequence[Entry], orientation: int, cut: int
+    order: str, before: Sequence[Entry], orientation: int, after: Sequence[Entry], cut: int
 ) -> None:
     """Whatever the tags, their order and what is cut off, the size is that of the pixels."""
-    whole = block(order, *entries, (0x0112, 3, 1, orientation))
+    whole = block(order, *before, (0x0112, 3, 1, orientation), *after)
     data = in_jpeg(HEADER + whole[: max(0, len(whole) - cut)])
     assert upright_size(data) == shown(data)
 

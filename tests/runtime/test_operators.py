@@ -23,7 +23,7 @@ from flowlang.runtime import host
 from flowlang.runtime.frame import Frame, frame_of, run_framed, with_frame
 from flowlang.runtime.host import work_of
 from tests.nodes import image_node, made, run
-from tests.pictures import good
+from tests.pictures import good, write_tiff
 
 Array: TypeAlias = NDArray[Any]
 PROPERTY = settings(max_examples=100, deadline=None)
@@ -188,6 +188,19 @@ def test_a_condition_that_fails_is_told_with_its_place() -> None:
 # Images
 
 
+def test_a_picture_over_the_limit_of_pixels_is_refused() -> None:
+    """Its own pixels count, and those of its tiles, which a decoder makes whole."""
+    decode = work_of(made("decode"), {"max_pixels": 10_000})
+    for side, tile in ((100, 0), (96, 96), (96, 32), (16, 96)):
+        layout = {"tile": (tile, tile)} if tile else {}
+        assert decode(write_tiff(np.zeros((side, side), np.uint8), **layout)) is not None
+    with pytest.raises(BadRequest, match="a picture of 100x101 pixels, and `max_pixels` is 10,000"):
+        decode(write_tiff(np.zeros((101, 100), np.uint8), tile=(16, 16)))
+    for side, tile, pixels in ((16, 112, "12,544"), (97, 32, "16,384")):
+        with pytest.raises(BadRequest, match=f"in tiles of {pixels}, and `max_pixels` is 10,000"):
+            decode(write_tiff(np.zeros((side, side), np.uint8), tile=(tile, tile)))
+
+
 def test_the_size_of_an_image() -> None:
     """Height and width, as a record and one by one."""
     for image in (IMAGE, IMAGE[:, :, 0]):
@@ -253,6 +266,11 @@ def test_flip_and_rotate() -> None:
         ((100, 333), {"h": 48, "most": 100}, (30, 100)),
         ((100, 333), {"w": 111}, (33, 111)),
         ((1, 400), {"w": 4}, (1, 4)),
+        ((501, 448), {"size": 224, "fit": "shorter"}, (251, 224)),
+        ((192, 417), {"size": 224, "fit": "shorter"}, (224, 487)),
+        ((200, 503), {"h": 100}, (100, 252)),
+        ((200, 505), {"h": 100}, (100, 253)),
+        ((80, 100), {"h": 80, "multiple": 32}, (64, 96)),
         ((100, 200), {"h": 48, "w": 320, "multiple": 100}, (48, 320)),
         ((100, 200), {"size": 64, "fit": "letterbox", "most": 10}, (64, 64)),
     ],
@@ -260,7 +278,10 @@ def test_flip_and_rotate() -> None:
 def test_sizes_that_the_picture_decides(
     shape: tuple[int, int], params: dict[str, Any], wanted: tuple[int, int]
 ) -> None:
-    """`least` only grows, `most` bounds the longer side, and `multiple` rounds both."""
+    """`least` only grows, `most` bounds the longer side, and `multiple` rounds both.
+
+    Halves of a pixel go up, and halves of a multiple to the even one.
+    """
     image = np.zeros((*shape, 3), np.uint8)
     assert run("resize", image, **params).shape == (*wanted, 3)
 
@@ -310,6 +331,31 @@ def test_pieces_know_where_they_lie() -> None:
     assert frame_of(whole) == frame
     with pytest.raises(EngineError, match="pieces of 10 pixels cannot overlap by 10"):
         work_of(made("cut", h=10, overlap=10), {})
+
+
+def memory_of(image: Array) -> int:
+    """Bytes that an image keeps alive."""
+    while isinstance(image.base, np.ndarray):
+        image = image.base
+    return image.nbytes
+
+
+def test_a_small_part_does_not_keep_its_picture_alive() -> None:
+    """What is far smaller is copied, however many crops it took; the rest stays a view."""
+    picture = RANDOM.integers(0, 256, (400, 600, 3), np.uint8)
+    box = [10.0, 20.0, 110.0, 90.0]
+    small = [
+        run("crop", picture, size=16),
+        run("crop_box", box, picture),
+        run("cut", picture, h=50)[1],
+    ]
+    for part in small:
+        assert memory_of(part) == part.nbytes
+    np.testing.assert_array_equal(small[0], picture[192:208, 292:308])
+    np.testing.assert_array_equal(small[1], picture[20:90, 10:110])
+    large = run("crop", picture, size=300)
+    assert memory_of(large) == picture.nbytes
+    assert memory_of(run("crop", large, size=200)) == 200 * 200 * 3
 
 
 # What lies in a box or a quad

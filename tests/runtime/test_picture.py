@@ -17,10 +17,10 @@ from flowlang.runtime.picture import (
     MAX_STEPS,
     Picture,
     UnreadablePicture,
-    is_plain_jpeg,
+    plain_jpeg_size,
     read_picture,
 )
-from tests.pictures import Pixels, bad, encode, good, photographs
+from tests.pictures import Pixels, bad, encode, good, photographs, write_tiff
 
 SMALL_ENOUGH_TO_DECODE = 4_000_000
 
@@ -69,6 +69,7 @@ def test_a_good_file_tells_its_format_size_and_components(name: str) -> None:
         is_progressive=name == "jpeg-progressive",
         channels=wanted.channels,
         stores_rgb=name == "jpeg-rgb",
+        tile_pixels=128 * 96 if name == "tiff-tiles" else 0,
     )
 
 
@@ -76,18 +77,19 @@ def test_a_good_file_tells_its_format_size_and_components(name: str) -> None:
 def test_an_everyday_jpeg_is_known_by_the_short_look_only_where_the_long_one_agrees(
     name: str,
 ) -> None:
-    """The short look never says yes to a file that is not a whole JPEG in the usual colours."""
+    """The short look gives the size of a whole JPEG in the usual colours, and of no other file."""
     data = good()[name].data
     picture = read_picture(data)
     is_usual = picture.format == "jpeg" and not picture.stores_rgb and picture.channels in (1, 3)
-    assert is_plain_jpeg(data, 1 << 26) == (is_usual and data.endswith(b"\xff\xd9"))
-    assert not is_plain_jpeg(data, picture.width * picture.height - 1)
+    is_plain = is_usual and data.endswith(b"\xff\xd9")
+    assert plain_jpeg_size(data, 1 << 26) == ((picture.height, picture.width) if is_plain else None)
+    assert plain_jpeg_size(data, picture.width * picture.height - 1) is None
 
 
 @pytest.mark.parametrize("name", bad())
 def test_no_bad_file_passes_the_short_look(name: str) -> None:
     """What `read_picture` or the limits refuse is never let through by the short look."""
-    assert not is_plain_jpeg(bad()[name].data, 64 << 20)
+    assert plain_jpeg_size(bad()[name].data, 64 << 20) is None
 
 
 @given(st.data())
@@ -96,11 +98,13 @@ def test_the_short_look_stands_damaged_headers(choice: st.DataObject) -> None:
     data = bytearray(good()["jpeg-420"].data[:2000] + b"\0" * 4000 + b"\xff\xd9")
     for _ in range(choice.draw(st.integers(1, 8))):
         data[choice.draw(st.integers(2, 700))] = choice.draw(st.integers(0, 255))
-    if is_plain_jpeg(bytes(data), 1 << 26):
+    size = plain_jpeg_size(bytes(data), 1 << 26)
+    if size is not None:
         try:
             picture = read_picture(bytes(data))
         except UnreadablePicture:
             return
+        assert size == (picture.height, picture.width)
         assert picture.width * picture.height <= 1 << 26
 
 
@@ -202,6 +206,30 @@ def test_a_gif_needs_neither_its_trailer_nor_its_later_images() -> None:
     assert read_picture(film[: len(film) * 3 // 4]).is_complete
 
 
+def _tiff(*entries: tuple[int, int, int, int]) -> bytes:
+    """A gray 64x64 TIFF of one strip, with further tags: each its type, count and value."""
+    own = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    rows = [*own, (273, 4, 1, 400), (277, 3, 1, 1), (278, 4, 1, 64), (279, 4, 1, 4096), *entries]
+    tags = b"".join(struct.pack("<HHII", *row) for row in rows)
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(rows)) + tags + bytes(4)
+    return head.ljust(400, b"\0") + bytes(4096)
+
+
+def test_a_tiff_made_by_hand_is_read() -> None:
+    """What the tests below add to is a picture."""
+    assert read_picture(_tiff()) == Picture("tiff", 64, 64, True, False, 1)
+    assert decode(_tiff()) is not None
+
+
+def test_tiles_larger_than_their_picture_are_told() -> None:
+    """A decoder makes all tiles whole, so their pixels count however few of them are shown."""
+    tiled = write_tiff(np.zeros((16, 16), np.uint8), tile=(512, 256))
+    assert read_picture(tiled).tile_pixels == 512 * 256
+    wide = write_tiff(np.zeros((1, 1025), np.uint8), tile=(256, 512))
+    assert read_picture(wide).tile_pixels == 3 * 512 * 256
+    assert read_picture(good()["tiff-strips"].data).tile_pixels == 0
+
+
 def _jpeg_frame(marker: int, size: bytes, rest: bytes) -> bytes:
     return b"\xff\xd8\xff" + bytes([marker]) + size + rest + b"\xff\xda\0\x02\xff\xd9"
 
@@ -232,11 +260,27 @@ MADE_WRONG = {
     "webp-chunk": (b"RIFF\x20\0\0\0WEBPICCP" + bytes(30), "ICCP"),
     "tiff-big": (b"II\x2b\0\x08\0\0\0" + bytes(20), "BigTIFF"),
     "tiff-nothing": (b"II*\0\x08\0\0\0\0\0", "where its pixels are"),
+    "tiff-width-twice": (_tiff((256, 4, 1, 30000)), "a tag twice"),
+    "tiff-width-of-two": (_tiff((322, 3, 2, 16 << 16 | 32)), "tag 322 has several"),
+    "tiff-signed-tile": (_tiff((322, 9, 1, 8192), (323, 9, 1, 8192)), "tag 322 is of type 9"),
     "jpeg2000-box": (b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\4free", "damaged box"),
     "pnm-values": (b"P5 4 1 100\n1234", "values up to 100"),
+    # OpenCV ends a comment at the return, and takes the mark after a number for its end.
+    "pnm-return": (b"P5 #a\r200 100 255 \n64 64 255\n" + bytes(5000), "damaged header"),
+    "pnm-mark": (b"P5 64#3000 \n64 255\n" + bytes(5000), "damaged header"),
     "pnm-words": (b"P5 is a Norwegian radio station." + bytes(5000), "damaged header"),
     "avif": (b"\0\0\0\x20ftypavif" + bytes(30), "AVIF"),
 }
+
+
+def test_comments_of_a_pnm_end_with_their_line() -> None:
+    """After any white space, and at a line's end in either way of writing it."""
+    for end in (b"\n", b"\r\n"):
+        data = b"P5 # a" + end + b"30 #b" + end + b"#c" + end + b" 20" + end + b"255\n" + bytes(600)
+        assert read_picture(data) == Picture("pnm", 30, 20, True, False, 1)
+        shown = decode(data)
+        assert shown is not None
+        assert shown.shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize("name", MADE_WRONG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any, TypeAlias
 
 import cv2
@@ -117,6 +118,47 @@ def test_antialiased_shrinking_keeps_the_mean() -> None:
     wave = np.tile(np.asarray([0, 200], np.uint8), (20, 20))
     assert set(vision.resize_antialiased(wave, 10, 10)[1:-1, 1:-1].ravel()) == {100}
     assert vision.resize_linear(wave[:, ::2], 20, 20).max() == 0
+
+
+def triangle(length: int, to: int) -> Array:
+    """The filter of antialiased resizing by its definition, one row of weights a result."""
+    step = length / to
+    support = max(1.0, step)
+    places = np.arange(-length - 2, 2 * length + 2)
+    weights = 1 - abs(places + 0.5 - (np.arange(to)[:, None] + 0.5) * step) / support
+    weights = np.clip(weights, 0, None)
+    weights /= weights.sum(1, keepdims=True)
+    out = np.zeros((to, length))
+    np.add.at(out.T, np.clip(places, 0, length - 1), weights.T)
+    return out
+
+
+@PROPERTY
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(1, 60))
+def test_antialiased_resizing_weighs_by_a_triangle(
+    rows: int, columns: int, height: int, width: int
+) -> None:
+    """Rounded, the mean of the definition, whichever side shrinks and whichever grows."""
+    image = np.random.default_rng(rows * columns).integers(0, 256, (rows, columns, 3), np.uint8)
+    got = vision.resize_antialiased(image, height, width)
+    wanted = np.einsum("hr,wc,rcx->hwx", triangle(rows, height), triangle(columns, width), image)
+    assert got.shape == (height, width, 3)
+    assert abs(got - wanted).max() <= 0.51
+    gray = vision.resize_antialiased(image[:, :, 1], height, width)
+    assert abs(gray - wanted[:, :, 1]).max() <= 0.51
+
+
+@pytest.mark.parametrize("shape", [(1, 1_000_000, 3), (1_000_000, 1)])
+def test_a_long_thin_picture_is_shrunk_in_little_memory(shape: tuple[int, ...]) -> None:
+    """A small file may hold such a picture, and a matrix of weights for all of it does not fit."""
+    image = np.full(shape, 127, np.uint8)
+    tracemalloc.start()
+    try:
+        small = vision.resize_antialiased(image, 224, 224)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+    assert (small == 127).all()
 
 
 def test_a_warp_that_only_shifts_moves_pixels() -> None:
