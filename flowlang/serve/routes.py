@@ -32,7 +32,7 @@ from flowlang.serve.answer import (
     to_json,
     told,
 )
-from flowlang.serve.body import BodyReader, HungUp, Receive, Scope, Send, Watches
+from flowlang.serve.body import BodyReader, Deadline, HungUp, Receive, Scope, Send, Watches
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
 from flowlang.serve.inference import Inference
 from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
@@ -163,7 +163,6 @@ class Service:
     def refuse(self) -> None:
         """Let no request in any more. Those inside go on."""
         self.state = "draining"
-        self._bodies.is_draining = True
         self._open = {}
         self.inference.refuse()
 
@@ -181,7 +180,7 @@ class Service:
         if scope["type"] != "http":
             await _decline(scope, receive, send)
             return
-        found = {name: value for name, value in scope["headers"] if name in WANTED}
+        found = _joined([header for header in scope["headers"] if header[0] in WANTED])
         request_id = request_id_of(found.get(b"x-request-id"))
         method, path = scope["method"], scope["path"]
         if self._token is not None and not _is_open(method, path):
@@ -276,12 +275,10 @@ class Service:
     ) -> Answer:
         flow = door.flow
         try:
-            asked: dict[str, Any] = {
-                "deadline_s": deadline_of(found.get(b"x-deadline-ms")),
-                "priority": priority_of(found.get(b"x-priority")),
-            }
+            deadline = _deadline_in(found)
+            asked: dict[str, Any] = {"priority": priority_of(found.get(b"x-priority"))}
             parameters = door.parameters.of_query(query) if query else {}
-            body = await self._bodies.read(found, receive)
+            body = await self._bodies.read(found, receive, deadline)
             items: list[Part] = []
             if is_form(found.get(b"content-type")):
                 given, items = door.parameters.of_form(parts_of(found[b"content-type"], body))
@@ -290,6 +287,8 @@ class Service:
                 parameters |= given
                 body = only_item(items, given)
 
+            if deadline is not None:
+                asked["deadline_s"] = deadline.left_s()
             if len(items) > 1:
                 call = self._call_each(door, items, asked | parameters, request_id)
             else:
@@ -310,11 +309,15 @@ class Service:
     ) -> tuple[Answer, bytes]:
         """The answer to an inference, and the request's id: its message may bring one."""
         found.pop(b"content-encoding", None)  # undone by the protocol, once the body is there
+        headers = _joined(scope["headers"])
         try:
-            body = await self._bodies.read(found, receive)
+            deadline = _deadline_in(found)
+            body = await self._bodies.read(found, receive, deadline)
+            if deadline is not None:  # who reads the headers next is told what is left
+                headers[b"x-deadline-ms"] = b"%.3f" % max(deadline.left_s() * 1e3, 1e-3)
         except RequestError as error:
             return refused(error), request_id
-        answer = self.infer(scope["path"], dict(scope["headers"]), body, request_id)
+        answer = self.infer(scope["path"], headers, body, request_id)
         return await self._watches.unless_hung_up(answer, receive)
 
     async def infer(
@@ -404,6 +407,23 @@ class Service:
     def _tell_ready(self) -> Answer:
         body = to_json({"status": self.state, "requests": self.inside})
         return Answer(200 if self.state == "ready" else 503, body)
+
+
+def _joined(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Headers by name. Lines of one name are one list, in their order (RFC 9110, 5.3)."""
+    joined = dict(headers)
+    if len(joined) != len(headers):
+        lines: dict[bytes, list[bytes]] = {}
+        for name, value in headers:
+            lines.setdefault(name, []).append(value)
+        joined = {name: b", ".join(values) for name, values in lines.items()}
+    return joined
+
+
+def _deadline_in(found: dict[bytes, bytes]) -> Deadline | None:
+    """The deadline of a request that has come just now. Raises BadRequest."""
+    given_s = deadline_of(found.get(b"x-deadline-ms"))
+    return None if given_s is None else Deadline.within(given_s)
 
 
 def _is_open(method: str, path: str) -> bool:

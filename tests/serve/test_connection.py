@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import time
 from collections.abc import Iterator
@@ -255,14 +257,15 @@ def test_who_hangs_up_with_more_to_ask_is_noticed(server: Server) -> None:
 # Silence
 
 
-def impatient(flow: Path) -> list[str]:
-    """A program that serves, and waits for its clients as many seconds as a test can."""
+def impatient(flow: Path, body_s: float = 60.0) -> list[str]:
+    """A program that serves, waits for its clients no longer than a test can, and holds less."""
     code = f"""
 import functools, sys, flowlang
 from flowlang.serve import http
-http.KEEP_ALIVE_S, http.HEAD_S = 1.0, 1.5
-http.Service = functools.partial(http.Service, body_s=0.5)
-sys.exit(http.serve(lambda: flowlang.load({str(flow)!r}), "127.0.0.1", 0))
+from flowlang.serve import body
+http.KEEP_ALIVE_S, http.HEAD_S, body.MAX_UNDER_WAY_BYTES = 1.0, 1.5, 40 << 20
+http.Service = functools.partial(http.Service, body_s={body_s})
+sys.exit(http.serve(lambda: flowlang.load({str(flow)!r}), "127.0.0.1", 0, grace_s=4.0))
 """
     return ["-c", code]
 
@@ -306,3 +309,111 @@ def test_a_head_has_its_time(flow: Path) -> None:
                     connection.send("X")
                     time.sleep(0.1)
             assert 1 < time.monotonic() - start_s < 3
+
+
+@pytest.mark.parametrize("sent", [b"", b"x"])
+@pytest.mark.parametrize("leave", [(), ("Expect: 100-continue",)])
+def test_a_body_that_never_comes_is_cut(flow: Path, sent: bytes, leave: tuple[str, ...]) -> None:
+    """Whether some of it came or none, 408 comes in time, and the connection is closed."""
+    with running(flow.parent, *impatient(flow, body_s=0.5)) as server:
+        server.wait_ready()
+        for path in ("/flows/echo", "/v2/models/echo/infer"):
+            with server.connect() as connection:
+                connection.send(head(path, 100, *leave), sent)
+                if leave:
+                    leave_given = connection.socket.recv(25)
+                    assert leave_given == b"HTTP/1.1 100 Continue\r\n\r\n"
+                status, headers, _ = connection.answer()
+                assert (status, headers["connection"]) == (408, "close")
+        server.wait_inside(0)
+
+
+@pytest.mark.parametrize("leave", [(), ("Expect: 100-continue",)])
+def test_a_stop_does_not_wait_for_a_body_that_never_comes(
+    flow: Path, leave: tuple[str, ...]
+) -> None:
+    """It is told so, and the server ends as ever."""
+    with running(flow.parent, *impatient(flow)) as server:
+        server.wait_ready()
+        with server.connect() as connection:
+            connection.send(head("/flows/echo", 100, *leave))
+            if leave:
+                connection.socket.recv(25)
+            server.wait_inside(1)
+            server.signal()
+            assert connection.error() == (503, "draining")
+        assert server.wait() == 0
+        assert server.errors == ""
+
+
+# Bodies
+
+
+@pytest.mark.parametrize("path", ["/flows/echo", "/v2/models/echo/infer"])
+@pytest.mark.parametrize("sent", [b"", b"xy"])
+def test_a_deadline_begins_with_the_request(server: Server, path: str, sent: bytes) -> None:
+    """A body that is not there by the deadline gets 504 then."""
+    raw = "Inference-Header-Content-Length: 0"
+    with server.connect() as connection:
+        start_s = time.monotonic()
+        connection.send(head(path, 3, "X-Deadline-Ms: 300", raw), sent)
+        status, headers, _ = connection.answer()
+        assert (status, headers["connection"]) == (504, "close")
+        assert 0.2 < time.monotonic() - start_s < 3
+    with server.connect() as connection:
+        apart(connection, head(path, 3, "X-Deadline-Ms: 20000", raw), b"a", b"bc")
+        assert connection.answer()[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/flows/held", "/v2/models/held/infer"])
+def test_a_deadline_is_of_the_whole_request(server: Server, path: str) -> None:
+    """What the body took of it is not there for the flow any more."""
+    body = NUMBERS
+    if path != "/flows/held":
+        asked = {"name": "input", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}
+        body = json.dumps({"inputs": [asked]}).encode()
+    with server.connect() as connection:
+        start_s = time.monotonic()
+        connection.send(head(path, len(body), "X-Deadline-Ms: 1500"), body[:5])
+        time.sleep(1)
+        connection.send(body[5:])
+        assert connection.answer()[0] == 504
+        assert 1.4 < time.monotonic() - start_s < 2.4
+
+
+def test_lines_of_one_name_are_one_list(server: Server) -> None:
+    """A body in two codings is not taken for one in the last of them."""
+    packed = gzip.compress(b"abc")
+    raw, two = "Inference-Header-Content-Length: 0", ("Content-Encoding: gzip", "Content-Encoding:")
+    with server.connect() as connection:
+        for path in ("/flows/echo", "/v2/models/echo/infer"):
+            for last in ("identity", "gzip"):
+                connection.post(path, packed, raw, two[0], f"{two[1]} {last}")
+                assert connection.answer()[0] == 415
+        connection.post("/flows/echo", b"x", "X-Deadline-Ms: 5", "X-Deadline-Ms: 7")
+        assert connection.error() == (400, "bad-request")
+
+
+def test_bodies_on_their_way_are_bounded(flow: Path) -> None:
+    """Those that are too many together get 429; what has come of them is forgotten."""
+    half = bytes(15 << 20)
+    with running(flow.parent, *impatient(flow)) as server:
+        server.wait_ready()
+        connections = [server.connect() for _ in range(2)]
+        for number, connection in enumerate(connections, 1):
+            connection.send(head("/flows/echo", 2 * len(half)), half)
+            server.wait_inside(number)
+        with server.connect() as third:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                third.send(head("/flows/echo", 2 * len(half)), half)
+            server.wait_inside(2)
+            with contextlib.suppress(ConnectionResetError):
+                status, headers, _ = third.answer()
+                assert (status, headers["retry-after"]) == (429, "1")
+        connections[1].close()
+        server.wait_inside(1)
+        connections[0].send(half)
+        assert bodies(connections[0], 1) == [half + half]
+        connections[0].close()
+        whole = half + half
+        assert server.client.post("/flows/echo", content=whole).content == whole
