@@ -23,13 +23,6 @@ from flowlang.runtime.ort import numpy_dtype
 
 JSON, OCTETS = b"application/json", b"application/octet-stream"
 HTML, SVG = b"text/html; charset=utf-8", b"image/svg+xml"
-WANTED = frozenset(
-    (
-        *(b"content-length", b"content-encoding", b"content-type", b"authorization"),
-        *(b"x-deadline-ms", b"x-priority", b"x-request-id", b"transfer-encoding"),
-        *(b"traceparent", b"tracestate"),
-    )
-)
 RETRY_S = b"1"
 CLOSE = (b"connection", b"close")
 

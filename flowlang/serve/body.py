@@ -21,7 +21,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 Result = TypeVar("Result")
 
 MAX_UNDER_WAY_BYTES = 1 << 30  # of all bodies together that are there in part
-LOOK_S = 1.0  # between looks for bodies that take too long
+LOOKS = 16  # for bodies that take too long, in the time of one
 WATCH_AFTER_S = 0.05  # a client is watched for hanging up once its answer takes longer
 
 
@@ -60,7 +60,8 @@ class BodyReader:
         self._max_under_way = max(max_bytes, MAX_UNDER_WAY_BYTES)
         self._under_way = 0
         self._within_s = within_s
-        self._until_s: dict[asyncio.Task[Any], float] = {}  # by who reads
+        self._looks = 0
+        self._since: dict[asyncio.Task[Any], int] = {}  # the looks there had been, by who reads
         self._cut_off: dict[asyncio.Task[Any], RequestError] = {}
         self._is_looking = False
 
@@ -73,12 +74,13 @@ class BodyReader:
         if int(found.get(b"content-length", b"0")) > self._max_bytes:
             raise self._too_large(is_last=False)  # its end is known: the rest is passed over
         # A timer for each body would cost more than the rest of this: most are there already.
-        loop, task, timer = asyncio.get_running_loop(), _this_task(), None
-        self._until_s[task] = loop.time() + self._within_s
+        task, timer = _this_task(), None
+        self._since[task] = self._looks
         if not self._is_looking:
             self._look_later()
         if deadline is not None:
-            timer = loop.call_at(deadline.at_s, self._cut, task, deadline.missed(is_last=True))
+            missed = deadline.missed(is_last=True)
+            timer = asyncio.get_running_loop().call_at(deadline.at_s, self._cut, task, missed)
         try:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -92,7 +94,7 @@ class BodyReader:
                 raise
             raise error from None
         finally:
-            self._until_s.pop(task, None)
+            self._since.pop(task, None)
             if timer is not None:
                 timer.cancel()
         if len(body) > self._max_bytes:
@@ -106,7 +108,7 @@ class BodyReader:
 
     def cut_all(self) -> None:
         """Wait no longer for bodies on their way: the app is stopping."""
-        for task in list(self._until_s):
+        for task in list(self._since):
             self._cut(task, Draining("the app is stopping, and not all of the body is there"))
 
     async def _read_rest(self, first: bytes, receive: Receive) -> bytes:
@@ -133,20 +135,19 @@ class BodyReader:
 
     def _look_later(self) -> None:
         self._is_looking = True
-        wait_s = min(LOOK_S, self._within_s / 4)
-        asyncio.get_running_loop().call_later(wait_s, self._look)
+        asyncio.get_running_loop().call_later(self._within_s / LOOKS, self._look)
 
     def _look(self) -> None:
-        now_s = asyncio.get_running_loop().time()
+        self._looks += 1
         late = f"not all of the body was there within {self._within_s:g} s"
-        for task in [task for task, until_s in self._until_s.items() if until_s <= now_s]:
+        for task in [task for task, looks in self._since.items() if self._looks > looks + LOOKS]:
             self._cut(task, Refusal("body-timeout", 408, late, is_last=True))
-        self._is_looking = bool(self._until_s)
+        self._is_looking = bool(self._since)
         if self._is_looking:
             self._look_later()
 
     def _cut(self, task: asyncio.Task[Any], error: RequestError) -> None:
-        if self._until_s.pop(task, None) is not None:
+        if self._since.pop(task, None) is not None:
             self._cut_off[task] = error
             task.cancel()
 

@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httptools
 import uvicorn
@@ -308,7 +308,9 @@ class _Protocol(HttpToolsProtocol):
             self.expect_100_continue = self.parser.get_http_version() != "1.0"
         super().on_headers_complete()
         self._in_head = False
-        if self.pipeline and len(self.pipeline) < MAX_WAITING:
+        if not self.pipeline:
+            self._answering = self.cycle
+        elif len(self.pipeline) < MAX_WAITING:
             self.flow.resume_reading()  # or a client that hangs up would not be noticed
 
     def _head_size(self) -> int:
@@ -324,13 +326,11 @@ class _Protocol(HttpToolsProtocol):
             self.cycle.body, body = body, b""  # type: ignore[assignment]
         super().on_body(body)
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._answering = cycle
-        super()._start_asgi_task(cycle, app)
-
     def on_response_complete(self) -> None:
         self._corked.flush()
-        if self._malformed is not None and not self.pipeline and not self.transport.is_closing():
+        if self.pipeline:
+            self._answering = self.pipeline[-1][0]
+        elif self._malformed is not None and not self.transport.is_closing():
             self._answer(self._malformed)
         super().on_response_complete()
 

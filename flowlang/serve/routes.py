@@ -20,7 +20,6 @@ from flowlang.serve.answer import (
     CLOSE,
     HTML,
     SVG,
-    WANTED,
     Answer,
     Refusal,
     deadline_of,
@@ -180,7 +179,9 @@ class Service:
         if scope["type"] != "http":
             await _decline(scope, receive, send)
             return
-        found = _joined([header for header in scope["headers"] if header[0] in WANTED])
+        found = dict(scope["headers"])
+        if len(found) != len(scope["headers"]):
+            found = _joined(scope["headers"])
         request_id = request_id_of(found.get(b"x-request-id"))
         method, path = scope["method"], scope["path"]
         if self._token is not None and not _is_open(method, path):
@@ -308,8 +309,8 @@ class Service:
         self, scope: Scope, found: dict[bytes, bytes], request_id: bytes, receive: Receive
     ) -> tuple[Answer, bytes]:
         """The answer to an inference, and the request's id: its message may bring one."""
+        headers = found.copy()
         found.pop(b"content-encoding", None)  # undone by the protocol, once the body is there
-        headers = _joined(scope["headers"])
         try:
             deadline = _deadline_in(found)
             body = await self._bodies.read(found, receive, deadline)
@@ -411,13 +412,10 @@ class Service:
 
 def _joined(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Headers by name. Lines of one name are one list, in their order (RFC 9110, 5.3)."""
-    joined = dict(headers)
-    if len(joined) != len(headers):
-        lines: dict[bytes, list[bytes]] = {}
-        for name, value in headers:
-            lines.setdefault(name, []).append(value)
-        joined = {name: b", ".join(values) for name, values in lines.items()}
-    return joined
+    lines: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        lines.setdefault(name, []).append(value)
+    return {name: b", ".join(values) for name, values in lines.items()}
 
 
 def _deadline_in(found: dict[bytes, bytes]) -> Deadline | None:
