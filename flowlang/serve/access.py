@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from flowlang.diagnostics import Cancelled
 from flowlang.serve.body import Message, Receive, Scope, Send
 
+REFUSED = "flowlang.refused"  # in a scope: the status answered by the protocol to what it is of
 MAX_PATH = 1000  # characters: what a client asks for may be as long as it likes
 
 log = logging.getLogger("flowlang.access")
@@ -30,7 +31,7 @@ class AccessLog:
             await self._application(scope, receive, send)
             return
         start_s = time.perf_counter()
-        status, request_id = Cancelled.http_status, ""  # where the client has hung up
+        status, request_id = 0, ""
 
         async def noting(message: Message) -> None:
             nonlocal status, request_id
@@ -43,6 +44,8 @@ class AccessLog:
             await self._application(scope, receive, noting)
         finally:
             path = scope["raw_path"].decode("latin-1")
+            # Without an answer from here, the client has hung up, or has sent what is no body.
+            status = status or scope.get(REFUSED, Cancelled.http_status)
             tell(scope["method"], path, status, start_s, request_id)
 
 

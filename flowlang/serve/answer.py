@@ -22,13 +22,6 @@ from flowlang.plan.types import BYTES, ListOf, Optional, Record, Scalar, Type, U
 
 JSON, OCTETS = b"application/json", b"application/octet-stream"
 HTML, SVG = b"text/html; charset=utf-8", b"image/svg+xml"
-WANTED = frozenset(
-    (
-        *(b"content-length", b"content-encoding", b"content-type", b"authorization"),
-        *(b"x-deadline-ms", b"x-priority", b"x-request-id", b"transfer-encoding"),
-        *(b"traceparent", b"tracestate"),
-    )
-)
 RETRY_S = b"1"
 MAX_JSON_BYTES = 16 << 20  # Python's values take up to twenty times the room of their text
 CLOSE = (b"connection", b"close")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from flowlang.diagnostics import Draining
+from flowlang.diagnostics import Draining, RequestError
 from flowlang.serve.answer import Refusal
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -19,6 +20,8 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 Result = TypeVar("Result")
 
+MAX_UNDER_WAY_BYTES = 1 << 30  # of all bodies together that are there in part
+LOOKS = 16  # for bodies that take too long, in the time of one
 WATCH_AFTER_S = 0.05  # a client is watched for hanging up once its answer takes longer
 
 
@@ -26,30 +29,77 @@ class HungUp(Exception):
     """The client is gone: there is nobody to answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When a request is to be answered, its body included: at a time of the event loop's clock."""
+
+    given_s: float
+    at_s: float
+
+    @classmethod
+    def within(cls, given_s: float) -> Deadline:
+        return cls(given_s, asyncio.get_running_loop().time() + given_s)
+
+    def left_s(self) -> float:
+        """What is left of it. Raises Refusal where that is nothing."""
+        left_s = self.at_s - asyncio.get_running_loop().time()
+        if left_s <= 0:
+            raise self.missed()
+        return left_s
+
+    def missed(self, *, is_last: bool = False) -> Refusal:
+        message = f"not answered within {self.given_s * 1e3:.0f} ms"
+        return Refusal("deadline-exceeded", 504, message, is_last=is_last)
+
+
 class BodyReader:
     """Reads bodies of at most `max_bytes`, each within `within_s`. Belongs to one event loop."""
 
     def __init__(self, max_bytes: int, within_s: float) -> None:
-        self.is_draining = False
         self._max_bytes = max_bytes
+        self._max_under_way = max(max_bytes, MAX_UNDER_WAY_BYTES)
+        self._under_way = 0
         self._within_s = within_s
-        self._reading: dict[asyncio.Task[Any], bool] = {}  # True once it is cut off
+        self._looks = 0
+        self._since: dict[asyncio.Task[Any], int] = {}  # the looks there had been, by who reads
+        self._cut_off: dict[asyncio.Task[Any], RequestError] = {}
+        self._is_looking = False
 
-    async def read(self, found: dict[bytes, bytes], receive: Receive) -> bytes:
+    async def read(
+        self, found: dict[bytes, bytes], receive: Receive, deadline: Deadline | None = None
+    ) -> bytes:
         """The whole body. Raises Refusal for one that is too long, or too slow."""
         if found.get(b"content-encoding", b"identity").lower() != b"identity":
             raise Refusal("unsupported-encoding", 415, "send the body without Content-Encoding")
         if int(found.get(b"content-length", b"0")) > self._max_bytes:
             raise self._too_large(is_last=False)  # its end is known: the rest is passed over
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise HungUp
-        first: bytes = message.get("body", b"")
-        if not message.get("more_body", False):
-            if len(first) > self._max_bytes:
-                raise self._too_large(is_last=False)
-            return first
-        return await self._read_rest(first, receive)
+        # A timer for each body would cost more than the rest of this: most are there already.
+        task, timer = _this_task(), None
+        self._since[task] = self._looks
+        if not self._is_looking:
+            self._look_later()
+        if deadline is not None:
+            missed = deadline.missed(is_last=True)
+            timer = asyncio.get_running_loop().call_at(deadline.at_s, self._cut, task, missed)
+        try:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise HungUp
+            body: bytes = message.get("body", b"")
+            if message.get("more_body", False):
+                body = await self._read_rest(body, receive)
+        except asyncio.CancelledError:
+            error = self._cut_off.pop(task, None)
+            if error is None:
+                raise
+            raise error from None
+        finally:
+            self._since.pop(task, None)
+            if timer is not None:
+                timer.cancel()
+        if len(body) > self._max_bytes:
+            raise self._too_large(is_last=False)
+        return body
 
     def is_bounded(self, found: dict[bytes, bytes]) -> bool:
         """Whether a body that nobody reads is known to end, so that it can be passed over."""
@@ -57,42 +107,48 @@ class BodyReader:
         return b"transfer-encoding" not in found and length <= self._max_bytes
 
     def cut_all(self) -> None:
-        """Wait no longer for bodies on their way."""
-        for task in self._reading:
-            self._cut(task)
+        """Wait no longer for bodies on their way: the app is stopping."""
+        for task in list(self._since):
+            self._cut(task, Draining("the app is stopping, and not all of the body is there"))
 
     async def _read_rest(self, first: bytes, receive: Receive) -> bytes:
-        loop, task = asyncio.get_running_loop(), _this_task()
         chunks, size, more = [first], len(first), True
-        self._reading[task] = False
-        timer = loop.call_later(self._within_s, self._cut, task)
+        self._under_way += size
         try:
             while more:
                 if size > self._max_bytes:
                     raise self._too_large(is_last=True)
+                if self._under_way > self._max_under_way:
+                    many = "too many bodies are on their way at once"
+                    raise Refusal("overloaded", 429, many, is_last=True)
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise HungUp
-                chunks.append(message.get("body", b""))
-                size += len(chunks[-1])
+                chunk = message.get("body", b"")
+                chunks.append(chunk)
+                size += len(chunk)
+                self._under_way += len(chunk)
                 more = message.get("more_body", False)
-        except asyncio.CancelledError:
-            if not self._reading[task]:
-                raise
-            if self.is_draining:
-                raise Draining("the app is stopping, and not all of the body is there") from None
-            late = f"not all of the body was there within {self._within_s:g} s"
-            raise Refusal("body-timeout", 408, late, is_last=True) from None
         finally:
-            timer.cancel()
-            del self._reading[task]
-        if size > self._max_bytes:
-            raise self._too_large(is_last=False)
+            self._under_way -= size
         return b"".join(chunks)
 
-    def _cut(self, task: asyncio.Task[Any]) -> None:
-        if not self._reading.get(task, True):
-            self._reading[task] = True
+    def _look_later(self) -> None:
+        self._is_looking = True
+        asyncio.get_running_loop().call_later(self._within_s / LOOKS, self._look)
+
+    def _look(self) -> None:
+        self._looks += 1
+        late = f"not all of the body was there within {self._within_s:g} s"
+        for task in [task for task, looks in self._since.items() if self._looks > looks + LOOKS]:
+            self._cut(task, Refusal("body-timeout", 408, late, is_last=True))
+        self._is_looking = bool(self._since)
+        if self._is_looking:
+            self._look_later()
+
+    def _cut(self, task: asyncio.Task[Any], error: RequestError) -> None:
+        if self._since.pop(task, None) is not None:
+            self._cut_off[task] = error
             task.cancel()
 
     def _too_large(self, *, is_last: bool) -> Refusal:

@@ -6,6 +6,7 @@ the item in a part of any name, and parameters in parts of theirs; a query strin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from flowlang.serve.answer import reader_of
 
 FORM = b"multipart/form-data"
 MAX_PARTS = 256
+
+# It warns of forms that are none: those are their clients' mistakes, and told as such here.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,16 @@ import os
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+import httptools
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from flowlang.diagnostics import FlowError
-from flowlang.serve.access import AccessLog
+from flowlang.serve.access import REFUSED, AccessLog
 from flowlang.serve.backend import Backend, Local
 from flowlang.serve.corked import Corked
 from flowlang.serve.inference import emptied
@@ -47,9 +49,12 @@ if TYPE_CHECKING:
 
 GRACE_S = 30.0
 KEEP_ALIVE_S = 75  # longer than clients and balancers keep an idle connection
+HEAD_S = 30.0  # from the first byte of a request's head to its last
 HANDSHAKE_S = 20.0  # of TLS
 LINGER_S = 0.2  # once all is answered: so that who writes just now is told, and not cut off
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers
+URL_BYTES = 16  # by so much of a URL the head that it belongs to is found
+MAX_WAITING = 16  # requests behind one that is not answered yet, before no more are read
 
 log = logging.getLogger("flowlang.serve")
 
@@ -146,40 +151,180 @@ def _warn(line: str) -> None:
     log.warning("flowlang: %s", line)
 
 
-class _Protocol(HttpToolsProtocol):
-    """HTTP with a limit on the size of a request's head, and on the pauses before its end."""
+class _Malformed(Exception):
+    """What was sent is no request that could be served: it is answered with this, the last."""
 
-    _head_bytes = 0
+    def __init__(self, message: str = "Invalid HTTP request received.", status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+
+
+_TOO_LARGE = "Request headers are too large."
+
+
+class _Protocol(HttpToolsProtocol):
+    """HTTP, with more of RFC 9110 and 9112 kept than uvicorn does, and limits on what is sent.
+
+    A head is limited in its size and its time, and so is the silence behind it.
+    """
+
     _in_head = False
+    _in_trailer = False  # or just in front of a chunk
+    _head_bytes = 0  # that have come of a head or a trailer without its end, or fewer
+    _head_until_s = 0.0
+    _is_long = False  # whether a head that ends now may be too large
+    _hosts = 0
+    _answering: RequestResponseCycle | None = None  # `cycle` is the last: others may be before it
+    _malformed: _Malformed | None = None  # to be answered once all before it is
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._corked = Corked(transport)
         super().connection_made(self._corked)  # type: ignore[arg-type]
         self._close_if_idle()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        answering = self._answering
+        if answering is not None and not answering.response_complete:
+            answering.disconnected = True
+            answering.message_event.set()
+
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
-            self._head_bytes += len(data)
+        self._unset_keepalive_if_required()
+        self._is_long = self._in_head or len(data) > MAX_HEAD_BYTES
+        if self._in_head or self._in_trailer:
+            self._head_bytes += len(data)  # all of it, unless that ends: then it is of no use
+        rest = None
+        try:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                rest = memoryview(data)[offer.args[0] :]
+            if rest is not None:
+                self._decline_upgrade(rest)
+        except httptools.HttpParserError as error:
+            cause = error.__context__  # what a method below has raised
+            self._turn_away(cause if isinstance(cause, _Malformed) else _Malformed())
+            return
+        if self._in_head:
+            if not self._head_bytes:  # it has begun, behind a body perhaps
+                self._head_bytes = len(data) - data.rfind(self.url[:URL_BYTES])
             if self._head_bytes > MAX_HEAD_BYTES:
-                self.send_400_response("Request headers are too large.")
-            else:
-                self._close_if_idle()
+                self._turn_away(_Malformed(_TOO_LARGE))
+                return
+        elif self._in_trailer and self._head_bytes > MAX_HEAD_BYTES:
+            self._turn_away(_Malformed(_TOO_LARGE))
+            return
+        if (self.cycle is None or self.cycle.response_complete) and not self._corked.is_closing():
+            self._close_if_idle()
 
     def _close_if_idle(self) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(
-            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        until_s = self.loop.time() + self.timeout_keep_alive
+        if self._in_head:
+            if not self._head_until_s:
+                self._head_until_s = self.loop.time() + HEAD_S
+            until_s = self._head_until_s
+        self.timeout_keep_alive_task = self.loop.call_at(until_s, self.timeout_keep_alive_handler)
+
+    # An upgrade, to HTTP/2 for example, is offered: clients take no for an answer (RFC 9110, 7.8)
+
+    def _should_upgrade(self) -> bool:
+        return True  # so that nothing is begun: the parser takes what is offered as accepted
+
+    def _decline_upgrade(self, rest: memoryview | None) -> None:
+        """Read a head anew, but without the upgrade that it offered, and then what is behind it."""
+        while rest is not None:
+            method = self.scope["method"]
+            if method == "CONNECT":  # no upgrade, but there too something else is to follow
+                self._in_head = True
+                raise httptools.HttpParserError
+            version = self.parser.get_http_version()
+            lines = [b" ".join((method.encode(), self.url, b"HTTP/" + version.encode()))]
+            lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(b"\r\n".join((*lines, b"", b"")))
+            data, rest = rest, None
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                rest = data[offer.args[0] :]
+
+    # What is no request
+
+    def _turn_away(self, malformed: _Malformed) -> None:
+        """Answer what is malformed, in its turn, and hear no more."""
+        if self._malformed is not None:
+            return
+        cycle = self.cycle
+        is_next = cycle is None or cycle.response_complete
+        if not self._in_head:  # it is in the body of the last request
+            if cycle.response_started:
+                self.transport.close()
+                return
+            is_next = cycle is self._answering
+            if is_next:
+                cycle.scope[REFUSED] = malformed.status  # type: ignore[literal-required]
+            else:
+                self.pipeline.popleft()
+        if is_next:
+            self._answer(malformed)
+        else:
+            self._malformed = malformed
+
+    def _answer(self, malformed: _Malformed) -> None:
+        status, body = malformed.status, malformed.message.encode("ascii")
+        lines = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            "content-type: text/plain; charset=utf-8",
+            f"content-length: {len(body)}",
+            "connection: close",
         )
+        self.transport.write("\r\n".join([*lines, "", ""]).encode("ascii") + body)
+        self.transport.close()
+
+    # What the parser tells
 
     def on_message_begin(self) -> None:
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._in_trailer, self._head_bytes = True, False, 0
+        self._hosts, self._head_until_s = 0, 0.0
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:  # a trailer: none is asked for (RFC 9110, 6.5.1)
+            return
+        name = name.lower()
+        if name == b"host":
+            self._hosts += 1
+        elif name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue"
+        elif name == b"transfer-encoding" and value.lower() != b"chunked":
+            raise _Malformed("This Transfer-Encoding is not known here: send it chunked.", 501)
+        self.headers.append((name, value))
+
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        if self._is_long and self._head_size() > MAX_HEAD_BYTES:
+            raise _Malformed(_TOO_LARGE)
+        if self._hosts != 1 and (self._hosts or self.parser.get_http_version() != "1.0"):
+            raise _Malformed(f"A request has one Host, not {self._hosts}.")
+        if self.expect_100_continue:
+            self.expect_100_continue = self.parser.get_http_version() != "1.0"
         super().on_headers_complete()
+        self._in_head = False
+        if not self.pipeline:
+            self._answering = self.cycle
+        elif len(self.pipeline) < MAX_WAITING:
+            self.flow.resume_reading()  # or a client that hangs up would not be noticed
+
+    def _head_size(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
+    def on_chunk_header(self) -> None:
+        self._in_trailer, self._head_bytes = True, 0
 
     def on_body(self, body: bytes) -> None:
+        self._in_trailer = False
         # A body in one piece is handed over as it came: uvicorn would copy it twice.
         if not self.cycle.body:
             self.cycle.body, body = body, b""  # type: ignore[assignment]
@@ -187,6 +332,10 @@ class _Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self._corked.flush()
+        if self.pipeline:
+            self._answering = self.pipeline[-1][0]
+        elif self._malformed is not None and not self.transport.is_closing():
+            self._answer(self._malformed)
         super().on_response_complete()
 
     def shutdown(self) -> None:

@@ -20,7 +20,6 @@ from flowlang.serve.answer import (
     CLOSE,
     HTML,
     SVG,
-    WANTED,
     Answer,
     Refusal,
     deadline_of,
@@ -33,7 +32,7 @@ from flowlang.serve.answer import (
     told,
     wrong_method,
 )
-from flowlang.serve.body import BodyReader, HungUp, Receive, Scope, Send, Watches
+from flowlang.serve.body import BodyReader, Deadline, HungUp, Receive, Scope, Send, Watches
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
 from flowlang.serve.inference import Inference, State, asked_again, emptied, known
 from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
@@ -180,7 +179,6 @@ class Service:
     def refuse(self) -> None:
         """Let no request in any more. Those inside go on."""
         self._is_draining = True
-        self._bodies.is_draining = True
         self._open = {}
         self.inference.refuse()
 
@@ -193,7 +191,9 @@ class Service:
         if scope["type"] != "http":
             await _decline(scope, receive, send)
             return
-        found = {name: value for name, value in scope["headers"] if name in WANTED}
+        found = dict(scope["headers"])
+        if len(found) != len(scope["headers"]):
+            found = _joined(scope["headers"])
         request_id = request_id_of(found.get(b"x-request-id"))
         method, path = scope["method"], scope["path"]
         if self._token is not None and not _is_open(method, path):
@@ -289,12 +289,10 @@ class Service:
         flow = door.flow
         is_read = False
         try:
-            asked: dict[str, Any] = {
-                "deadline_s": deadline_of(found.get(b"x-deadline-ms")),
-                "priority": priority_of(found.get(b"x-priority")),
-            }
+            deadline = _deadline_in(found)
+            asked: dict[str, Any] = {"priority": priority_of(found.get(b"x-priority"))}
             parameters = door.parameters.of_query(query) if query else {}
-            body = await self._bodies.read(found, receive)
+            body = await self._bodies.read(found, receive, deadline)
             items: list[Part] = []
             if is_form(found.get(b"content-type")):
                 given, items = door.parameters.of_form(parts_of(found[b"content-type"], body))
@@ -302,6 +300,8 @@ class Service:
                     raise BadRequest(f"`{min(twice)}` is given in the query and in the form")
                 parameters |= given
                 body = only_item(items, given)
+            if deadline is not None:
+                asked["deadline_s"] = deadline.left_s()
             is_read = True
             call: Awaitable[Any]
             if len(items) > 1:
@@ -325,14 +325,18 @@ class Service:
         self, scope: Scope, found: dict[bytes, bytes], request_id: bytes, receive: Receive
     ) -> tuple[Answer, bytes]:
         """The answer to an inference, and the request's id: its message may bring one."""
+        headers = found.copy()
         found.pop(b"content-encoding", None)  # undone by the protocol, once the body is there
         try:
-            body = await self._bodies.read(found, receive)
+            deadline = _deadline_in(found)
+            body = await self._bodies.read(found, receive, deadline)
+            if deadline is not None:  # who reads the headers next is told what is left
+                headers[b"x-deadline-ms"] = b"%.3f" % max(deadline.left_s() * 1e3, 1e-3)
         except RequestError as error:
             if door := self._doors.get(f"/flows/{scope['path'].split('/')[3]}"):
                 door.flow.count_refusal(error.code)
             return refused(error), request_id
-        answer = self.infer(scope["path"], dict(scope["headers"]), body, request_id)
+        answer = self.infer(scope["path"], headers, body, request_id)
         return await self._watches.unless_hung_up(answer, receive)
 
     async def infer(
@@ -420,6 +424,20 @@ class Service:
     def _tell_ready(self) -> Answer:
         body = to_json({"status": self.inference.status, "requests": self.inside})
         return Answer(200 if self.inference.is_ready else 503, body)
+
+
+def _joined(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Headers by name. Lines of one name are one list, in their order (RFC 9110, 5.3)."""
+    lines: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        lines.setdefault(name, []).append(value)
+    return {name: b", ".join(values) for name, values in lines.items()}
+
+
+def _deadline_in(found: dict[bytes, bytes]) -> Deadline | None:
+    """The deadline of a request that has come just now. Raises BadRequest."""
+    given_s = deadline_of(found.get(b"x-deadline-ms"))
+    return None if given_s is None else Deadline.within(given_s)
 
 
 def _is_open(method: str, path: str) -> bool:

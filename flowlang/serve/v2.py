@@ -39,8 +39,11 @@ from flowlang.serve.tensor import (
 
 START = "/v2"
 HEAD = b"inference-header-content-length"  # of the JSON in front of binary tensors
+MAX_MEMBERS = 4096  # of a body in gzip (RFC 1952, 2.2)
+PIECE_BYTES = 64 << 10  # unpacked at once: what follows a member in them is copied
 COMPRESS_BYTES = 1 << 10  # an answer below this is sent as it is
-_WBITS = {b"gzip": 31, b"deflate": 15}  # of zlib; `deflate` has its wrapper (RFC 9110)
+# Of zlib; `deflate` has its wrapper, and `x-gzip` is another name of gzip (RFC 9110, 8.4.1).
+_WBITS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 
 Headers: TypeAlias = Mapping[bytes, bytes]
 Binary: TypeAlias = Callable[[str], bool]  # whether the output of this name goes back as bytes
@@ -194,16 +197,27 @@ def _unpacked(encoding: bytes | None, body: bytes, max_bytes: int) -> bytes:
         return body
     if encoding.lower() not in _WBITS:
         raise Refusal("unsupported-encoding", 415, "a body is sent as it is, in gzip or deflate")
-    unpacker = zlib.decompressobj(_WBITS[encoding.lower()])
-    try:
-        found = unpacker.decompress(body, max_bytes + 1)
-    except zlib.error:
-        raise BadRequest("the body is not of the compression it claims") from None
-    if len(found) > max_bytes:
-        raise Refusal("too-large", 413, f"the body unpacked is larger than {max_bytes:,} bytes")
-    if not unpacker.eof:
-        raise BadRequest("the compressed body ends before its end")
-    return found
+    found, at, left, view = [], 0, max_bytes, memoryview(body)
+    for _ in range(MAX_MEMBERS):
+        unpacker = zlib.decompressobj(_WBITS[encoding.lower()])
+        while not unpacker.eof:
+            piece = view[at : at + PIECE_BYTES]
+            if not piece:
+                raise BadRequest("the compressed body ends before its end")
+            try:
+                found.append(unpacker.decompress(piece, left + 1))
+            except zlib.error:
+                raise BadRequest("the body is not of the compression it claims") from None
+            at += len(piece) - len(unpacker.unused_data)
+            left -= len(found[-1])
+            if left < 0:
+                told = f"the body unpacked is larger than {max_bytes:,} bytes"
+                raise Refusal("too-large", 413, told)
+        if at == len(body):
+            return b"".join(found)
+        if encoding.lower() == b"deflate":
+            raise BadRequest("something follows the end of the compressed body")
+    raise BadRequest(f"a compressed body has at most {MAX_MEMBERS:,} members")
 
 
 def _packed(accepted: bytes | None, answer: Answer) -> Answer:

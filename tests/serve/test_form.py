@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -301,3 +302,13 @@ def test_parameters_are_listed(server: Server) -> None:
 def test_nothing_went_wrong_inside(server: Server) -> None:
     """No request above has left a traceback of the server's own in its log."""
     assert "Traceback" not in server.errors.replace("`ops.show` failed", "")
+
+
+def test_a_form_that_is_none_is_no_matter_of_the_operator(tmp_path: Path) -> None:
+    """At the default level the log says nothing of it: it is its client's mistake."""
+    with serving(tmp_path, str(write(tmp_path / "echo.flow", "pass"))) as quiet:
+        quiet.wait_ready()
+        kind = {"Content-Type": "multipart/form-data; boundary=y"}
+        sent = b"--x\r\nnonsense\r\n"
+        assert quiet.client.post("/", content=sent, headers=kind).status_code == 400
+        assert quiet.errors == ""

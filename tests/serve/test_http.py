@@ -397,11 +397,11 @@ def test_the_largest_picture_is_let_in(server: Server) -> None:
     "sent",
     [
         b"\0\1\2\3 nothing like HTTP\r\n\r\n",
-        b"POST /flows/echo HTTP/1.1\r\nContent-Length: ten\r\n\r\n",
-        b"POST /flows/echo HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
-        b"POST /flows/echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"GET / HTTP/1.1\r\nX-Long: " + b"x" * 100_000,
-        b"GET / HTTP/1.1\r\n" + b"X-Many: x\r\n" * 10_000,
+        b"POST /flows/echo HTTP/1.1\r\nHost: t\r\nContent-Length: ten\r\n\r\n",
+        b"POST /flows/echo HTTP/1.1\r\nHost: t\r\nContent-Length: -1\r\n\r\n",
+        b"POST /flows/echo HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\r\nHost: t\r\nX-Long: " + b"x" * 100_000,
+        b"GET / HTTP/1.1\r\nHost: t\r\n" + b"X-Many: x\r\n" * 10_000,
     ],
     ids=["no-http", "length-word", "length-negative", "bad-chunk", "long-header", "many-headers"],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -305,6 +306,26 @@ def test_compressed_bodies(
     assert answer.as_numpy("output")[0] == b"0" * 100_000
     plain = server.client.post("/v2/models/echo/infer", content=b"0" * 100_000, headers=RAW)
     assert "content-encoding" not in plain.headers
+
+
+def test_gzip_of_several_members(server: Server) -> None:
+    """They are one body, end to end; what follows the last and is none is refused."""
+
+    def ask(sent: bytes, coding: str = "gzip") -> tuple[int, bytes]:
+        headers = {**RAW, "Content-Encoding": coding}
+        answer = server.client.post("/v2/models/echo/infer", content=sent, headers=headers)
+        return answer.status_code, answer.content
+
+    one, large = gzip.compress(b"abc"), os.urandom(200_000)
+    assert ask(one + gzip.compress(b"") + gzip.compress(large))[1].endswith(b"abc" + large)
+    assert ask(one * 100, "x-gzip")[1].endswith(b"abc" * 100)
+    for wrong in (one + b"garbage", one + one[:-1], one * 5000, b""):
+        assert ask(wrong)[0] == 400
+    assert ask(zlib.compress(b"abc"), "deflate")[0] == 200
+    assert ask(zlib.compress(b"abc") + b"d", "deflate")[0] == 400
+    largest = gzip.compress(bytes(32 << 20))
+    assert ask(largest)[0] == 200
+    assert ask(largest + gzip.compress(bytes(1 << 20)))[0] == 413
 
 
 def test_the_client_for_asyncio(server: Server) -> None:

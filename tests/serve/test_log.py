@@ -614,6 +614,16 @@ def test_all_processes_write_to_the_access_log(flow: Path, kind: tuple[str, ...]
     }
 
 
+def test_what_is_no_body_is_told_with_its_status(flow: Path) -> None:
+    """Who was answered 400 in the middle of its body had not hung up."""
+    with logged(flow, "--access-log") as server, server.connect() as connection:
+        connection.send("POST /flows/echo HTTP/1.1\r\nHost: test\r\n")
+        connection.send("Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+        assert connection.answer()[0] == 400
+        wait_until(lambda: "\n" in server.errors)
+        assert server.errors.startswith("POST /flows/echo 400 ")
+
+
 def test_without_the_option_there_is_no_access_log(flow: Path) -> None:
     """At no level is a request told of that was answered."""
     with logged(flow, *FACES, "--log-level", "info") as server:
