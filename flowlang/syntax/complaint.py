@@ -14,8 +14,11 @@ from flowlang.diagnostics import Diagnostic, Label, Source, Span
 from flowlang.syntax.scan import (
     CLOSER,
     DECLARATIONS,
+    RESERVED,
+    Headless,
     Outline,
     Piece,
+    declaration_like,
     is_in_call,
     open_bracket,
     stage_after,
@@ -92,6 +95,37 @@ def stray_pipeline(span: Span) -> Diagnostic:
         help=f"export flow main = {_one_line(span)}",
         fix=span,
     )
+
+
+def headless(source: Source, found: Headless, end: int) -> Diagnostic:
+    """A declaration up to `end` whose first word is missing or none of the language."""
+    note = "declarations start with use, param, type, flow, export flow or schedule"
+    if found.word:
+        word = Span(source, found.start, found.start + len(found.word))
+        return Diagnostic(
+            "unexpected-token",
+            f"no declaration starts with `{found.word}`",
+            Label(word),
+            help=found.meant,
+            note=note,
+            fix=word if found.meant else None,
+        )
+    kind = "param" if _is_constant(source.text[found.end - 1 : end]) else "flow"
+    head = Span(source, found.start, found.end)
+    return Diagnostic(
+        "unexpected-token",
+        f"expected `{kind}` before `{found.name}`",
+        Label(Span(source, found.start, found.start + len(found.name))),
+        help=f"{kind} {_one_line(head)}",
+        note=note,
+        fix=head,
+    )
+
+
+def _is_constant(text: str) -> bool:
+    """Whether what stands behind a name, from its `=` or `:`, is a param's value."""
+    value = r'(-?[0-9]|"|\[|env\b|true\b|false\b)'
+    return re.match(rf"(:[^=>]*)?=\s*{value}(?!.*->)", text, re.DOTALL) is not None
 
 
 # Characters that mean nothing
@@ -313,6 +347,10 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             f"a new declaration starts before the last one is complete: `{found}`",
             Label(span, f"expected {_listed(accepts)}"),
         )
+    if accepts == {"FLOW"} and kind == "NAME" and found not in RESERVED:
+        is_kind = re.compile(r"\s+[A-Za-z_]").match(text, span.end)
+        meant = "flow" if is_kind and declaration_like(found) == "flow" else f"flow {found}"
+        return _swapped(span, f"expected `flow` before `{found}`", meant)
     before = stage_before(text, span.start)
     starts_stage = kind in STARTS_STAGE or found in ("if", "match")
     if before is None or not (starts_stage or (found == "else" and "COMMA" in accepts)):
