@@ -330,8 +330,8 @@ class _Walk:
             self._expects("stage")
         elif mark == "|" and self.top.kind == "arms" and not self.top.is_past:
             self.top.wants = "pattern"
-        elif mark == "?" and self.top.wants == "after-type":
-            pass
+        elif mark == "?" and self.top.wants in ("after-type", "type-argument"):
+            self.top.wants = "after-type"
         elif mark in ("...", ".."):
             self.top.wants = "after"
         elif mark != ".":

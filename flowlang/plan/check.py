@@ -18,8 +18,20 @@ from flowlang.plan.module import Declared, Module, ParamValue
 from flowlang.plan.schedule import Settings
 from flowlang.plan.scope import Scope
 from flowlang.plan.settle import Settler
-from flowlang.plan.types import UNKNOWN, Image, Type, Unknown
+from flowlang.plan.types import (
+    BYTES,
+    FLOAT,
+    INT,
+    STR,
+    UNKNOWN,
+    Image,
+    ListOf,
+    Record,
+    Type,
+    Unknown,
+)
 from flowlang.plan.values import refuse
+from flowlang.syntax import tree
 from flowlang.syntax.parse import parse_leniently
 
 
@@ -261,11 +273,39 @@ class _Checker:
         first = stages[0] if stages else output
         if first.op == graph.PYTHON:
             return  # which may take anything
-        takes = f"{{ {first.params['name']}: bytes }}" if first.op == graph.FIELD else "bytes"
-        gives = str(output.type)
+        name = first.params["name"] if first.op == graph.FIELD else None
+        signature = self._signature(declared, name)
         self.error(
             "unknown-input",
             f"what `{flow.name}` takes cannot be told from its first stage",
             flow.name_span,
-            help=f"flow {flow.name}: {takes} -> {'...' if 'unknown' in gives else gives}",
+            help=f"flow {_head(flow)}: {signature}" if signature else None,
+            note=None if signature else "`flow name: bytes -> label = ...` says so",
         )
+
+    def _signature(self, declared: Declared, field: str | None) -> str | None:
+        """Types that a flow could declare, if it suits plain values, or lists of them.
+
+        `field` is what it takes of its item first.
+        """
+        for plain in (BYTES, INT, FLOAT, STR):
+            for kind in (plain, ListOf(plain)):
+                taken = kind if field is None else Record(((field, kind),))
+                problems: list[Diagnostic] = []
+                elaborator = Elaborator(
+                    self.declarations.flows(), problems.append, self.choices.opener
+                )
+                scope = Scope(declared, constants=declared.module.constants)
+                span = declared.flow.name_span
+                item = Node(graph.INPUT, {}, (), taken, span, scope.site(span))
+                self._parameters(declared, elaborator, scope, item)
+                given = elaborator.flow(declared, item, scope).type
+                if not problems and "unknown" not in str(given):
+                    return f"{taken} -> {given}"
+        return None
+
+
+def _head(flow: tree.Flow) -> str:
+    """A flow's name and parameters as they are written."""
+    inputs = ", ".join(given.span.text for given in flow.inputs)
+    return f"{flow.name}({inputs})" if inputs else flow.name

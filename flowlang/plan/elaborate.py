@@ -14,6 +14,7 @@ from flowlang.plan.arguments import Report, did_you_mean
 from flowlang.plan.calls import Calls
 from flowlang.plan.control import Control
 from flowlang.plan.expression import (
+    EMPTY,
     Unsuited,
     binary_type,
     field_type,
@@ -31,10 +32,6 @@ from flowlang.plan.ops import OPS
 from flowlang.plan.schedule import COPIES, Given, Settings
 from flowlang.plan.scope import Scope
 from flowlang.plan.types import (
-    BOOL,
-    FLOAT,
-    INT,
-    STR,
     UNKNOWN,
     ListOf,
     Optional,
@@ -284,8 +281,7 @@ class Elaborator:
     ) -> None:
         may_be_null = isinstance(node.type, Optional)
         what = f"{node.type}, which may be null" if may_be_null else f"{node.type}"
-        default: Mapping[Type, str] = {INT: "0", FLOAT: "0.0", STR: '""', BOOL: "false"}
-        instead = default.get(without_null(node.type)) if may_be_null else None
+        instead = EMPTY.get(without_null(node.type)) if may_be_null else None
         self.report(
             Diagnostic(
                 "type-mismatch",
@@ -344,13 +340,16 @@ class Elaborator:
     def _record(self, expr: tree.Record, item: Node, scope: Scope) -> Node:
         fields: dict[str, Node] = {}
         spans: dict[str, Span] = {}
+        is_whole = True
         for part in expr.fields:
             if part.name is None:
                 if isinstance(item.type, Record):
                     for name, _ in item.type.fields:
                         if name not in spans:
                             fields[name] = self.field(item, name, part.span, scope)
-                elif not isinstance(item.type, Unknown):
+                    continue
+                is_whole = False
+                if not isinstance(item.type, Unknown):
                     mismatch(
                         self.report,
                         part.span,
@@ -370,7 +369,7 @@ class Elaborator:
                 )
             spans[part.name] = part.span
             fields[part.name] = self.apply(field_value(part), item, scope)
-        kind: Type = Record(tuple((n, f.type) for n, f in fields.items()))
+        kind: Type = Record(tuple((n, f.type) for n, f in fields.items())) if is_whole else UNKNOWN
         if slug := why_vast(kind):
             what = "have too many parts" if slug == "too-large" else "are nested too deep"
             message = f"the records in this one {what}"

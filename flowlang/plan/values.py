@@ -103,16 +103,30 @@ def interpolate(text: str, names: Mapping[str, Constant], span: Span) -> str:
         piece = found.group()
         if piece in ("{{", "}}"):
             return piece[0]
+        place = _inside(span, text, found)
         if len(piece) == 1:
             raise refuse(
                 "bad-escape",
                 f"a lone `{piece}` means nothing in a string",
-                span,
+                place,
                 note=f"write `{piece * 2}` for the brace itself, or `{{name}}` for a param",
             )
-        return _piece(piece[1:-1], names, span)
+        return _piece(piece[1:-1], names, place)
 
     return re.sub(r"\{\{|\}\}|\{[^{}]*\}|[{}]", value, text)
+
+
+def _inside(span: Span, text: str, found: re.Match[str]) -> Span:
+    """Where the name or the lone brace found in a string's text is written in the program."""
+    piece = found.group()
+    before = text.count(piece, 0, found.start())
+    written = list(re.finditer(re.escape(piece), span.text))
+    if len(written) <= before:
+        return span  # its braces are written as escapes
+    start, end = (span.start + at for at in written[before].span())
+    return (
+        Span(span.source, start + 1, end - 1) if len(piece) > 1 else Span(span.source, start, end)
+    )
 
 
 def _piece(name: str, names: Mapping[str, Constant], span: Span) -> str:
@@ -122,7 +136,7 @@ def _piece(name: str, names: Mapping[str, Constant], span: Span) -> str:
             "unknown-name",
             f"there is no param named `{name}`",
             span,
-            help=f"did you mean `{{{like}}}`?" if like else None,
+            help=f"did you mean `{like}`?" if like else None,
             note="strings interpolate params only; write `{{` for a brace",
         )
     given = names[name]

@@ -21,6 +21,7 @@ from flowlang.syntax.scan import (
     declaration_like,
     is_in_call,
     open_bracket,
+    pieces,
     stage_after,
     stage_before,
 )
@@ -230,7 +231,12 @@ def _ends_early(
 
 def _unclosed_bracket(here: Span, opening: Piece) -> Diagnostic:
     closer = CLOSER[opening.text]
-    before = stage_before(here.source.text, here.start)
+    text = here.source.text
+    arrow = _first_arrow(text, opening, here.start)
+    if arrow is not None:
+        end = _code_end(text, opening.start, arrow)
+        here = Span(here.source, end, end)
+    before = stage_before(text, here.start)
     fix = Span(here.source, *before) if before else here
     return Diagnostic(
         "unclosed-bracket",
@@ -240,6 +246,19 @@ def _unclosed_bracket(here: Span, opening: Piece) -> Diagnostic:
         help=f"{_one_line(fix)}{closer}",
         fix=fix,
     )
+
+
+def _first_arrow(text: str, opening: Piece, end: int) -> int | None:
+    """Where an arrow ends the arguments of a call, of which only `map` takes whole pipelines."""
+    called = re.search(r"([A-Za-z_][\w.]*)$", text[max(0, opening.start - 80) : opening.start])
+    if opening.text != "(" or called is None or called.group(1) in (*RESERVED, "map"):
+        return None
+    level = 0
+    for piece in pieces(text[opening.start + 1 : end]):
+        level += (piece.kind == "open") - (piece.kind == "close")
+        if piece.text == "->" and level == 0:
+            return opening.start + 1 + piece.start
+    return None
 
 
 def _code_end(text: str, start: int, end: int) -> int:

@@ -44,6 +44,7 @@ PLACES = [
     ('use "a.py" as █', "name"),
     ("flow f = decode -> as tensor<█", "type-argument"),
     ("flow f = decode -> as im█", "type"),
+    ("flow f = as tensor<f32, ?> -> █", "stage"),
     ("flow f = decode -> as image -> █", "stage"),
     ("schedule { █", "entry"),
     ("schedule prod { net(█", "setting"),

@@ -127,6 +127,10 @@ RIGHT = [
     "export net = decode",
     "size: int = 3\nexport flow f = decode -> resize(size)",
     "export flow f = decode\nschedle prod { f(queue=3) }",
+    'decode -> resize(224 -> rgb -> normalize(imagenet) -> trt("resnet50.onnx")',
+    "decode -> cut(h=64) -> map(rgb -> gray",
+    'flow f: { a: str } -> int = match .a { "x" => 1 }',
+    'flow f: { a: str } -> str = match .a { "x" => .a }',
 ]
 
 
@@ -139,3 +143,20 @@ def test_the_advice_makes_a_program_right(text: str) -> None:
 
 def errors(found: list[Diagnostic]) -> list[Diagnostic]:
     return [d for d in found if d.severity == "error"]
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        ("flow f", " = map(decode)"),
+        ("flow f(k: int = 3)", " = .items -> map(decode)"),
+        ("flow f", " { return { a: in, b: in } }"),
+        ("flow f", " = .size > 3"),
+    ],
+)
+def test_the_types_that_are_proposed_suit_the_flow(head: str, body: str) -> None:
+    """A flow that has to say what it takes is right once it says what it was told to."""
+    (told,) = errors(check(f"{head}{body}"))
+    assert told.slug == "unknown-input"
+    assert (told.help or "").startswith(f"{head}: ")
+    assert errors(check(f"{told.help}{body}")) == []

@@ -59,7 +59,7 @@ LEAVES = BARE | NUMBERS | STRINGS | BOOLS | RANGES | CURRENTS
 
 
 def types_within(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    arguments = inner | st.sampled_from(["3x224x224", "3x?x?", "?x2", "7"])
+    arguments = inner | st.sampled_from(["3x224x224", "3x?x?", "?x2", "7", "?"])
     fields = node(tree.TypeField, FIELD_NAMES, inner)
     nothing = st.just(())
     return node(tree.TypeExpr, PLAIN_PATHS, some(arguments, 1), nothing, st.booleans()) | node(
