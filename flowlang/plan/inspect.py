@@ -22,8 +22,8 @@ from flowlang.plan.module import Module
 from flowlang.plan.types import Type
 from flowlang.syntax import tree
 from flowlang.syntax.parse import MAX_SOURCE_BYTES, parse_leniently
+from flowlang.syntax.scan import declaring_lines
 
-_START = re.compile(r"^[ \t]*(?:export|flow|param|type|use|schedule)\b", re.MULTILINE)
 _WORD = re.compile(r"[A-Za-z_]\w*")
 MAX_MENTIONED = 64  # flows that are unrolled to answer what arrives at one place
 
@@ -166,8 +166,7 @@ def _starts(text: str) -> list[int]:
     The first part reaches to the second declaration, so that a bare pipeline stands alone.
     """
     starts = [0]
-    for found in list(_START.finditer(text))[1:]:
-        start = found.start()
+    for start in list(declaring_lines(text))[1:]:
         while start > starts[-1]:
             before = text.rfind("\n", 0, start - 1) + 1
             if not text[before:start].lstrip().startswith("#"):
