@@ -5,12 +5,13 @@ Layer 2. All diagnostics of a program are collected in one run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flowlang.diagnostics import CompileError, Diagnostic, Source, Span, in_order
 from flowlang.plan import graph
 from flowlang.plan.arguments import did_you_mean
-from flowlang.plan.declare import Choices, Declarations, Read
+from flowlang.plan.declare import NOTHING_OPEN, Choices, Declarations, Read
 from flowlang.plan.elaborate import Elaborator
 from flowlang.plan.extent import Extents
 from flowlang.plan.graph import FlowPlan, Node, Parameter
@@ -85,10 +86,16 @@ def check_source(
 
 
 def inspect_source(
-    source: Source, choices: Choices = NO_CHOICES, read: Read = parse_leniently
+    source: Source,
+    choices: Choices = NO_CHOICES,
+    read: Read = parse_leniently,
+    texts: Mapping[str, str] = NOTHING_OPEN,
 ) -> Inspection:
-    """All that checking a source finds out; `read` gives the tree of one that was read before."""
-    checker = _Checker(source, choices, read)
+    """All that checking a source finds out.
+
+    `read` gives the tree of one that was read before, `texts` has those of open files.
+    """
+    checker = _Checker(source, choices, read, texts)
     flows = checker.run()
     found = in_order(checker.diagnostics)
     seen = checker.elaborator.seen if checker.elaborator is not None else []
@@ -106,11 +113,13 @@ class _Enough(Exception):
 
 
 class _Checker:
-    def __init__(self, source: Source, choices: Choices, read: Read) -> None:
+    def __init__(
+        self, source: Source, choices: Choices, read: Read, texts: Mapping[str, str]
+    ) -> None:
         self.source = source
         self.choices = choices
         self.diagnostics: list[Diagnostic] = []
-        self.declarations = Declarations(choices, self.report, read)
+        self.declarations = Declarations(choices, self.report, read, texts)
         self.module: Module | None = None
         self.elaborator: Elaborator | None = None
 

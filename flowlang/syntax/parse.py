@@ -75,6 +75,11 @@ def read_source(path: str | os.PathLike[str], name: str | None = None) -> Source
     return decode_source(raw, name or os.fspath(path))
 
 
+def opened_source(text: str, name: str) -> Source:
+    """The Source of a text that an editor has open, or CompileError where it is no program text."""
+    return decode_source(text.encode("utf-8", "replace"), name)
+
+
 def decode_source(raw: bytes, name: str) -> Source:
     """Bytes to Source, or CompileError where they are no program text."""
     if len(raw) > MAX_SOURCE_BYTES:
