@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -270,11 +271,20 @@ def _number_from(text: str, span: Span) -> Constant | None:
     return Constant(constant.kind, -constant.value, span) if found.group(1) else constant
 
 
+def written(value: Any) -> str:
+    """A plain value as it is written in a flow."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("{", "{{").replace("}", "}}")
+    return str(value)
+
+
 def shown(constant: Constant) -> str:
     """A constant as it is written in a flow."""
     value = constant.value
-    if constant.kind == "str":
-        return f'"{value}"'
     if constant.kind == "duration":
         return seconds(value)
     if constant.kind == "bytes":
@@ -284,9 +294,7 @@ def shown(constant: Constant) -> str:
         return f"{value * 100:g}%"
     if constant.kind == "range":
         return "..".join(f"{v:g}" for v in value)
-    if constant.kind == "list":
-        return f"[{', '.join(map(str, value))}]"
-    return str(value).lower() if constant.kind == "bool" else str(value)
+    return written(value)
 
 
 def seconds(value: float) -> str:
