@@ -162,8 +162,7 @@ class Control:
         bodies = Bodies([item, condition])
         for branch in (expr.then, expr.otherwise):
             self._body(bodies, branch, item.type, scope)
-        is_match = expr.span.text.startswith("match")  # of conditions, made into this
-        what = "the ways out of this `match`" if is_match else "the two ways out of this `if`"
+        what = "the ways out of this `match`" if expr.is_match else "the two ways out of this `if`"
         kind = self._one_type(bodies.made, [expr.then, expr.otherwise], what)
         params = {"cases": {True: 0}, "otherwise": 1}
         return self._control(graph.ROUTE, params, bodies, kind, expr, scope)
@@ -252,7 +251,7 @@ class Control:
             condition = arm.patterns[0]
             for other in arm.patterns[1:]:
                 condition = tree.Binary("or", condition, other, condition.span.to(other.span))
-            chain = tree.If(condition, arm.value, chain, expr.span)
+            chain = tree.If(condition, arm.value, chain, expr.span, is_match=True)
         return self._elaborator.apply(chain, item, scope)
 
     def fall_back(self, expr: tree.Fallback, item: Node, scope: Scope) -> Node:

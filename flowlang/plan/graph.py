@@ -22,7 +22,6 @@ MAP, ROUTE, FALLBACK = "map", "route", "fallback"
 GLUE = frozenset(
     {RECORD, FIELD, LIST, LITERAL, UNARY, BINARY, WIDEN}
 )  # see flowlang.plan.expression
-CONTROL = frozenset({MAP, ROUTE, FALLBACK})  # these have bodies
 
 
 @dataclass(frozen=True, slots=True)

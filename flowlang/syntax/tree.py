@@ -124,12 +124,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class If:
-    """`if condition then stage else stage`."""
+    """`if condition then stage else stage`; `is_match` where a `match` of conditions is meant."""
 
     condition: Expr
     then: Expr
     otherwise: Expr
     span: Span = field(compare=False, repr=False)
+    is_match: bool = False
 
 
 @dataclass(frozen=True, slots=True)
