@@ -130,7 +130,7 @@ class If:
     then: Expr
     otherwise: Expr
     span: Span = field(compare=False, repr=False)
-    is_match: bool = False
+    is_match: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,10 @@ COUNTS = st.integers(1, 120)
 PATHS = node(tree.Path, st.builds(lambda head, tail: (head, *tail), NAMES | st.just("in"), TAILS))
 PLAIN_PATHS = node(tree.Path, st.builds(lambda head, tail: (head, *tail), NAMES, TAILS))
 NUMBERS = st.sampled_from(
-    [("0", ""), ("10", ""), ("0.25", ""), ("1.5e-3", ""), ("5", "ms"), ("512", "MiB"), ("50", "%")]
+    [
+        *(("0", ""), ("10", ""), ("0.25", ""), ("1.5e-3", ""), ("1e3", "")),
+        *(("5", "ms"), ("512", "MiB"), ("50", "%")),
+    ]
 ).map(lambda number: tree.Number(*number, NOWHERE))
 STRINGS = node(
     tree.String,
@@ -152,7 +155,7 @@ TREES = node(tree.Program, EDITIONS, some(ITEMS, 1), NONE) | node(
 # Sources: the tokens of a program with other blanks and comments between them
 
 TOKEN = re.compile(
-    r'"(?:\\.|[^"\\])*"|(?:\d+|\?)(?:x(?:\d+|\?))+|\d+(?:\.\d+)?(?:e-\d+)?(?:[um]?s|[KMG]iB|%)?'
+    r'"(?:\\.|[^"\\])*"|(?:\d+|\?)(?:x(?:\d+|\?))+|\d+(?:\.\d+)?(?:e-?\d+)?(?:[um]?s|[KMG]iB|%)?'
     r"|\.\.\.|\.\.|\.?[A-Za-z_]\w*|->|=>|\?\?|[=!<>]=|\S"
 )
 TRIVIA = st.sampled_from(
