@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from flowlang.diagnostics import FlowError
+from flowlang.diagnostics import FlowError, RequestError
 from flowlang.items import Arguments, acceptor
 from flowlang.plan.files import PathLike, compile_files
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
@@ -112,7 +112,7 @@ class Flow:
         return future
 
     async def acall(
-        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Any:
         """The answer for one item, without blocking the event loop."""
         loop = asyncio.get_running_loop()
@@ -127,7 +127,7 @@ class Flow:
             raise
 
     async def atimed(
-        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> tuple[Any, float]:
         """The answer for one item, and how many seconds it waited with nothing at work on it."""
         loop = asyncio.get_running_loop()
@@ -185,14 +185,22 @@ class Flow:
         parameters: Mapping[str, Any],
     ) -> Request:
         """Send an item whose answer goes to a reply of the caller's own, `token` with it."""
-        value = self._accept(item)
-        if parameters or self.parameters:
-            value = self._arguments.beside(value, parameters)
+        try:
+            value = self._accept(item)
+            if parameters or self.parameters:
+                value = self._arguments.beside(value, parameters)
+        except RequestError as error:
+            self.count_refusal(error.code)
+            raise
         return self._scheduler.submit(self._entrance, value, reply, token, deadline_s, priority)
 
     def cancel(self, request: Request) -> bool:
         """Give a request up: it leaves the queue and its answer is dropped. False if it is over."""
         return self._scheduler.cancel(request)
+
+    def count_refusal(self, code: str) -> None:
+        """Count a request that was refused before it was put: metrics have it by its code."""
+        self._scheduler.count_refusal(self._entrance, code)
 
     def _accept_beside(self, parameters: Mapping[str, Any], item: Any) -> Any:
         return self._arguments.beside(self._accept(item), parameters)
@@ -274,7 +282,7 @@ class App:
         return self.flow().submit(item, deadline_s=deadline_s, priority=priority, **parameters)
 
     async def acall(
-        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Any:
         """See Flow.acall."""
         return await self.flow().acall(item, deadline_s=deadline_s, priority=priority, **parameters)

@@ -5,11 +5,14 @@ Layer 4, shared by the faces.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flowlang.diagnostics import BadRequest
+from flowlang.plan.expression import known_value
 from flowlang.plan.graph import Parameter
 from flowlang.plan.types import (
     ANY_ARRAY,
@@ -46,10 +49,14 @@ def acceptor(kind: Type) -> Callable[[Any], Any]:
 
 def _list_acceptor(kind: ListOf) -> Callable[[Any], Any]:
     inner = acceptor(kind.item)
+    usual = set(PLAIN.get(kind.item.name, ())) if isinstance(kind.item, Scalar) else set()
 
     def accept(item: Any) -> list[Any]:
         if isinstance(item, (str, bytes, Mapping)) or not isinstance(item, Sequence):
             raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}")
+        if set(map(type, item)) <= usual:  # one by one, millions would take seconds
+            with contextlib.suppress(OverflowError):
+                return list(map(float, item)) if float in usual else list(item)
         return [inner(part) for part in item]
 
     return accept
@@ -101,16 +108,30 @@ def _accept_array(item: Any, kind: Image | Tensor) -> Any:
     if not isinstance(item, np.ndarray):
         try:
             given = np.asarray(item)
-            array = given.astype(dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                array = given.astype(dtype)
         except (ValueError, TypeError, OverflowError):
             raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}") from None
-        changed = array.dtype.kind in "biu" and not np.array_equal(array, given)
-        if changed or given.dtype.kind not in "biuf":
+        is_whole = array.dtype.kind in "biu"
+        changed = given.dtype.kind in "biuf" and not (
+            np.array_equal(array, given) if is_whole else (np.isinf(array) == np.isinf(given)).all()
+        )
+        is_mixed = dtype != "bool" and _has_truth(item)  # numpy makes 1 of True
+        if changed or is_mixed or given.dtype.kind not in "biuf":
             raise BadRequest(f"this flow takes {kind}, and these values are not of its kind")
     if str(array.dtype) != dtype:
         raise BadRequest(f"this flow takes {kind}, not an array of {array.dtype}")
     _check_shape(array.shape, kind)
     return array
+
+
+def _has_truth(item: Any) -> bool:
+    """Whether there is a True or a False in lists as deep as each other."""
+    level, kinds = [item], {type(item)}
+    while level and kinds <= {list, tuple}:
+        level = list(itertools.chain.from_iterable(level))
+        kinds = set(map(type, level))
+    return bool in kinds
 
 
 def _any_array(item: Any) -> Any:
@@ -147,7 +168,7 @@ class Arguments:
             p.name: None for p in parameters if isinstance(p.type, Optional)
         }
         self._defaults |= {
-            p.name: p.default.params["value"] for p in parameters if p.default is not None
+            p.name: known_value(p.default) for p in parameters if p.default is not None
         }
 
     def beside(self, item: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -16,6 +16,18 @@ from typing import Any, Protocol
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan.ops import SIDES, Op, Param
 from flowlang.plan.schedule import SETTINGS, Given, fit_setting
+from flowlang.plan.types import (
+    BOOL,
+    FLOAT,
+    INT,
+    STR,
+    UNKNOWN,
+    ListOf,
+    Type,
+    Unknown,
+    fits,
+    unify,
+)
 from flowlang.plan.values import Constant, Refused, evaluate, nearest, refuse
 from flowlang.syntax import tree
 
@@ -237,8 +249,8 @@ class Binder:
             return value
         if param.kind == "word" and kind == "word" and value in param.words:
             return value
-        if param.kind == "value" and kind in ("int", "float", "str", "bool", "list", "percent"):
-            return list(value) if kind == "list" else value
+        if param.kind == "value" and op.kind == "python" and _is_of(given, param.type):
+            return _listed(value)
         if param.kind == "numbers":
             numbers = value if kind == "list" else (value,) if kind in ("int", "float") else ()
             if len(numbers) in (1, 3) and all(type(n) in (int, float) for n in numbers):
@@ -267,7 +279,10 @@ class Binder:
                     note=_signature(op),
                 )
             )
-        if all(op.param(s.name) for s in SIDES):
+        if unused := _without_effect(op, bound):
+            bound.is_whole = False
+            self.report(_ignored(call, op, bound, *unused))
+        elif all(op.param(s.name) for s in SIDES):
             self._check_sides(call, op, bound)
         if op.param("mean"):
             self._check_levels(call, op, bound)
@@ -342,6 +357,62 @@ class Binder:
             )
 
 
+def _without_effect(op: Op, bound: Bound) -> tuple[str, list[str]] | None:
+    """Why some of the arguments would change nothing beside the others, and which; or None."""
+
+    def given(*names: str) -> list[str]:
+        return [n for n in names if n in bound.spans and bound.params[n] is not False]
+
+    params = bound.params
+    cases: list[tuple[list[str], str]] = []
+    if op.name == "crop" and "image" in bound.live:
+        cases = [(given("size", "h", "w"), "what is cut out of `{}` has the size of its box")]
+    elif op.name == "crop":
+        cases = [(given("upright"), "`upright` is for boxes and quads, and this cuts the centre")]
+    elif op.name == "resize":
+        is_filled = params["fit"] in ("letterbox", "pad")
+        is_fixed = params["size"] is not None and params["fit"] not in ("shorter", "least")
+        is_fixed |= {"h", "w"} <= bound.spans.keys()
+        if is_fixed:
+            why = "`{}` is for sides that the picture decides, and both are given here"
+            cases.append((given("multiple", "most"), why))
+        if not is_filled:
+            why = (
+                "`{}` is the level of what `fit=letterbox` and `fit=pad` add, and nothing is added"
+            )
+            cases.append((given("fill"), why))
+    elif op.name == "boxes":
+        head = params["head"]
+        unused = ("iou", "names") if head == "db" else ("threshold", "unclip")
+        cases = [(given(*unused), f"`{{}}` changes nothing of what `{head}` finds")]
+    found = [(names, why) for names, why in cases if names]
+    if not found:
+        return None
+    names, why = found[0]
+    shown = bound.live["image"].span.text if "image" in bound.live else names[0]
+    return why.format(shown), [n for names, _ in found for n in names]
+
+
+def _ignored(call: tree.Call, op: Op, bound: Bound, why: str, names: list[str]) -> Diagnostic:
+    """What is said of arguments that change nothing; its help is the call without them.
+
+    Only `crop` can be left with none, and it needs a size.
+    """
+    places = [bound.spans[n] for n in names]
+    kept = [
+        arg.span.text
+        for arg in call.args or ()
+        if not any(arg.span.start <= p.start and p.end <= arg.span.end for p in places)
+    ]
+    mended = f"{call.path.span.text}({', '.join(kept or ['224'])})"
+    if op.name == "crop" and "image" in bound.live:
+        sides = [
+            p.text if n == "size" else f"{n}={p.text}" for n, p in zip(names, places, strict=True)
+        ]
+        mended = f"{mended} -> resize({', '.join(sides)})"
+    return Diagnostic("conflicting-parameters", why, Label(places[0]), help=mended, fix=call.span)
+
+
 def find_file(given: Constant, folder: Path) -> Path:
     """A file named in the flow, looked for beside it. Raises Refused where there is none."""
     path = folder / str(given.value)
@@ -412,7 +483,34 @@ def _files_in(folder: Path) -> list[str]:
         return []
 
 
+def _is_of(given: Constant, wanted: Type) -> bool:
+    """Whether an argument of a Python operator is of its type."""
+    if given.kind not in ("int", "float", "str", "bool", "list", "percent"):
+        return False
+    kind = _type_of(given.value)
+    return isinstance(wanted, Unknown) or (kind is not None and fits(kind, wanted))
+
+
+def _type_of(value: Any) -> Type | None:
+    """The type of what stands in the file, or None where a list is of several."""
+    if not isinstance(value, tuple):
+        return {bool: BOOL, int: INT, float: FLOAT, str: STR}.get(type(value))
+    kinds = [_type_of(part) for part in value]
+    kind = kinds[0] if kinds else UNKNOWN
+    for other in kinds[1:]:
+        kind = unify(kind, other) if kind is not None and other is not None else None
+    return ListOf(kind) if kind is not None else None
+
+
+def _listed(value: Any) -> Any:
+    """A list as Python has it, and what is in it too."""
+    return [_listed(part) for part in value] if isinstance(value, tuple) else value
+
+
 def _wants(param: Param) -> str:
+    """What a parameter takes, in words."""
+    if not isinstance(param.type, Unknown) and param.kind == "value":
+        return str(param.type)
     return {
         "int": "a whole number",
         "number": "a number",

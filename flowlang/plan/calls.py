@@ -6,7 +6,6 @@ mentioning flow otherwise; an operator's are constants, or Live where a request 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
 from flowlang.plan.arguments import Binder, Bound, did_you_mean
-from flowlang.plan.expression import widened
+from flowlang.plan.expression import is_known, widened
 from flowlang.plan.fitting import ModelFitter, Untold, called, mismatch, sight_before
 from flowlang.plan.graph import Live, Node
 from flowlang.plan.module import Declared
@@ -53,7 +52,7 @@ class Calls:
         self._elaborator = elaborator
         self._report = elaborator.report
         self.fitter = ModelFitter(elaborator.report, opener)
-        self._frames = itertools.count(1)
+        self._pictures: dict[tuple[int, tuple[str, ...]], Node] = {}
         self._bound: dict[tuple[Span, object], Bound] = {}
         self._binders: dict[str, Binder] = {}
 
@@ -135,7 +134,7 @@ class Calls:
                 )
                 item = replace(item, type=wanted)
             item = widened(item, wanted)
-        inner = Scope(declared, constants=declared.module.constants)
+        inner = Scope(declared, constants=declared.module.constants, mention=scope)
         self._pass_arguments(declared, call, item, scope, inner)
         return self._elaborator.flow(declared, item, inner)
 
@@ -194,16 +193,25 @@ class Calls:
             return None
         scope = Scope(declared, constants=declared.module.constants)
         value = self._argument(declared, wanted, wanted.default, item, scope)
-        if value.op in (graph.LITERAL, "unknown"):
+        if value.op == "unknown" or is_known(value):
             return value
         message = f"the default of `{wanted.name}` must be known before anything runs"
         self._report(Diagnostic("not-a-constant", message, Label(wanted.default.span)))
         return self._elaborator.unknown(wanted.default.span, item, scope)
 
     def set_defaults(self, declared: Declared, item: Node, scope: Scope) -> None:
-        """Give a flow that nobody mentions its defaults, to check it by itself."""
-        values = {i.name: self.default(declared, i, item) for i in declared.flow.inputs}
-        self._set(scope, {n: v for n, v in values.items() if v is not None})
+        """Give a flow that nobody mentions its defaults, to check it by itself.
+
+        A parameter that has none is of its type, and of no value that anything could be told.
+        """
+        values: dict[str, Node] = {}
+        for given in declared.flow.inputs:
+            value = self.default(declared, given, item)
+            if value is None:
+                kind = declared.module.types.resolve(given.type)
+                value = Node("unknown", {}, (), kind, given.span, scope.site(given.span))
+            values[given.name] = value
+        self._set(scope, values)
 
     @staticmethod
     def _set(inner: Scope, values: Mapping[str, Node]) -> None:
@@ -271,7 +279,16 @@ class Calls:
             return self.fitter.fit(node, item, bound)
         if op.kind == "image" and op.name != "decode" and isinstance(item.type, Unknown):
             return node
-        return self.typed(node, op)
+        return self._framed(self.typed(node, op), scope)
+
+    def _framed(self, node: Node, scope: Scope) -> Node:
+        """`decode`, with the picture it gives told from others: by where the file comes from."""
+        if node.op != "decode" or not isinstance(node.type, Image):
+            return node
+        source, fields = scope.origin(node.inputs[0])
+        frame = (id(source), fields)
+        self._pictures[frame] = source  # an `id` counts for as long as there is the node
+        return replace(node, type=replace(node.type, frame=frame))
 
     def typed(self, node: Node, op: Op) -> Node:
         """A node with the type its operator gives, or what stands for a wrong one."""
@@ -287,14 +304,12 @@ class Calls:
                 f"wants {misfit.wants}",
             )
             return Node("unknown", {}, (item,), UNKNOWN, node.span, node.site)
-        if op.name == "decode" and isinstance(kind, Image):
-            return replace(node, type=replace(kind, frame=next(self._frames)))
         if op.name == "crop" and isinstance(node.params["image"], Live):
             return self._cut_out(node, kind)
         if op.name == "boxes":
             return self._located(node, kind)
         if op.function is not None:
-            params = {**node.params, "function": op.function}
+            params = {**node.params, graph.FUNCTION: op.function}
             inputs = (widened(item, op.function.takes), *node.inputs[1:])
             return replace(node, op=graph.PYTHON, params=params, inputs=inputs, type=kind)
         return replace(node, type=kind)
@@ -313,10 +328,13 @@ class Calls:
         kind = value.type
         if param is None or isinstance(kind, Unknown) or (wanted and kind in wanted):
             return
-        if param.kind == "value" and (op.name != "crop" or isinstance(kind, Image)):
+        is_image = op.name == "crop" and isinstance(kind, Image)
+        if param.kind == "value" and (is_image or (op.function and fits(kind, param.type))):
             return
-        words = {"value": "an image", "int": "a whole number", "number": "a number"}
+        words = {"int": "a whole number", "number": "a number"}
         said = words.get(param.kind, param.kind)
+        if param.kind == "value":
+            said = str(param.type) if op.function else "an image"
         message = f"`{param.name}` of `{op.name}` is {said}, and `{expr.span.text}` gives {kind}"
         self._report(Diagnostic("wrong-kind", message, Label(expr.span)))
 

@@ -64,6 +64,10 @@ class Inspection:
     module: Module | None
 
 
+def _has_defaults(declared: Declared) -> bool:
+    return all(given.default is not None for given in declared.flow.inputs)
+
+
 NO_CHOICES = Choices({}, {})
 MAX_DIAGNOSTICS = 300
 
@@ -158,7 +162,7 @@ class _Checker:
             for name, declared in flows.items()
             if declared.module is module
             and (name in served or name not in extents.mentioned or declared.flow.signature)
-            and (name in served or all(i.default is not None for i in declared.flow.inputs))
+            and (name in served or name not in extents.mentioned or _has_defaults(declared))
         ]
         if not extents.can_unroll(roots):
             return ()

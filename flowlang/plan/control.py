@@ -62,6 +62,7 @@ class Control:
         """The body that `expr` is for an item of this type."""
         inside, source = scope.inside(), bodies.inputs[0]
         item = start(kind, source, "an element" if is_element else called(source))
+        inside.item = None if is_element else (item, source)
         apply = self._elaborator.operand if is_value else self._elaborator.apply
         return bodies.add(item, apply(expr, item, inside), inside)
 
@@ -248,9 +249,7 @@ class Control:
         """`match { condition => stage, ... }` is an `if` in the `else` of the one before."""
         chain: tree.Expr = last.value
         for arm in reversed(arms):
-            condition = arm.patterns[0]
-            for other in arm.patterns[1:]:
-                condition = tree.Binary("or", condition, other, condition.span.to(other.span))
+            condition = tree.joined("or", arm.patterns)
             chain = tree.If(condition, arm.value, chain, expr.span, is_match=True)
         return self._elaborator.apply(chain, item, scope)
 
@@ -263,7 +262,7 @@ class Control:
         # Null goes on to the next choice, so only the last one's can come out.
         outputs = [*(without_null(k) for k in made[:-1]), made[-1]]
         kind = self._one_type(bodies.made, list(expr.choices), "the choices of this `??`", outputs)
-        is_nullable = any(isinstance(k, Optional) for k in made[:-1])
+        is_nullable = any(isinstance(k, (Optional, Unknown)) for k in made[:-1])
         params = {"skips_null": is_nullable}
         return self._control(graph.FALLBACK, params, bodies, kind, expr, scope)
 

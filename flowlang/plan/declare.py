@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -36,8 +36,11 @@ class Choices:
     opener: Opener | None = None
 
 
-# What App and Flow take themselves.
-CALLERS = frozenset({"deadline_s", "priority", "errors", "ahead"})
+# What App and Flow take themselves, and what the Open Inference Protocol has a meaning for that
+# holds for every flow.
+CALLERS = frozenset(
+    {"deadline_s", "priority", "errors", "ahead"} | {"timeout", "binary_data_output"}
+)
 MAIN = "main"  # the flow that a bare pipeline is
 PARAM_TYPES = ("int", "float", "str", "bool", "path", "duration", "size")
 _EXAMPLES = {"int": "1", "float": "0.5", "bool": "false", "duration": "5ms", "size": "64MiB"}
@@ -106,7 +109,7 @@ class Declarations:
 
     def claim(self, item: tree.Use, user: Module) -> None:
         """Note that a file is used: its names begin with what those who use it first call it."""
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refused, ValueError):  # which a path with a null byte raises
             given = evaluate(item.path, user.constants)
             key = os.path.realpath(user.folder / str(given.value))
             self._prefixes.setdefault(key, f"{user.prefix}{item.name}.")
@@ -288,6 +291,8 @@ class _Reader:
                 f"`{item.name}` is declared as {declared}, and its default is {default.noun}",
                 item.default.span,
             )
+        if declared == "float" and default.kind == "int":
+            default = Constant("float", float(default.value), default.span)
         if default.kind == "word":
             raise self._unknown_default(item, default)
         name = self.module.prefix + item.name
@@ -326,7 +331,8 @@ class _Reader:
     def _default(self, item: tree.Param) -> tuple[Constant, str]:
         call, names = item.default, self.module.constants
         if isinstance(call, tree.Call) and str(call.path) == "env" and call.args is not None:
-            values = [evaluate(a.value, names) for a in call.args]
+            given = [evaluate(a.value, names) for a in _in_order(call.args)]
+            values = given if len(given) == len(call.args) else []
             if not 1 <= len(values) <= 2 or values[0].kind != "str":
                 raise refuse(
                     "wrong-kind",
@@ -350,6 +356,14 @@ class _Reader:
             kind = self._param_kind(item) or (values[1].kind if len(values) == 2 else "str")
             return from_text(text, kind, span), "environment"
         return evaluate(call, names), "file"
+
+
+def _in_order(args: Sequence[tree.Arg]) -> list[tree.Arg]:
+    """The arguments of `env`, its name and its default, without those that have no place."""
+    named = {a.name: a for a in args if a.name is not None}
+    free = [n for n in ("name", "default") if n not in named]
+    named |= dict(zip(free, (a for a in args if a.name is None), strict=False))
+    return [named[n] for n in ("name", "default") if n in named and "name" in named]
 
 
 def _is_of(constant: Constant, kind: str) -> bool:

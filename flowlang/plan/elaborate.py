@@ -22,7 +22,7 @@ from flowlang.plan.expression import (
     unary_type,
     widened,
 )
-from flowlang.plan.extent import field_value, ungrouped
+from flowlang.plan.extent import MAX_UNROLLED, field_value, ungrouped
 from flowlang.plan.fitting import called, mismatch
 from flowlang.plan.graph import Node
 from flowlang.plan.model import input_type, tensor_packing
@@ -79,6 +79,7 @@ class Elaborator:
         self.report = report
         self.settings = Settings()
         self.seen: list[tuple[Span, Type]] = []
+        self._copied = 0  # fields, by `...`
         self.control = Control(self)
         self.calls = Calls(self, opener)
 
@@ -201,7 +202,8 @@ class Elaborator:
         """What stands behind an arrow: not a value, which would take nothing of the item."""
         inner = ungrouped(expr)
         what = self.calls.value_kind(inner, scope) if isinstance(inner, tree.Call) else None
-        if isinstance(inner, (tree.Number, tree.String, tree.Bool, tree.Range)):
+        number = ungrouped(inner.value) if isinstance(inner, tree.Unary) else inner
+        if isinstance(number, (tree.Number, tree.String, tree.Bool, tree.Range)):
             what = "value"
         if what is None:
             return self.apply(expr, item, scope)
@@ -340,15 +342,20 @@ class Elaborator:
     def _record(self, expr: tree.Record, item: Node, scope: Scope) -> Node:
         fields: dict[str, Node] = {}
         spans: dict[str, Span] = {}
-        is_whole = True
+        is_open = False  # for there may be fields that nobody knows
+        kind: Type
         for part in expr.fields:
             if part.name is None:
                 if isinstance(item.type, Record):
-                    for name, _ in item.type.fields:
+                    if not self._may_copy(item.type, part.span):
+                        return self.unknown(expr.span, item, scope)
+                    site = scope.site(part.span)
+                    for name, kind in item.type.fields:
                         if name not in spans:
-                            fields[name] = self.field(item, name, part.span, scope)
+                            params = {"name": name}
+                            fields[name] = Node(graph.FIELD, params, (item,), kind, part.span, site)
                     continue
-                is_whole = False
+                is_open = True
                 if not isinstance(item.type, Unknown):
                     mismatch(
                         self.report,
@@ -369,15 +376,24 @@ class Elaborator:
                 )
             spans[part.name] = part.span
             fields[part.name] = self.apply(field_value(part), item, scope)
-        kind: Type = Record(tuple((n, f.type) for n, f in fields.items())) if is_whole else UNKNOWN
+        kind = UNKNOWN if is_open else Record(tuple((n, f.type) for n, f in fields.items()))
         if slug := why_vast(kind):
             what = "have too many parts" if slug == "too-large" else "are nested too deep"
             message = f"the records in this one {what}"
             self.report(Diagnostic(slug, message, Label(expr.span)))
             kind = UNKNOWN
-        params = {"names": tuple(fields)}
         inputs = tuple(fields.values())
-        return Node(graph.RECORD, params, inputs, kind, expr.span, scope.site(expr.span))
+        names = {"names": tuple(fields)}
+        return Node(graph.RECORD, names, inputs, kind, expr.span, scope.site(expr.span))
+
+    def _may_copy(self, kind: Record, span: Span) -> bool:
+        """Whether `...` may copy these fields. Reports the first that are too many."""
+        copied = self._copied
+        self._copied += len(kind.fields)
+        if copied <= MAX_UNROLLED < self._copied:
+            message = f"with this one, `...` copies more than {MAX_UNROLLED} fields"
+            self.report(Diagnostic("too-large", message, Label(span)))
+        return self._copied <= MAX_UNROLLED
 
     def _fields(self, expr: tree.Current, item: Node, scope: Scope) -> Node:
         for name in expr.fields:

@@ -101,8 +101,11 @@ def _headline(flow: FlowPlan) -> str:
 
 
 def _parameter(given: Parameter) -> str:
-    default = f" = {node_text(given.default)}" if given.default is not None else ""
-    return f"{given.name}: {given.type}{default}"
+    if given.default is None:
+        return f"{given.name}: {given.type}"
+    is_literal = given.default.op == graph.LITERAL
+    text = node_text(given.default) if is_literal else " ".join(given.default.span.text.split())
+    return f"{given.name}: {given.type} = {text}"
 
 
 def _place(span: Span) -> str:
@@ -161,7 +164,7 @@ def _stage(stage: StagePlan) -> Iterable[str]:
         yield f"  host    {_chain(stage.tail)}"
     if stage.nodes[0].op == graph.PYTHON:
         node = stage.nodes[0]
-        yield f"  python  {node_text(node)}  ({node.params['function'].path.name})"
+        yield f"  python  {node_text(node)}  ({node.params[graph.FUNCTION].path.name})"
 
 
 def _device(stage: StagePlan) -> str:
@@ -220,8 +223,8 @@ def node_text(node: Node) -> str:
 
 
 def _python_text(node: Node) -> str:
-    function = node.params["function"]
-    given = {n: v for n, v in node.params.items() if n != "function" and n in node.param_spans}
+    function = node.params[graph.FUNCTION]
+    given = {n: v for n, v in node.params.items() if n in node.param_spans}
     parts = [
         f"{n}={_span_text(node, n) if isinstance(v, Live) else written(v)}"
         for n, v in given.items()

@@ -6,9 +6,11 @@ plain values: the scheduler computes them between stages, and operators such as 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flowlang.plan import graph
@@ -120,13 +122,32 @@ def compute(node: Node, values: Sequence[Any]) -> Any:
     if node.op == graph.LITERAL:
         return node.params["value"]
     if node.op == graph.BINARY:
-        result = _BINARY[node.params["operator"]](*values)
-        return result if type(result) in (int, float, bool) else result.item()
+        sign = node.params["operator"]
+        result = _BINARY[sign](plain(values[0]), plain(values[1]))
+        return float(result) if node.type == FLOAT else result
     if node.op == graph.UNARY:
-        return not values[0] if node.params["operator"] == "not" else -values[0]
+        value = plain(values[0])
+        result = not value if node.params["operator"] == "not" else -value
+        return float(result) if node.type == FLOAT else result
     if node.op == graph.WIDEN:
         return _widen(values[0], node.params["given"], node.params["wanted"])
     return values[0] if node.op == "pass" else list(values)
+
+
+def plain(value: Any) -> Any:
+    """A number of an array as Python's own, which neither wraps nor rounds to a few bits."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def known_value(node: Node) -> Any:
+    """What a node gives that needs no item, as the default of a parameter."""
+    return compute(node, [known_value(each) for each in node.inputs])
+
+
+def is_known(node: Node) -> bool:
+    """Whether a node needs no item: it is a literal, or a list or record of such."""
+    known = (graph.LITERAL, graph.LIST, graph.RECORD, graph.WIDEN)
+    return all(n.op in known for n in topological(node))
 
 
 def widened(node: Node, wanted: Type) -> Node:
@@ -178,7 +199,10 @@ def field_of(value: Any, node: Node) -> Any:
 
 def is_plain(body: Body) -> bool:
     """Whether a body is an expression alone, with no operator in it but `pass`."""
-    return all(n.op in _PLAIN or n.op in graph.GLUE for n in topological(body.output))
+    return all(
+        all(map(is_plain, n.bodies)) if n.op == graph.FALLBACK else n.op in _PLAIN | graph.GLUE
+        for n in topological(body.output)
+    )
 
 
 def function_of(body: Body) -> Callable[..., Any]:
@@ -189,7 +213,9 @@ def function_of(body: Body) -> Callable[..., Any]:
         (places.get(id(n)), i) for i, n in enumerate([body.item, *(n for n, _ in body.captures)])
     ]
     steps = [
-        (places[id(n)], n, [places[id(i)] for i in n.inputs]) for n in order if n.op != graph.INPUT
+        (places[id(n)], _step(n), [places[id(i)] for i in n.inputs])
+        for n in order
+        if n.op != graph.INPUT
     ]
     last = places[id(body.output)]
 
@@ -198,11 +224,32 @@ def function_of(body: Body) -> Callable[..., Any]:
         for place, index in given:
             if place is not None:
                 slots[place] = values[index]
-        for place, node, sources in steps:
-            slots[place] = compute(node, [slots[s] for s in sources])
+        for place, step, sources in steps:
+            slots[place] = step([slots[s] for s in sources])
         return slots[last]
 
     return call
+
+
+def _step(node: Node) -> Callable[[Sequence[Any]], Any]:
+    """What a node of an expression makes of the values of its inputs."""
+    if node.op != graph.FALLBACK:
+        return partial(compute, node)
+    choices = [(function_of(b), [index for _, index in b.captures]) for b in node.bodies]
+    skips_null = node.params["skips_null"]
+
+    def first(values: Sequence[Any]) -> Any:
+        """What the first choice gives that neither fails nor gives null."""
+        *others, last = choices
+        for call, captured in others:
+            with contextlib.suppress(Exception):
+                value = call(values[0], *(values[i] for i in captured))
+                if value is not None or not skips_null:
+                    return value
+        call, captured = last
+        return call(values[0], *(values[i] for i in captured))
+
+    return first
 
 
 class Expression:

@@ -110,22 +110,39 @@ def _recursive(cycle: list[str], span: Span) -> Diagnostic:
 
 def _own(declared: Declared) -> _Own:
     flow = declared.flow
-    hidden = {let.name for let in flow.body.lets} if isinstance(flow.body, tree.Body) else set()
-    hidden |= {given.name for given in flow.inputs}
     own = _Own(0, 0, Counter(), {})
-    stack: list[tuple[object, int]] = [(flow.body, 1)]
+    for given in flow.inputs:
+        if given.default is not None:  # which sees none of the flow's values
+            _add(own, given.default, declared, set())
+    hidden = {given.name for given in flow.inputs}
+    body = flow.body
+    for let in body.lets if isinstance(body, tree.Body) else ():
+        _add(own, let.value, declared, hidden)
+        hidden.add(let.name)
+    _add(own, body.result if isinstance(body, tree.Body) else body, declared, hidden)
+    return own
+
+
+def _add(own: _Own, expr: tree.Expr, declared: Declared, hidden: set[str]) -> None:
+    """Count an expression of a flow. Values that have `hidden` names take no arguments."""
+    stack: list[tuple[object, int]] = [(expr, 1)]
     while stack:
         part, depth = stack.pop()
         own.size += 1
         own.depth = max(own.depth, depth)
         if isinstance(part, tree.Call):
             found = declared.module.declared(part.path.names)
-            if found is not None and part.path.names[0] not in hidden:
+            is_value = part.args is None and part.path.names[0] in hidden
+            if found is not None and not is_value:
                 own.mentions[found.name] += 1
                 own.places.setdefault(found.name, part.path.span)
+        if isinstance(part, tree.Match) and part.subject is None:
+            # Each arm stands in the `else` of the one before.
+            arms = [(v, n) for n, a in enumerate(part.arms) for v in (*a.patterns, a.value)]
+            stack.extend((value, depth + 1 + number) for value, number in reversed(arms))
+            continue
         inside = _stages_of(part) if isinstance(part, tree.Call) else children(part)
         stack.extend((child, depth + 1) for child in reversed(inside))
-    return own
 
 
 def _stages_of(call: tree.Call) -> list[object]:
@@ -133,10 +150,11 @@ def _stages_of(call: tree.Call) -> list[object]:
     op = OPS.get(str(call.path))
     if op is None:
         return children(call)
-    places = dict(enumerate(op.params))
+    free = [p for p in op.params if p.is_body and not p.is_named]
     found: list[object] = []
-    for index, arg in enumerate(call.args or ()):
-        param = op.param(arg.name) if arg.name is not None else places.get(index)
+    for arg in call.args or ():
+        param = op.param(arg.name) if arg.name is not None else next(iter(free), None)
+        free = [p for p in free if p is not param]
         is_bare = isinstance(arg.value, tree.Call) and arg.value.args is None
         if not is_bare or (param is not None and param.is_body):
             found.append(arg.value)

@@ -215,7 +215,7 @@ def called(node: Node) -> str:
     if node.op == graph.RECORD:
         return "this record"
     if node.op == graph.PYTHON:
-        return f"`{node.params['function'].shown}`"
+        return f"`{node.params[graph.FUNCTION].shown}`"
     if node.op in (graph.LITERAL, graph.BINARY, graph.UNARY, graph.ROUTE, graph.FALLBACK):
         text = " ".join(node.span.text.split())
         return f"`{text}`" if len(text) <= 40 else f"`{text[:37]}...`"

@@ -19,6 +19,7 @@ RECORD, FIELD, LIST, LITERAL, UNARY, BINARY, WIDEN = (
     "record", "field", "list", "literal", "unary", "binary", "widen",
 )  # fmt: skip
 MAP, ROUTE, FALLBACK = "map", "route", "fallback"
+FUNCTION = "def"  # the param of a Python operator that has its function: no argument has this name
 GLUE = frozenset(
     {RECORD, FIELD, LIST, LITERAL, UNARY, BINARY, WIDEN}
 )  # see flowlang.plan.expression

@@ -31,7 +31,8 @@ class Param:
     `kind` is one of int, number, str, file, word, flag, numbers, model; or `value` (a value of the
     flow), `condition`, `key` (an expression on each element) and `stage` (run on each element). A
     word or flag is written bare; `is_named` keeps a parameter out of the positions. One that
-    `is_live` may be another value with each request.
+    `is_live` may be another value with each request. A `value` of a Python operator is of a
+    `type`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Param:
     low: float | None = None
     high: float | None = None
     is_live: bool = False
+    type: Type = UNKNOWN
 
     @property
     def is_body(self) -> bool:

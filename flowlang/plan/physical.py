@@ -270,7 +270,7 @@ def _name(chains: Sequence[Sequence[Node]]) -> str:
     """A stage's name: of its flow, or in the unnamed one, or in several, of what it does."""
     node = next(iter(_batched(chains[0])), chains[0][-1])
     if node.op == graph.PYTHON:
-        return str(node.params["function"].shown)
+        return str(node.params[graph.FUNCTION].shown)
     flows = {chain[-1].site.flow for chain in chains}
     if len(flows) == 1 and node.site.flow != MAIN:
         return node.site.flow
@@ -328,7 +328,7 @@ def _batch(batched: list[Node], settings: Mapping[str, Any], device: str) -> tup
         return (1, LIGHT_BATCH, LIGHT_BATCH)
     model = batched[0].model
     if model is None:
-        most = LIGHT_BATCH if batched[0].params["function"].is_batched else 1
+        most = LIGHT_BATCH if batched[0].params[graph.FUNCTION].is_batched else 1
         given = settings.get("batch") or (1, most)
         return (given[0], given[-1], given[-1])
     fixed = model.fixed_batch if model else None

@@ -71,18 +71,35 @@ def insert_packs(plan: FlowPlan) -> FlowPlan:
         if len(node.model.inputs) == 1:
             return replace(node, inputs=(_packed(node, node.inputs[0], 0),))
         record = node.inputs[0]
-        if record.op != graph.RECORD:
-            return node
-        names = record.params["names"]
+        names, values = _fields(node, record)
         order = {p.name: i for i, p in enumerate(node.model.inputs)}
         fields = tuple(
             _packed(node, f, order[n]) if n in order else f
-            for n, f in zip(names, record.inputs, strict=True)
+            for n, f in zip(names, values, strict=True)
         )
+        if fields == values:
+            return node
         kind = Record(tuple((n, f.type) for n, f in zip(names, fields, strict=True)))
-        return replace(node, inputs=(replace(record, inputs=fields, type=kind),))
+        packed = Node(graph.RECORD, {"names": names}, fields, kind, record.span, record.site)
+        return replace(node, inputs=(packed,))
 
     return rebuild(plan, change)
+
+
+def _fields(node: Node, record: Node) -> tuple[tuple[str, ...], tuple[Node, ...]]:
+    """Names and values of the fields that a model of several inputs gets.
+
+    Of a record that is made elsewhere (an element, a way out of an `if`) they are picked out.
+    """
+    if record.op == graph.RECORD:
+        return record.params["names"], record.inputs
+    if node.model is None or not isinstance(record.type, Record):
+        return (), ()
+    kinds = dict(record.type.fields)
+    names = tuple(p.name for p in node.model.inputs if p.name in kinds)
+    return names, tuple(
+        Node(graph.FIELD, {"name": n}, (record,), kinds[n], record.span, record.site) for n in names
+    )
 
 
 def _packed(node: Node, item: Node, index: int) -> Node:

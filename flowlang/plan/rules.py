@@ -80,7 +80,8 @@ def resize(given: Type, params: Params) -> Type:
     image = u8_image(given, "resize")
     size, h, w = params["size"], params["h"], params["w"]
     if size is None and (h is None or w is None):  # one side named: the other follows
-        return sized(image, None if params["multiple"] else h, None if params["multiple"] else w)
+        is_free = params["multiple"] is not None or params["most"] is not None
+        return sized(image, None, None) if is_free else sized(image, h, w)
     h, w = (size, size) if size is not None else (h, w)
     if params["fit"] not in ("shorter", "least"):
         return sized(image, h, w)

@@ -109,7 +109,7 @@ def fit_setting(setting: Setting, given: Constant) -> Any:
     if kind == "range":
         return _batch(setting, given)
     if kind == "gpus":
-        if given.kind == "int":
+        if given.kind == "int" and given.value >= 0:
             return (given.value, given.value)
         if given.kind == "range" and len(given.value) == 2 and isinstance(given.value[0], int):
             return given.value

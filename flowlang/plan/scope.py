@@ -24,7 +24,9 @@ class Scope:
     """The values of a flow, or of a body inside one, which also sees those around it.
 
     A value around a body is another graph's: where it is named, a node inside stands for it.
-    `captured` has those pairs, by `id` of the outer node.
+    `captured` has those pairs, by `id` of the outer node. `item` is the pair of what arrives at a
+    body and where it comes from, unless that is an element of it. `mention` is where a flow is
+    mentioned.
     """
 
     declared: Declared
@@ -34,6 +36,8 @@ class Scope:
     lets: frozenset[str] = frozenset()
     outer: Scope | None = None
     captured: dict[int, tuple[Node, Node]] = field(default_factory=dict)
+    item: tuple[Node, Node] | None = None
+    mention: Scope | None = None
 
     @property
     def module(self) -> Module:
@@ -71,6 +75,26 @@ class Scope:
             inner = start(node.type, node, called(node))
             self.captured[id(node)] = (inner, node)
         return self.captured[id(node)][0]
+
+    def origin(self, node: Node) -> tuple[Node, tuple[str, ...]]:
+        """Where a value comes from, out of all bodies: a node, and the field of a field of it."""
+        fields: tuple[str, ...] = ()
+        scope: Scope | None = self
+        while True:
+            if node.op == "pass":
+                node = node.inputs[0]
+            elif node.op == graph.FIELD:
+                fields = (node.params["name"], *fields)
+                node = node.inputs[0]
+            elif node.op == graph.RECORD and fields and fields[0] in node.params["names"]:
+                node = node.inputs[node.params["names"].index(fields[0])]
+                fields = fields[1:]
+            elif scope is None:
+                return node, fields
+            else:
+                pairs = [*scope.captured.values(), *((scope.item,) if scope.item else ())]
+                outer = next((o for inner, o in pairs if inner is node), None)
+                node, scope = outer or node, scope.outer or scope.mention
 
     def names(self) -> set[str]:
         """The values that can be named here."""

@@ -172,6 +172,7 @@ class _Reader:
         is_batched = any(_name(d) == "batched" for d in node.decorator_list)
         bare = len(positional) - len(args.defaults)
         items, rest = positional[: max(1, bare)], positional[max(1, bare) :]
+        self._check_names(node, rest)
         takes = [(a.arg, self._annotation(a, is_batched)) for a in items]
         gives = self._type(node.returns)
         gives = self._element(node.returns, gives) if is_batched else gives
@@ -186,6 +187,19 @@ class _Reader:
         ]
         doc = (ast.get_docstring(node) or "").partition("\n")[0]
         return _op(function, doc, tuple(params), _rule(function))
+
+    def _check_names(self, node: ast.FunctionDef, rest: list[ast.arg]) -> None:
+        """Arguments are given by name. Raises _Unreadable where one cannot be."""
+        only = next((a for a in node.args.posonlyargs if a in rest), None)
+        if only is None:
+            return
+        args = ast.arguments(**{**vars(node.args), "posonlyargs": []})
+        args.args = [*node.args.posonlyargs, *node.args.args]
+        raise _Unreadable(
+            node,
+            f"`{only.arg}` of `{node.name}` has no name for callers, as it stands before a `/`",
+            help=f"def {node.name}({ast.unparse(args)}) -> {ast.unparse(node.returns or only)}:",
+        )
 
     def _annotation(self, given: ast.arg, is_batched: bool) -> Type:
         if given.annotation is None:
@@ -203,7 +217,7 @@ class _Reader:
         kind = _KINDS.get(_name(given.annotation) if given.annotation else "", "value")
         try:
             value = ast.literal_eval(default) if default is not None else None
-        except ValueError:
+        except (ValueError, TypeError, RecursionError, MemoryError):
             value = None
         return Param(
             given.arg,
@@ -213,9 +227,16 @@ class _Reader:
             is_named=is_named,
             is_required=default is None,
             is_live=True,
+            type=self._said(given.annotation),
         )
 
     # Types
+
+    def _said(self, annotation: ast.expr | None) -> Type:
+        """The type of an argument; one that no type of the language says may be anything."""
+        with contextlib.suppress(_Unreadable):
+            return self._type(annotation) if annotation is not None else UNKNOWN
+        return UNKNOWN
 
     def _type(self, node: ast.expr) -> Type:
         """The type that an annotation says. Raises _Unreadable."""

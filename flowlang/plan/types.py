@@ -210,7 +210,7 @@ def unify(one: Type, other: Type) -> Type | None:
     if isinstance(one, Unknown) or isinstance(other, Unknown):
         return UNKNOWN
     if one == other:
-        return one
+        return _in_both_frames(one, other)
     if isinstance(one, Optional) or isinstance(other, Optional):
         inner = unify(without_null(one), without_null(other))
         return None if inner is None else optional(inner)
@@ -231,6 +231,21 @@ def unify(one: Type, other: Type) -> Type | None:
     if isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype:
         return Tensor(one.dtype, _unify_shapes(one.shape, other.shape))
     return FLOAT if {one, other} == {INT, FLOAT} else None
+
+
+def _in_both_frames(one: Type, other: Type) -> Type:
+    """The first of two equal types, in no frame where they lie in different ones."""
+    if isinstance(one, (Scalar, Image)) and isinstance(other, (Scalar, Image)):
+        return one if one.frame == other.frame else replace(one, frame=None)
+    if isinstance(one, Optional) and isinstance(other, Optional):
+        return Optional(_in_both_frames(one.item, other.item))
+    if isinstance(one, ListOf) and isinstance(other, ListOf):
+        return ListOf(_in_both_frames(one.item, other.item))
+    if isinstance(one, Record) and isinstance(other, Record):
+        pairs = zip(one.fields, other.fields, strict=True)
+        fields = tuple((n, _in_both_frames(a, b)) for (n, a), (_, b) in pairs)
+        return Record(fields, one.name)
+    return one
 
 
 def _unify_records(one: Record, other: Record) -> Type | None:

@@ -84,7 +84,10 @@ def number(node: tree.Number) -> Constant:
         raise _too_large(node.span)
     if not node.unit:
         if node.is_int:
-            return Constant("int", int(node.digits), node.span)
+            digits = (
+                node.digits.lstrip("0") or "0"
+            )  # Python counts them, those too that say nothing
+            return Constant("int", int(digits), node.span)
         return Constant("float", amount, node.span)
     if node.unit in SECONDS:
         return Constant("duration", amount * SECONDS[node.unit], node.span)
@@ -181,6 +184,15 @@ def evaluate(node: tree.Expr, names: Mapping[str, Constant]) -> Constant:
         return _range(node)
     if isinstance(node, tree.ListOf):
         items = [evaluate(i, names) for i in node.items]
+        if word := next((i for i in items if i.kind == "word"), None):
+            raise refuse(
+                "unknown-name",
+                f"there is no param named `{word.value}`",
+                word.span,
+                help=f'"{word.value}"',
+                note="a string is written in double quotes",
+                fix=word.span,
+            )
         return Constant("list", tuple(i.value for i in items), span)
     if isinstance(node, tree.Unary) and node.operator == "-":
         inner = evaluate(node.value, names)
@@ -213,6 +225,9 @@ def _range(node: tree.Range) -> Constant:
     parts = [number(p) for p in node.parts]
     if len({p.kind for p in parts}) > 1:
         raise refuse("bad-range", "the ends of a range are of one kind", node.span)
+    if parts[0].kind not in ("int", "float"):
+        plain = "..".join(p.digits for p in node.parts)
+        raise refuse("bad-range", "a range has no unit", node.span, help=plain, fix=node.span)
     values = tuple(p.value for p in parts)
     if list(values) != sorted(values):
         raise refuse(

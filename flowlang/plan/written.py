@@ -17,12 +17,11 @@ from flowlang.plan.types import (
     UNKNOWN,
     Image,
     ListOf,
-    Optional,
     Record,
     Shape,
     Tensor,
     Type,
-    Unknown,
+    optional,
     why_vast,
 )
 from flowlang.syntax import tree
@@ -32,6 +31,11 @@ MAX_NESTED = 64
 _VAST = {
     "too-large": "this type has too many parts",
     "too-deep": f"this type is nested more than {MAX_NESTED} deep",
+}
+# What a word says of an image, of which there is one.
+_SAID_OF_IMAGES = {
+    **dict.fromkeys((*COLOURS, "undecided"), "colour"),
+    **dict.fromkeys(("u8", "f32"), "kind of level"),
 }
 MAX_DIGITS = 12  # of a side
 
@@ -71,7 +75,7 @@ class WrittenTypes:
         if slug := why_vast(kind):
             self._error(slug, _VAST[slug], given.span)
             return UNKNOWN
-        return Optional(kind) if given.optional and not isinstance(kind, Unknown) else kind
+        return optional(kind) if given.optional else kind
 
     def _error(
         self,
@@ -169,9 +173,14 @@ class WrittenTypes:
 
     def _image(self, given: tree.TypeExpr) -> Type:
         image = Image()
+        said: dict[str, str] = {}
         for part in given.arguments:
             word = part if isinstance(part, str) else str(part.name)
             shape = self._shape(part, given) if isinstance(part, str) else None
+            what = _SAID_OF_IMAGES.get(word, "size" if shape is not None else word)
+            if said.setdefault(what, word) != word:
+                message = f"an image has one {what}, and this says `{said[what]}` and `{word}`"
+                self._error("unknown-type", message, given.span)
             if word in COLOURS:
                 image = Image(word, image.dtype, image.height, image.width)
             elif word in ("u8", "f32"):

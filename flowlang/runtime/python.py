@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from flowlang.diagnostics import EngineError, RequestError, StageFailed
+from flowlang.plan import graph
 from flowlang.plan.graph import Live
 from flowlang.plan.physical import StagePlan
 from flowlang.plan.signature import PythonFunction
@@ -73,15 +74,14 @@ class PythonInstance:
 
     def __init__(self, plan: StagePlan) -> None:
         node = plan.nodes[0]
-        self._wanted: PythonFunction = node.params["function"]
+        self._wanted: PythonFunction = node.params[graph.FUNCTION]
         self._function = function_of(self._wanted)
         self._place = str(node.span)
         self._fields = {"stage": self._wanted.shown, "place": self._place}  # of a line in the log
         self._conform = conforming(self._wanted.gives)
-        params = {n: v for n, v in node.params.items() if n != "function"}
-        self._live = {n: v.index for n, v in params.items() if isinstance(v, Live)}
-        given = {n for n in params if n in node.param_spans}
-        self._fixed = {n: v for n, v in params.items() if n in given and n not in self._live}
+        given = {n: v for n, v in node.params.items() if n in node.param_spans}
+        self._live = {n: v.index for n, v in given.items() if isinstance(v, Live)}
+        self._fixed = {n: v for n, v in given.items() if n not in self._live}
 
     def warm(self) -> None:
         """Nothing: what a made-up item would do in foreign code cannot be known."""

@@ -138,6 +138,11 @@ class Scheduler:
         after.run()
         return requests
 
+    def count_refusal(self, entrance: Entrance, code: str) -> None:
+        """Count a request that was refused before it could be submitted."""
+        with self._lock:
+            entrance.counts.fail(code)
+
     def cancel(self, request: Request) -> bool:
         """Give a request up: it leaves the queue and its result is dropped."""
         after = _Afterwards()

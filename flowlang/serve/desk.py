@@ -47,6 +47,7 @@ class Kind(IntEnum):
     ANSWERS = 6  # pickled: the number and the outcome of each
     FLOWS = 7  # pickled: the flows there are now, each a Card; none while they are loaded
     TRACE = 8  # pickled: the trace that the message behind it belongs to, as headers
+    REFUSED = 10  # the code that a request was refused with before it was a call of flow `part`
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,11 @@ class Desk:
         except KeyError:
             raise Draining("the flow has been taken over from") from None
 
+    def count_refusal(self, number: int, code: str) -> None:
+        """Count a request that a front refused, where no other flow has taken over."""
+        if number in self._flows:
+            self._flows[number].count_refusal(code)
+
     def forget(self, front: _Front) -> None:
         self._fronts.discard(front)
 
@@ -189,6 +195,8 @@ class _Front:
                 self._call(number, record, *pickle.loads(message))
             elif kind == Kind.CANCEL:
                 self._cancel(number)
+            elif kind == Kind.REFUSED:
+                self._desk.count_refusal(record.part, message.decode())
             elif kind == Kind.TRACE:
                 self._trace = message
             elif kind == Kind.OPEN:
@@ -294,12 +302,24 @@ def _pickled(answers: list[tuple[int, Any]]) -> bytes:
         return _dumps([(number, _portable(outcome)) for number, outcome in answers])
 
 
+def portable_error(error: RequestError) -> RequestError:
+    """An error as the class of ours that it is one of, with what it says itself."""
+    kind: type[RequestError] = next(
+        k for k in type(error).__mro__ if k.__module__ == RequestError.__module__
+    )
+    found = kind(str(error.message), stage=error.stage, place=error.place)
+    found.code, found.http_status = str(error.code), int(error.http_status)
+    return found
+
+
 def _portable(outcome: Any) -> Any:
     """An outcome as it is if it can travel, or else what it is over HTTP."""
     try:
         _dumps(outcome)
     except Exception:
         try:
+            if isinstance(outcome, RequestError):
+                return portable_error(outcome)
             kind, body = encode(outcome)
             return body if kind == OCTETS else json.loads(body)
         except Exception:

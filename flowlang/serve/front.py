@@ -39,7 +39,7 @@ class RemoteFlow:
         self._engine = engine
 
     async def acall(
-        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Any:
         """See flowlang.app.Flow.acall."""
         within_s = deadline_s or 0.0
@@ -47,6 +47,10 @@ class RemoteFlow:
             return await self._engine.call(Kind.CALL, item, self._number, within_s)
         message = pickle.dumps((item, priority, parameters), pickle.HIGHEST_PROTOCOL)
         return await self._engine.call(Kind.CALL_WITH, message, self._number, within_s)
+
+    def count_refusal(self, code: str) -> None:
+        """See flowlang.app.Flow.count_refusal."""
+        self._engine.tell_refusal(self._number, code)
 
 
 class Engine:
@@ -142,6 +146,11 @@ class Engine:
         """What the engine answers to a question that is no call of a flow."""
         return await self.call(Kind.ASK, pickle.dumps((question, *words), pickle.HIGHEST_PROTOCOL))
 
+    def tell_refusal(self, part: int, code: str) -> None:
+        """Have a request counted that was refused here."""
+        if self.is_loaded:
+            self.channel.send(0, Kind.REFUSED, code.encode(), part)
+
     # Hearing
 
     def receive(self, record: Record, message: bytes) -> None:
@@ -214,7 +223,6 @@ class FrontService(Service):
     def shut(self) -> None:
         """Take none until there are flows again."""
         if self.state == "ready":
-            self.state = "loading"
             self._open = {}
             self.inference.become("loading")
 

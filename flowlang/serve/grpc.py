@@ -23,13 +23,12 @@ from flowlang.serve.proto import Method, Protocol, read_protocol
 from flowlang.serve.setup import Setup
 from flowlang.serve.tensor import (
     BYTES,
-    NUMPY,
     Tensor,
     Values,
     check_count,
     check_datatype,
     check_shape,
-    from_list,
+    from_field,
     from_raw,
     to_raw,
 )
@@ -53,6 +52,7 @@ _CONTENTS: Mapping[str, str] = {
     "UINT16": "uint_contents", "UINT32": "uint_contents", "UINT64": "uint64_contents",
     "FP32": "fp32_contents", "FP64": "fp64_contents", BYTES: "bytes_contents",
 }  # fmt: skip
+_HELD: Mapping[str, str] = {"int_contents": "INT32", "uint_contents": "UINT32"}  # of the narrower
 
 
 # What is answered without a token: to health checks nobody can give one.
@@ -433,7 +433,7 @@ class _Exchange:
         self._kind = kind
 
     def read(self, model: Model) -> Request:
-        return read_request(self._message, self._call.time_remaining())
+        return read_request(model, self._message, self._call.time_remaining())
 
     def write(self, model: Model, request: Request, tensors: list[Tensor]) -> Message:
         return self._kind(
@@ -458,14 +458,14 @@ def _given_id(metadata: Iterable[tuple[str, str]]) -> bytes | None:
     return None if given is None else given.encode()
 
 
-def read_request(message: Message, timeout_s: float | None) -> Request:
+def read_request(model: Model, message: Message, timeout_s: float | None) -> Request:
     """A request out of a ModelInferRequest. Raises BadRequest."""
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         count = f"{len(raw)} of them, and {len(message.inputs)} inputs"
         raise BadRequest(f"raw_input_contents: there are {count}")
     tensors = [
-        _tensor(f"inputs[{index}]", given, raw[index] if raw else None)
+        _tensor(model, f"inputs[{index}]", given, raw[index] if raw else None)
         for index, given in enumerate(message.inputs)
     ]
     for index, output in enumerate(message.outputs):
@@ -481,11 +481,12 @@ def read_request(message: Message, timeout_s: float | None) -> Request:
     )
 
 
-def _tensor(place: str, given: Message, raw: bytes | None) -> Tensor:
+def _tensor(model: Model, place: str, given: Message, raw: bytes | None) -> Tensor:
     datatype = check_datatype(place, given.datatype)
     shape = check_shape(place, list(given.shape))
     if "shared_memory_region" in given.parameters:
         raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
+    model.port(place, given.name, datatype, shape)
     if raw is None:
         values = _contents(f"{place}.contents", datatype, shape, given.contents)
     elif given.HasField("contents"):
@@ -499,11 +500,12 @@ def _contents(place: str, datatype: str, shape: tuple[int, ...], contents: Messa
     field = _CONTENTS.get(datatype)
     if field is None:
         raise BadRequest(f"{place}: {datatype} goes into raw_input_contents")
-    values = list(getattr(contents, field))
-    if datatype in NUMPY:
-        return from_list(f"{place}.{field}", datatype, shape, values)
-    check_count(f"{place}.{field}", shape, len(values))
-    return values
+    place = f"{place}.{field}"
+    values = getattr(contents, field)
+    if datatype != BYTES:
+        return from_field(place, datatype, shape, values, _HELD.get(field, datatype))
+    check_count(place, shape, len(values))
+    return list(values)
 
 
 def _value(name: str, given: Message) -> Any:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -24,8 +23,9 @@ from flowlang.diagnostics import FlowError
 from flowlang.serve.access import AccessLog
 from flowlang.serve.backend import Backend, Local
 from flowlang.serve.corked import Corked
-from flowlang.serve.process import (
+from flowlang.serve.launch import (
     BACKLOG,
+    STOPS,
     allow_many_connections,
     end,
     keep_freed_memory,
@@ -49,7 +49,6 @@ KEEP_ALIVE_S = 75  # longer than clients and balancers keep an idle connection
 HANDSHAKE_S = 20.0  # of TLS
 LINGER_S = 0.2  # once all is answered: so that who writes just now is told, and not cut off
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers
-STOPS = (signal.SIGTERM, signal.SIGINT)
 
 log = logging.getLogger("flowlang.serve")
 

@@ -8,10 +8,11 @@ same in different words: both are built on this module, which knows neither.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 from flowlang import __version__
 from flowlang.diagnostics import BadRequest, Draining, RequestError
@@ -33,7 +34,8 @@ VERSION = "1"  # of every model
 EXTENSIONS = (
     *("binary_tensor_data", "model_configuration", "parameters", "schedule_policy", "statistics"),
 )
-# Request parameters that the protocol or its clients give a meaning of their own.
+# Request parameters that the protocol or its clients give a meaning of their own. Those that have
+# none here may be a flow's; the others cannot be (flowlang.plan.declare).
 RESERVED = frozenset(
     (
         *("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers"),
@@ -43,6 +45,9 @@ RESERVED = frozenset(
 RESERVED_START = "triton_"
 _PLAIN = frozenset(Scalar(name) for name in PLAIN)
 
+State: TypeAlias = Literal["loading", "ready", "draining"]
+Asked = TypeVar("Asked")
+Told = TypeVar("Told")
 Carried = TypeVar("Carried", covariant=True)
 
 
@@ -154,6 +159,20 @@ class Model:
 
     # What it does
 
+    def port(self, place: str, name: str, datatype: str, shape: tuple[int, ...]) -> Port:
+        """The input that a tensor is. Raises BadRequest where it is none, or of too many items.
+
+        To be asked before its values are read: what nobody takes shall cost nothing.
+        """
+        port = self._takes.get(name)
+        if port is None:
+            raise BadRequest(f"{place}: no input is named `{name}`; {self._needed()}")
+        port.check(place, datatype, shape)
+        if not 0 < shape[0] <= self.limit:
+            most = f"a request has 1 to {self.limit:,}"
+            raise BadRequest(f"{place}.shape: {shape[0]:,} items, and {most}")
+        return port
+
     def read(self, request: Request) -> Work:
         """What a request asks of the flow. Raises BadRequest."""
         wanted = self._wanted(request.outputs)
@@ -195,20 +214,19 @@ class Model:
         rows: dict[str, list[Any]] = {}
         for index, tensor in enumerate(request.inputs):
             place = f"inputs[{index}]"
-            port = self._takes.get(tensor.name)
-            if port is None:
-                raise BadRequest(f"{place}: no input is named `{tensor.name}`; {self._needed()}")
+            # Again: another flow may have taken over from the one that was asked then.
+            port = self.port(place, tensor.name, tensor.datatype, tensor.shape)
             if tensor.name in rows:
                 raise BadRequest(f"{place}: `{tensor.name}` is given twice")
-            rows[tensor.name] = port.rows(place, tensor)
-            if len(rows[tensor.name]) != (count := len(next(iter(rows.values())))):
+            if tensor.shape[0] != (count := request.inputs[0].shape[0]):
                 raise BadRequest(f"{place}.shape: it has not {count} items, as inputs[0] has")
+            rows[tensor.name] = port.rows(place, tensor)
         missing = [n for n, port in self._takes.items() if n not in rows and not port.is_optional]
         if missing:
             raise BadRequest(f"inputs: `{missing[0]}` is missing; {self._needed()}")
-        count = len(next(iter(rows.values()), ()))
-        if not 0 < count <= self.limit:
-            raise BadRequest(f"inputs: {count} items, and a request has 1 to {self.limit}")
+        if not rows:
+            raise BadRequest(f"inputs: there is none; {self._needed()}")
+        count = request.inputs[0].shape[0]
         arguments = {name: rows.pop(name) for name in self._arguments if name in rows}
         shared = self._shared(request.parameters)
         given = [shared] * count
@@ -226,7 +244,11 @@ class Model:
         found = {
             name: value
             for name, value in parameters.items()
-            if name in self._parameters or not (name in RESERVED or name.startswith(RESERVED_START))
+            if value is not None
+            and (
+                name in self._parameters
+                or not (name in RESERVED or name.startswith(RESERVED_START))
+            )
         }
         try:
             texts = {name: value for name, value in found.items() if isinstance(value, str)}
@@ -282,7 +304,9 @@ def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
 
 def _whole(parameters: Mapping[str, Any], name: str, what: str) -> int:
     """A parameter that the protocol gives a meaning; 0 says nothing. Raises BadRequest."""
-    given = parameters.get(name, 0)
+    given = parameters.get(name)
+    if given is None:
+        return 0
     if not isinstance(given, int) or isinstance(given, bool) or given < 0:
         raise BadRequest(f"parameters.{name}: a whole {what} is wanted")
     return given
@@ -296,8 +320,7 @@ class Inference:
     """All models of a server, and whether they take requests. Belongs to one event loop."""
 
     def __init__(self, tracer: Tracer | None = None) -> None:
-        self.state: Literal["loading", "ready", "draining"] = "loading"
-        self.under_way = 0
+        self.state: State = "loading"
         self.tracer = tracer
         self.models: dict[str, Model] = {}
         self.on_change: list[Callable[[], object]] = []  # called when `state` has changed
@@ -318,7 +341,7 @@ class Inference:
         """Let no request in any more. Those inside go on."""
         self.become("draining")
 
-    def become(self, state: Literal["loading", "ready", "draining"]) -> None:
+    def become(self, state: State) -> None:
         self.state = state
         for tell in self.on_change:
             tell()
@@ -375,17 +398,23 @@ class Inference:
         """Answer a request that was let in. Raises RequestError, of which a client may be told."""
         model = self.model(name, version)
         model.statistics.last_ms = time.time_ns() // 1_000_000
-        self.under_way += 1
         clock = _Clock()
         try:
             request = exchange.read(model)
             work = model.read(request)
             clock.lap()
-            answers, queued_s = await self._run(model, request, work)
+
+            async def run(asked: Model) -> tuple[Model, Work, list[Any], float]:
+                own = work if asked is model else asked.read(request)
+                return asked, own, *await asked.run(own)
+
+            asked, done, answers, queued_s = await asked_again(model, lambda: self._now(name), run)
             clock.lap()
-            carried = exchange.write(model, request, model.outputs.columns(answers, work.wanted))
+            carried = exchange.write(asked, request, asked.outputs.columns(answers, done.wanted))
             clock.lap()
         except RequestError as error:
+            if not clock.laps_ns:  # it was not put
+                model.flow.count_refusal(error.code)
             tell_unanswered(exchange.request_id, name, reason_of(error))
             raise
         except Exception:
@@ -394,22 +423,28 @@ class Inference:
         else:
             input_ns, infer_ns, output_ns = clock.laps_ns
             parts_ns = (round(queued_s * 1e9), input_ns, infer_ns, output_ns)
-            model.statistics.succeed(len(work.items), *parts_ns)
+            model.statistics.succeed(len(done.items), *parts_ns)
             return carried
         finally:
-            self.under_way -= 1
             if len(clock.laps_ns) < 3:
                 model.statistics.fail(clock.total_ns)
 
-    async def _run(self, model: Model, request: Request, work: Work) -> tuple[list[Any], float]:
-        """What a model gives; or the one that has taken over, where that happened meanwhile."""
-        try:
-            return await model.run(work)
-        except Unanswered as error:
-            successor = self.models.get(model.name, model)
-            if error.code != Draining.code or successor is model or not self.is_ready:
-                raise
-            return await successor.run(successor.read(request))
+    def _now(self, name: str) -> Model | None:
+        """The model of a name that takes requests now."""
+        return self.models.get(name) if self.is_ready else None
+
+
+async def asked_again(
+    first: Asked, now: Callable[[], Asked | None], ask: Callable[[Asked], Awaitable[Told]]
+) -> Told:
+    """What a flow tells; or the one there is `now`, where it has taken over meanwhile."""
+    try:
+        return await ask(first)
+    except RequestError as error:
+        successor = now() if error.code == Draining.code else None
+        if successor is None or successor is first:
+            raise
+    return await ask(successor)
 
 
 def known(name: str, flows: Container[str]) -> str:
@@ -417,11 +452,21 @@ def known(name: str, flows: Container[str]) -> str:
     return name if name in flows else "unknown"
 
 
-async def emptied(under_way: Callable[[], int], grace_s: float) -> bool:
-    """Wait until nothing is under way, at most `grace_s`. Returns whether that was in time."""
+async def emptied(
+    under_way: Callable[[], int],
+    grace_s: float,
+    patience_s: float = math.inf,
+    hurry: Callable[[], object] | None = None,
+) -> bool:
+    """Wait until nothing is under way, at most `grace_s`. Returns whether that was in time.
+
+    Once it has taken `patience_s`, `hurry` is called again and again.
+    """
     clock = asyncio.get_running_loop().time
-    until_s = clock() + grace_s
-    while under_way() and clock() < until_s:
+    start_s = clock()
+    while under_way() and clock() < start_s + grace_s:
+        if hurry is not None and clock() > start_s + patience_s:
+            hurry()
         await asyncio.sleep(0.01)
     return not under_way()
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from flowlang.diagnostics import RequestError
 from flowlang.serve.answer import Answer, reason_of
 from flowlang.serve.backend import Local
-from flowlang.serve.desk import Desk, Question
+from flowlang.serve.desk import Desk, Question, portable_error
 from flowlang.serve.front import Engine, FrontService
 from flowlang.serve.http import Server
 from flowlang.serve.routes import Service
@@ -129,10 +129,7 @@ class _Flows(Local):
         """What an inference failed with, for its span in the front, in a class that can travel."""
         if error is None or self._tracer is None or self._tracer.current() is None:
             return None
-        reason = reason_of(error)
-        told = RequestError(reason.message, place=reason.place)
-        told.code, told.http_status = reason.code, reason.http_status
-        return told
+        return portable_error(reason_of(error))
 
     def _open(self, app: App) -> None:
         self._service.let_in(app)

@@ -25,8 +25,8 @@ _SCALARS: Mapping[str, tuple[str, Shape, Form]] = {
     "str": (BYTES, (), "text"),
     "path": (BYTES, (), "text"),
     "int": ("INT64", (), "number"),
-    "float": ("FP32", (), "number"),
-    "duration": ("FP32", (), "number"),
+    "float": ("FP64", (), "number"),
+    "duration": ("FP64", (), "number"),
     "bool": ("BOOL", (), "number"),
     "box": ("FP32", (4,), "array"),
     "quad": ("FP32", (4, 2), "array"),
@@ -50,8 +50,7 @@ class Port:
         return [-1, *(-1 if side is None else side for side in self.shape or ())]
 
     def rows(self, place: str, tensor: Tensor) -> list[Any]:
-        """What each item has of a tensor. Raises BadRequest where it is not of this port's type."""
-        self._check(place, tensor)
+        """What each item has of a tensor that has been checked. Raises BadRequest."""
         values = tensor.values
         if not isinstance(values, list):
             if self.form == "number":
@@ -65,12 +64,13 @@ class Port:
             return list(values)
         return [_read(read, place, index, value) for index, value in enumerate(values)]
 
-    def _check(self, place: str, tensor: Tensor) -> None:
-        if tensor.datatype != self.datatype:
-            wanted = f"`{self.name}` is {self.datatype}, not {tensor.datatype}"
+    def check(self, place: str, datatype: str, shape: tuple[int, ...]) -> None:
+        """Raises BadRequest where no tensor of this datatype and shape is this one."""
+        if datatype != self.datatype:
+            wanted = f"`{self.name}` is {self.datatype}, not {datatype}"
             raise BadRequest(f"{place}.datatype: {wanted}")
-        given = tensor.shape[1:]
-        if tensor.shape and (
+        given = shape[1:]
+        if shape and (
             self.shape is None
             # One value an item may have dimensions of length one, as Triton's clients send them.
             or (not self.shape and all(side == 1 for side in given))
@@ -81,7 +81,7 @@ class Port:
         ):
             return
         wanted = f"`{self.name}` is of shape {self.wire_shape}, the number of items in front"
-        raise BadRequest(f"{place}.shape: {wanted}; {list(tensor.shape)} is not")
+        raise BadRequest(f"{place}.shape: {wanted}; {list(shape)} is not")
 
     def column(self, values: Sequence[Any]) -> Tensor:
         """The tensor of what all items give. Raises BadRequest where their arrays differ."""
@@ -90,14 +90,21 @@ class Port:
             return Tensor(self.name, BYTES, (len(texts),), texts)
         import numpy as np
 
-        arrays = [np.asarray(value) for value in values]
+        dtype = np.dtype(NUMPY[self.datatype]).newbyteorder("=")
+        try:  # numpy lets arrays wrap around, but not Python's numbers
+            wanted = dtype if self.form == "number" else None
+            arrays = [np.asarray(value, wanted) for value in values]
+        except OverflowError:
+            raise BadRequest(
+                f"`{self.name}`: a number that {self.datatype} cannot hold, but JSON can: "
+                f"ask for it below /flows"
+            ) from None
         if len({array.shape for array in arrays}) > 1:
             raise BadRequest(
                 f"the items give `{self.name}` in different shapes, which one tensor "
                 f"cannot hold: send them in requests of their own"
             )
         stacked = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
-        dtype = np.dtype(NUMPY[self.datatype]).newbyteorder("=")
         with np.errstate(over="ignore"):
             flat = stacked.astype(dtype, copy=False).ravel()
         return Tensor(self.name, self.datatype, stacked.shape, flat)

@@ -7,10 +7,10 @@ everything here. Knows nothing of sockets, signals or the loading of models.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flowlang.diagnostics import BadRequest, Draining, RequestError
 from flowlang.items import plain
@@ -31,10 +31,11 @@ from flowlang.serve.answer import (
     request_id_of,
     to_json,
     told,
+    wrong_method,
 )
 from flowlang.serve.body import BodyReader, HungUp, Receive, Scope, Send, Watches
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
-from flowlang.serve.inference import Inference, known
+from flowlang.serve.inference import Inference, State, asked_again, emptied, known
 from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
 from flowlang.serve.metrics import KIND as METRICS
 from flowlang.serve.metrics import metrics_text
@@ -81,8 +82,10 @@ class Called(Protocol):
     def parameters(self) -> Sequence[Parameter]: ...
 
     async def acall(
-        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Any: ...
+
+    def count_refusal(self, code: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,13 @@ class _Door:
 
     def item(self, body: bytes) -> Any:
         """The flow's item, as a body brings it. Raises BadRequest."""
-        return body if self.read is None else self.read(body)
+        if self.read is None:
+            return body
+        try:
+            return self.read(body)
+        except RequestError as error:
+            self.flow.count_refusal(error.code)
+            raise
 
 
 class Service:
@@ -109,7 +118,6 @@ class Service:
         token: Token | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        self.state: Literal["loading", "ready", "draining"] = "loading"
         self.under_way = 0
         self.inference = Inference(tracer)
         self._inference_routes = InferenceRoutes(self.inference, max_body_bytes)
@@ -128,6 +136,10 @@ class Service:
             resources.files(__package__).joinpath(name).read_bytes()
             for name in ("page.html", "docs.html")
         )
+
+    @property
+    def state(self) -> State:
+        return self.inference.state
 
     @property
     def inside(self) -> int:
@@ -158,24 +170,17 @@ class Service:
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
         self._doors = self._open = doors
-        self.state = "ready"
 
     def refuse(self) -> None:
         """Let no request in any more. Those inside go on."""
-        self.state = "draining"
         self._bodies.is_draining = True
         self._open = {}
         self.inference.refuse()
 
     async def emptied(self, within_s: float) -> bool:
         """Wait until no request is inside, at most so long. Returns whether that is so."""
-        clock = asyncio.get_running_loop().time
-        start_s = clock()
-        while self.under_way and clock() < start_s + within_s:
-            if clock() > start_s + min(STALLED_S, within_s / 2):
-                self._bodies.cut_all()
-            await asyncio.sleep(0.01)
-        return not self.under_way
+        patience_s = min(STALLED_S, within_s / 2)
+        return await emptied(lambda: self.under_way, within_s, patience_s, self._bodies.cut_all)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -250,7 +255,7 @@ class Service:
             if path != "/metrics":
                 raise Refusal("not-found", 404, "this port has /metrics, and nothing else")
             if method not in ("GET", "HEAD"):
-                raise _wrong_method(method, "GET, HEAD")
+                raise wrong_method(method, "GET, HEAD")
             await self._send(send, self._show_metrics(), request_id)
         except Refusal as error:
             await self._send(send, error_answer(error, None, request_id), request_id)
@@ -275,6 +280,7 @@ class Service:
         receive: Receive,
     ) -> Answer:
         flow = door.flow
+        is_read = False
         try:
             asked: dict[str, Any] = {
                 "deadline_s": deadline_of(found.get(b"x-deadline-ms")),
@@ -289,7 +295,8 @@ class Service:
                     raise BadRequest(f"`{min(twice)}` is given in the query and in the form")
                 parameters |= given
                 body = only_item(items, given)
-
+            is_read = True
+            call: Awaitable[Any]
             if len(items) > 1:
                 call = self._call_each(door, items, asked | parameters, request_id)
             else:
@@ -297,6 +304,8 @@ class Service:
             kind, encoded = encode(await self._watches.unless_hung_up(call, receive))
             return Answer(200, encoded, kind)
         except RequestError as error:
+            if not is_read:
+                flow.count_refusal(error.code)
             tell_unanswered(request_id.decode(), flow.name, error)
             return error_answer(error, flow.name, request_id)
         except HungUp:
@@ -313,6 +322,8 @@ class Service:
         try:
             body = await self._bodies.read(found, receive)
         except RequestError as error:
+            if door := self._doors.get(f"/flows/{scope['path'].split('/')[3]}"):
+                door.flow.count_refusal(error.code)
             return refused(error), request_id
         answer = self.infer(scope["path"], dict(scope["headers"]), body, request_id)
         return await self._watches.unless_hung_up(answer, receive)
@@ -323,15 +334,13 @@ class Service:
         """The answer to an inference of the Open Inference Protocol, and the request's id."""
         return await self._inference_routes.infer(path, headers, body, request_id)
 
-    async def _call(self, door: _Door, body: bytes, asked: dict[str, Any]) -> Any:
+    def _call(self, door: _Door, body: bytes, asked: dict[str, Any]) -> Awaitable[Any]:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""
-        try:
+
+        async def call(door: _Door) -> Any:
             return await door.flow.acall(door.item(body), **asked)
-        except Draining:
-            successor = self._open.get(f"/flows/{door.flow.name}", door)
-            if successor is door:
-                raise
-            return await successor.flow.acall(successor.item(body), **asked)
+
+        return asked_again(door, lambda: self._open.get(f"/flows/{door.flow.name}"), call)
 
     async def _call_each(
         self, door: _Door, items: list[Part], asked: dict[str, Any], request_id: bytes
@@ -373,9 +382,9 @@ class Service:
             if path in self._drawn and method in ("GET", "HEAD"):
                 return Answer(200, plan_svg(*self._drawn[path]).encode(), SVG)
             if path == "/" and method != "POST":
-                raise _wrong_method(method, "GET, HEAD, POST")
+                raise wrong_method(method, "GET, HEAD, POST")
             if path in looks and path != "/":
-                raise _wrong_method(method, "GET, HEAD")
+                raise wrong_method(method, "GET, HEAD")
             raise self._refusal_of_call(method, path)
         except RequestError as error:
             return error_answer(error, None, request_id)
@@ -385,7 +394,7 @@ class Service:
             return Refusal("loading", 503, "the flows are not loaded yet")
         if path in self._doors:
             if method != "POST":
-                return _wrong_method(method, "POST")
+                return wrong_method(method, "POST")
             return Draining("the app is stopping and takes no more requests")
         known = ", ".join(f"/flows/{name}" for name in self.names)
         if path == "/":
@@ -409,11 +418,6 @@ class Service:
 def _is_open(method: str, path: str) -> bool:
     """Whether a request is answered without a token."""
     return method in ("GET", "HEAD") and (path in OPEN or is_health(path))
-
-
-def _wrong_method(method: str, allowed: str) -> Refusal:
-    message = f"{method} is not possible at this path; {allowed} is"
-    return Refusal("wrong-method", 405, message, headers=((b"allow", allowed.encode()),))
 
 
 def _listed(path: str, door: _Door) -> dict[str, Any]:

@@ -23,11 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from flowlang.serve.process import end
+from flowlang.serve.launch import STOPS, end
 
 log = logging.getLogger("flowlang.serve")
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
 HEARD = (*STOPS, signal.SIGCHLD)
 # A process that lived no longer is started again after a pause, as is an engine without flows.
 SHORT_S = 1.0

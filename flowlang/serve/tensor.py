@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,6 +32,8 @@ DATATYPE: Mapping[str, str] = {
     "i64": "INT64", "f16": "FP16", "f32": "FP32", "f64": "FP64",
 }  # fmt: skip
 MAX_RANK = 32  # numpy's, before its version 2
+MAX_SIDE = 2**63 - 1
+MAX_EMPTY = 1 << 22  # of the sides of a tensor without values, but for those of 0, the product
 _LENGTH = struct.Struct("<I")
 
 
@@ -58,8 +60,12 @@ def check_shape(place: str, shape: object) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) > MAX_RANK:
         raise BadRequest(f"{place}.shape: a list of at most {MAX_RANK} numbers is wanted")
     for side in shape:
-        if not isinstance(side, int) or isinstance(side, bool) or side < 0:
-            raise BadRequest(f"{place}.shape: its numbers are whole, and none is below 0")
+        if not isinstance(side, int) or isinstance(side, bool) or not 0 <= side <= MAX_SIDE:
+            ends = f"none is below 0 or above {MAX_SIDE}"
+            raise BadRequest(f"{place}.shape: its numbers are whole, and {ends}")
+    # Values pay for other shapes. These have none, and yet rows that somebody may make lists of.
+    if 0 in shape and math.prod(side for side in shape if side) > MAX_EMPTY:
+        raise BadRequest(f"{place}.shape: {list(shape)} is too large for what holds no values")
     return tuple(shape)
 
 
@@ -101,9 +107,21 @@ def from_list(place: str, datatype: str, shape: tuple[int, ...], given: object) 
     """Values out of JSON: a list, flat or nested as the shape is. Raises BadRequest."""
     if not isinstance(given, list):
         raise BadRequest(f"{place}: a list is wanted")
-    values = _texts(place, given) if datatype == BYTES else _numbers(place, datatype, shape, given)
-    check_count(place, shape, len(values))
-    return values
+    flat = _flat(place, shape, given)
+    return _texts(place, flat) if datatype == BYTES else _numbers(place, datatype, flat)
+
+
+def from_field(
+    place: str, datatype: str, shape: tuple[int, ...], given: Collection[Any], held: str
+) -> np.ndarray[Any, Any]:
+    """Numbers out of a field of numbers that are of the datatype `held`. Raises BadRequest."""
+    import numpy as np
+
+    check_count(place, shape, len(given))
+    values = np.fromiter(given, NUMPY[held], len(given))
+    if held != datatype and len(given):
+        _check_range(place, datatype, values.min(), values.max())
+    return values.astype(np.dtype(NUMPY[datatype]).newbyteorder("="), copy=False)
 
 
 def check_count(place: str, shape: tuple[int, ...], count: int) -> None:
@@ -113,12 +131,29 @@ def check_count(place: str, shape: tuple[int, ...], count: int) -> None:
         raise BadRequest(f"{place}: {wanted}, and there are {count:,}")
 
 
-def _texts(place: str, given: list[Any]) -> list[bytes]:
-    while given and isinstance(given[0], list):
-        if not all(isinstance(part, list) for part in given):
+def _flat(place: str, shape: tuple[int, ...], given: list[Any]) -> list[Any]:
+    """The values of a list, flat or nested as the shape is. Raises BadRequest.
+
+    Lengths are looked at first: a message can hold millions of values that no shape asks for.
+    """
+    if not given or type(given[0]) is not list:
+        check_count(place, shape, len(given))
+        return given
+    level, depth = [given], 0
+    while level and type(level[0]) is list:
+        if set(map(type, level)) != {list}:
             raise BadRequest(f"{place}: the lists in it are not all as deep")
-        given = list(itertools.chain.from_iterable(given))
-    if not all(isinstance(text, str) for text in given):
+        wanted = shape[depth] if depth < len(shape) else None
+        if wrong := set(map(len, level)) - {wanted}:
+            there = f"a list of {min(wrong):,} at depth {depth + 1}"
+            raise BadRequest(f"{place}: {there} is not of shape {list(shape)}")
+        level, depth = list(itertools.chain.from_iterable(level)), depth + 1
+    check_count(place, shape, len(level))
+    return level
+
+
+def _texts(place: str, given: list[Any]) -> list[bytes]:
+    if not set(map(type, given)) <= {str}:
         raise BadRequest(f"{place}: {BYTES} in JSON are strings")
     try:
         return [text.encode() for text in given]
@@ -126,34 +161,41 @@ def _texts(place: str, given: list[Any]) -> list[bytes]:
         raise BadRequest(f"{place}: a string in it is no text (a lone surrogate)") from None
 
 
-def _numbers(
-    place: str, datatype: str, shape: tuple[int, ...], given: list[Any]
-) -> np.ndarray[Any, Any]:
+_KINDS: Mapping[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
+
+
+def _numbers(place: str, datatype: str, given: list[Any]) -> np.ndarray[Any, Any]:
     import numpy as np
 
     dtype = np.dtype(NUMPY[datatype]).newbyteorder("=")
-    is_whole = dtype.kind in "iu"
-    try:
-        # As objects, whole numbers stay what they are: numpy makes floats of some large ones.
-        array = np.array(given, object if is_whole else None)
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        raise BadRequest(f"{place}: these are no numbers of one shape") from None
-    flat = array.ravel()
-    kinds = "b" if datatype == "BOOL" else "fiu"
-    is_kind = all(type(v) is int for v in flat) if is_whole else array.dtype.kind in kinds
-    if not is_kind and flat.size:
+    if not set(map(type, given)) <= _KINDS[dtype.kind]:
         raise BadRequest(f"{place}: not all of it is {datatype}")
-    if array.ndim > 1 and array.shape != shape:
-        raise BadRequest(f"{place}: a list of shape {list(array.shape)}, not {list(shape)}")
-    if is_whole:
-        bounds = np.iinfo(dtype)
-        fits = all(bounds.min <= v <= bounds.max for v in flat)
-    else:
-        with np.errstate(over="ignore"):
-            fits = bool((np.isfinite(flat.astype(dtype)) == np.isfinite(flat)).all())
-    if not fits:
-        raise BadRequest(f"{place}: not all of it lies in the range of {datatype}")
-    return flat.astype(dtype)
+    if dtype.kind != "f":
+        if dtype.kind != "b" and given:
+            _check_range(place, datatype, min(given), max(given))
+        return np.array(given, dtype)
+    try:
+        wide = np.array(given, np.float64)
+    except OverflowError:  # a whole number beyond any float
+        raise _out_of_range(place, datatype) from None
+    with np.errstate(over="ignore"):
+        values = wide.astype(dtype, copy=False)
+    if not (np.isfinite(values) == np.isfinite(wide)).all():
+        raise _out_of_range(place, datatype)
+    return values
+
+
+def _check_range(place: str, datatype: str, lowest: int, highest: int) -> None:
+    """Raises BadRequest where whole numbers reach beyond a datatype."""
+    import numpy as np
+
+    bounds = np.iinfo(NUMPY[datatype])
+    if lowest < bounds.min or highest > bounds.max:
+        raise _out_of_range(place, datatype)
+
+
+def _out_of_range(place: str, datatype: str) -> BadRequest:
+    return BadRequest(f"{place}: not all of it lies in the range of {datatype}")
 
 
 def to_raw(tensor: Tensor) -> bytes:

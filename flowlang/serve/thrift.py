@@ -14,6 +14,7 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from importlib import resources
@@ -24,7 +25,8 @@ from flowlang.items import plain
 from flowlang.plan.types import ListOf, Record, Tensor, Type
 from flowlang.serve.access import tell
 from flowlang.serve.answer import request_id_of, takes_bytes, to_json
-from flowlang.serve.inference import Inference, Unanswered, emptied
+from flowlang.serve.inference import Inference, Unanswered, asked_again, emptied
+from flowlang.serve.launch import BACKLOG
 from flowlang.serve.log import tell_broken, tell_unanswered
 from flowlang.serve.setup import Setup
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 MESSAGE_S = 120.0  # a message that takes longer to arrive is cut off
 AHEAD_BYTES = 1 << 20  # of messages sent ahead of their answers: then no more is read
-BACKLOG = 2048
 _CALL, _REPLY, _EXCEPTION, _ONEWAY = 1, 2, 3, 4
 _NAMES = {None: "", _REPLY: "REPLY", _EXCEPTION: "EXCEPTION"}
 _UNKNOWN_METHOD, _WRONG_TYPE, _INTERNAL, _PROTOCOL = 1, 2, 6, 7  # of TApplicationException
@@ -232,8 +233,7 @@ class _Calls:
         uuid = given.uuid.encode() if isinstance(given.uuid, str) else given.uuid
         call.request_id = request_id_of(uuid).decode("ascii")
         try:
-            flow = self._flow(call.flow, needs_label=True)
-            answer = await self._ask(flow, given.data, call.request_id)
+            flow, answer = await self._ask(call, given.data, needs_label=True)
             label, score = label_of(flow.output, answer)
         except RequestError as error:
             raise _Refused(f"{error.code}: {error.message}", _INTERNAL) from None
@@ -247,30 +247,36 @@ class _Calls:
             raise _Refused("request.image_data is missing", _PROTOCOL)
         call.request_id = request_id_of(None).decode("ascii")
         try:
-            flow = self._flow(call.flow, needs_label=False)
-            answer = await self._ask(flow, given.image_data, call.request_id)
+            _, answer = await self._ask(call, given.image_data, needs_label=False)
         except RequestError as error:
             message = f"{error.code}: {error.message}"
             return response(success=False, result_data="", error_message=message)
         text = to_json(plain(answer)).decode()
         return response(success=True, result_data=text, error_message="")
 
-    async def _ask(self, flow: Flow, picture: bytes, request_id: str) -> Any:
-        tracer = self._inference.tracer
-        if tracer is None:
-            return await self._answer(flow, picture, request_id)
-        with tracer.begin(flow.name, {}, {"rpc.system": "thrift"}, request_id):
-            return await self._answer(flow, picture, request_id)
+    async def _ask(self, call: _Call, picture: bytes, *, needs_label: bool) -> tuple[Flow, Any]:
+        """What a flow answers, and which one that was: another may have taken over meanwhile."""
 
-    async def _answer(self, flow: Flow, picture: bytes, request_id: str) -> Any:
-        try:
-            return await flow.acall(picture)
-        except RequestError as error:
-            tell_unanswered(request_id, flow.name, error)
-            raise Unanswered(error) from error
-        except Exception:
-            tell_broken(request_id, flow.name)
-            raise _Refused("internal: internal error", _INTERNAL) from None
+        def now() -> Flow:
+            return self._flow(call.flow, needs_label=needs_label)
+
+        async def ask(flow: Flow) -> tuple[Flow, Any]:
+            return flow, await flow.acall(picture)
+
+        flow = now()
+        tracer = self._inference.tracer
+        trace: AbstractContextManager[object] = nullcontext()
+        if tracer is not None:
+            trace = tracer.begin(flow.name, {}, {"rpc.system": "thrift"}, call.request_id)
+        with trace:
+            try:
+                return await asked_again(flow, now, ask)
+            except RequestError as error:
+                tell_unanswered(call.request_id, flow.name, error)
+                raise Unanswered(error) from error
+            except Exception:
+                tell_broken(call.request_id, flow.name)
+                raise _Refused("internal: internal error", _INTERNAL) from None
 
     def _flow(self, named: str, *, needs_label: bool) -> Flow:
         """The flow that a call means. Raises RequestError."""
@@ -284,7 +290,8 @@ class _Calls:
         if name is not None:
             found = flows.get(name)
             if found is None:
-                self._inference.model(name)  # says what is wrong where there is none
+                model = self._inference.model(name)  # says what is wrong where there is none
+                model.flow.count_refusal(BadRequest.code)
                 raise BadRequest(f"flow `{name}` does not take the bytes of a picture")
         else:
             labelling = [flow for flow in flows.values() if gives_label(flow.output)]
@@ -296,6 +303,7 @@ class _Calls:
                 )
             found = fitting[0]
         if needs_label and not gives_label(found.output):
+            found.count_refusal(BadRequest.code)
             raise BadRequest(f"flow `{found.name}` gives {found.output}, and no label with a score")
         return found
 

@@ -13,15 +13,17 @@ from typing import Any, TypeAlias
 
 from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.serve.answer import (
-    JSON,
+    MAX_JSON_BYTES,
     OCTETS,
-    RETRY_S,
     Answer,
     Refusal,
     deadline_of,
+    from_json,
     is_request_id,
     priority_of,
+    refusing,
     to_json,
+    wrong_method,
 )
 from flowlang.serve.inference import VERSION, Inference, Model, Request
 from flowlang.serve.tensor import (
@@ -37,7 +39,6 @@ from flowlang.serve.tensor import (
 
 START = "/v2"
 HEAD = b"inference-header-content-length"  # of the JSON in front of binary tensors
-MAX_JSON_BYTES = 16 << 20  # Python's values take up to twenty times the room of their text
 COMPRESS_BYTES = 1 << 10  # an answer below this is sent as it is
 _WBITS = {b"gzip": 31, b"deflate": 15}  # of zlib; `deflate` has its wrapper (RFC 9110)
 
@@ -65,7 +66,7 @@ class InferenceRoutes:
     def look(self, method: str, path: str) -> Answer:
         """The answer to whatever is no inference, and has no body that matters."""
         try:
-            return self._found(method, path.removeprefix(START).strip("/").split("/"))
+            return self._found(method, path.removeprefix(START).split("/")[1:])
         except RequestError as error:
             return refused(error)
 
@@ -96,7 +97,7 @@ class InferenceRoutes:
 
     def _found(self, method: str, parts: list[str]) -> Answer:
         match parts:
-            case [""]:
+            case [] | [""]:
                 return _get(method, self._inference.metadata)
             case ["health", "live"]:
                 return _get(method, lambda: {"live": True})
@@ -129,7 +130,7 @@ class InferenceRoutes:
             case ["infer"]:
                 if method == "POST":
                     inference.check_open()
-                raise _wrong_method(method, "POST")
+                raise wrong_method(method, "POST")
         raise _nothing()
 
 
@@ -160,15 +161,12 @@ class _Exchange:
 
 def refused(error: RequestError) -> Answer:
     """An error as the protocol tells it."""
-    headers = error.headers if isinstance(error, Refusal) else ()
-    if error.http_status in (429, 503):
-        headers = (*headers, (b"retry-after", RETRY_S))
-    return Answer(error.http_status, to_json({"error": error.message}), JSON, headers, error)
+    return refusing(error, {"error": error.message})
 
 
 def _said(method: str, allowed: str, say: Callable[[], Any]) -> Answer:
     if method not in allowed.split(", "):
-        raise _wrong_method(method, allowed)
+        raise wrong_method(method, allowed)
     return Answer(200, to_json(say()))
 
 
@@ -181,11 +179,6 @@ def _yes_or_no(method: str, is_so: bool, name: str | None = None) -> Answer:
     body = {"ready": is_so} if name is None else {"name": name, "ready": is_so}
     answer = _get(method, lambda: body)
     return answer if is_so else Answer(503, answer.body)
-
-
-def _wrong_method(method: str, allowed: str) -> Refusal:
-    message = f"{method} is not possible at this path; {allowed} is"
-    return Refusal("wrong-method", 405, message, headers=((b"allow", allowed.encode()),))
 
 
 def _nothing() -> Refusal:
@@ -246,15 +239,15 @@ def read_request(model: Model, headers: Headers, body: bytes) -> tuple[Request, 
         tensors = [_raw_input(model, body)]
         return Request(tensors, timeout_s=timeout_s, priority=priority), _always
     head = _object("", _parsed(body[:length]))
-    parameters = _object("parameters", head.get("parameters", {}))
+    parameters = _fields("parameters", head.get("parameters"))
     wanted, is_binary = _wanted(head.get("outputs"), parameters)
-    request_id = head.get("id", "")
+    request_id = "" if head.get("id") is None else head["id"]
     if not isinstance(request_id, str):
         raise BadRequest("id: a string is wanted")
     given = head.get("inputs")
     if not isinstance(given, list):
         raise BadRequest("inputs: a list of tensors is wanted")
-    inputs = _Inputs(memoryview(body)[length:])
+    inputs = _Inputs(model, memoryview(body)[length:])
     tensors = [inputs.read(f"inputs[{index}]", value) for index, value in enumerate(given)]
     inputs.check_end()
     return Request(tensors, wanted, parameters, request_id, timeout_s, priority), is_binary
@@ -278,7 +271,7 @@ def _head_length(given: bytes | None, body_length: int) -> int:
 
 def _parsed(text: bytes) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise BadRequest(f"this is no JSON: {error.msg} at {where}") from None
@@ -290,6 +283,11 @@ def _object(place: str, given: Any) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise BadRequest(f"{place or 'the request'}: a JSON object is wanted")
     return given
+
+
+def _fields(place: str, given: Any) -> dict[str, Any]:
+    """An object that may be left out, or null, which says the same."""
+    return {} if given is None else _object(place, given)
 
 
 def _raw_input(model: Model, body: bytes) -> Tensor:
@@ -308,7 +306,8 @@ def _raw_input(model: Model, body: bytes) -> Tensor:
 class _Inputs:
     """Reads the tensors of a request; the binary ones lie one behind the other."""
 
-    def __init__(self, binary: memoryview) -> None:
+    def __init__(self, model: Model, binary: memoryview) -> None:
+        self._model = model
         self._binary = binary
         self._at = 0
 
@@ -319,13 +318,14 @@ class _Inputs:
             raise BadRequest(f"{place}.name: a string is wanted")
         datatype = check_datatype(place, given.get("datatype"))
         shape = check_shape(place, given.get("shape"))
-        parameters = _object(f"{place}.parameters", given.get("parameters", {}))
+        parameters = _fields(f"{place}.parameters", given.get("parameters"))
         if "shared_memory_region" in parameters:
             raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
+        self._model.port(place, name, datatype, shape)
         size = parameters.get("binary_data_size")
         if size is None:
             values = from_list(f"{place}.data", datatype, shape, given.get("data"))
-        elif "data" in given:
+        elif given.get("data") is not None:
             raise BadRequest(f"{place}: it has both `data` and `binary_data_size`")
         else:
             values = from_raw(place, datatype, shape, self._take(place, size))
@@ -346,7 +346,8 @@ class _Inputs:
 
 def _wanted(given: Any, parameters: dict[str, Any]) -> tuple[list[str] | None, Binary]:
     """The outputs asked for, and which of them as bytes. Raises BadRequest."""
-    all_binary = _flag("parameters.binary_data_output", parameters.get("binary_data_output", False))
+    place = "parameters.binary_data_output"
+    all_binary = _flag(place, parameters.get("binary_data_output"), default=False)
     if given is None:
         return None, _always if all_binary else _never
     if not isinstance(given, list):
@@ -358,15 +359,18 @@ def _wanted(given: Any, parameters: dict[str, Any]) -> tuple[list[str] | None, B
         name = output.get("name")
         if not isinstance(name, str):
             raise BadRequest(f"{place}.name: a string is wanted")
-        asked = _object(f"{place}.parameters", output.get("parameters", {}))
+        asked = _fields(f"{place}.parameters", output.get("parameters"))
         for unknown in ("classification", "shared_memory_region"):
             if unknown in asked:
                 raise BadRequest(f"{place}.parameters: `{unknown}` is not possible here")
-        flags[name] = _flag(f"{place}.parameters.binary_data", asked.get("binary_data", all_binary))
+        place = f"{place}.parameters.binary_data"
+        flags[name] = _flag(place, asked.get("binary_data"), default=all_binary)
     return list(flags) or None, lambda name: flags.get(name, all_binary)
 
 
-def _flag(place: str, value: Any) -> bool:
+def _flag(place: str, value: Any, *, default: bool) -> bool:
+    if value is None:
+        return default
     if not isinstance(value, bool):
         raise BadRequest(f"{place}: true or false is wanted")
     return value

@@ -106,7 +106,10 @@ def _operands(node: tree.Binary) -> _Prefixed:
     level = _LEVEL[node.operator]
     left: tree.Expr = node
     while isinstance(left, tree.Binary) and _LEVEL[left.operator] == level:
-        rows.append((f"{left.operator} ", left.right))
+        right = left.right
+        is_level = isinstance(right, tree.Binary) and _LEVEL[right.operator] == level
+        inside = _operands(right) if isinstance(right, tree.Binary) and is_level else [("", right)]
+        rows += [*reversed(inside[1:]), (f"{left.operator} ", inside[0][1])]
         left = left.left
     return [("", left), *reversed(rows)]
 

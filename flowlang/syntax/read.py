@@ -286,18 +286,15 @@ class Reader:
         return int(digits)
 
     def binary(self, node: Any) -> tree.Expr:
-        """`a op b op c`, left to right."""
+        """`a op b op c`, left to right; `and` and `or` give the same in whatever order."""
+        word = _BINARY.get(str(node.data))
+        if word is not None:
+            return tree.joined(word, [self.expr(operand) for operand in node.children])
         first, *rest = node.children
         left = self.expr(first)
-        word = _BINARY.get(str(node.data))
-        pairs = (
-            [(word, r) for r in rest]
-            if word
-            else [(str(o.children[0]), r) for o, r in zip(rest[::2], rest[1::2], strict=True)]
-        )
-        for operator, right in pairs:
+        for sign, right in zip(rest[::2], rest[1::2], strict=True):
             value = self.expr(right)
-            left = tree.Binary(operator, left, value, left.span.to(value.span))
+            left = tree.Binary(str(sign.children[0]), left, value, left.span.to(value.span))
         return left
 
     def unary(self, node: Any) -> tree.Unary:

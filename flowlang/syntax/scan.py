@@ -29,11 +29,11 @@ _PIECE = re.compile(
       | (?P<word>\.?[A-Za-z_]\w*)
       | (?P<open>[(\[{])
       | (?P<close>[)\]}])
-      | (?P<mark>->|=>|[=!<>]=|[-+*/,:<>])""",
+      | (?P<mark>->|=>|[=!<>]=|[-+*/,:<>|])""",
     re.VERBOSE,
 )
 # What makes a tree deeper without a bracket, and what such an expression ends at.
-_OPERATORS = frozenset({"if", "not", "and", "or", *"+-*/>", "==", "!=", "<=", ">="})
+_OPERATORS = frozenset({"not", *"+-*/>", "==", "!=", "<=", ">="})
 _ENDS = frozenset({",", "->", "=>", "let", "return"})
 _LEADING = DECLARATIONS | {"->", ":", "as"}  # what a name behind a line's end goes on from
 _HEADER = re.compile(
@@ -109,14 +109,24 @@ class _Level:
     """What is known of an open bracket: how deep it is so far, and its expression in hand."""
 
     height: int = 0
-    operators: int = 0
+    ifs: int = 0
+    joints: int = 0  # `and`, `or` and `|`, between which many operands make few levels
+    operand: int = 0  # operators in the one in hand
+    operators: int = 0  # in the operand that has most
     inner: int = 0
     angles: int = 0  # of types: `<` that no `>` has closed
 
+    def join(self) -> None:
+        """An operand of `and` or `or` ends."""
+        self.operators = max(self.operators, self.operand)
+        self.joints += 1
+        self.operand = 0
+
     def settle(self) -> int:
         """The expression in hand ends: how deep the bracket is now."""
-        self.height = max(self.height, self.operators + self.angles + self.inner)
-        self.operators = self.inner = 0
+        most = self.ifs + 2 * self.joints.bit_length() + max(self.operators, self.operand)
+        self.height = max(self.height, most + self.angles + self.inner)
+        self.ifs = self.joints = self.operand = self.operators = self.inner = 0
         return self.height
 
 
@@ -140,8 +150,12 @@ class _Depth:
         level = self._levels[-1]
         if piece.text in _ENDS:
             self._note(level.settle(), piece)
+        elif piece.text in ("and", "or", "|"):
+            level.join()
+        elif piece.text == "if":
+            level.ifs += 1
         elif piece.text in _OPERATORS:
-            level.operators += 1
+            level.operand += 1
         if piece.text == "<":
             level.angles += 1
             level.height = max(level.height, level.angles)

@@ -5,6 +5,7 @@ Layer 1. Two trees are equal when they say the same; spans, comments and layout 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -221,6 +222,15 @@ Expr: TypeAlias = (
     | Pipeline
     | Group
 )
+
+
+def joined(operator: str, operands: Sequence[Expr]) -> Expr:
+    """`a or b or c` as one expression. It is as shallow as can be, for there may be many."""
+    if len(operands) == 1:
+        return operands[0]
+    middle = (len(operands) + 1) // 2
+    left, right = joined(operator, operands[:middle]), joined(operator, operands[middle:])
+    return Binary(operator, left, right, left.span.to(right.span))
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,34 @@ def test_env_stands_in_params_only() -> None:
     assert slugs('export flow f = decode -> resize(env("SIZE", 1))') == ["not-a-constant"]
 
 
+def test_a_param_is_of_the_type_it_declares() -> None:
+    """A whole number may be the default of a float, and is one then."""
+    (found,) = plan("param a: float = 1\nexport flow f = decode").params
+    assert (found.value.kind, type(found.value.value)) == ("float", float)
+    text = "param a: float = 1\nexport flow f: bytes -> float = decode -> .width * 0 + a"
+    assert slugs(text) == []
+
+
+def test_env_takes_its_arguments_by_name() -> None:
+    """In any order, and no others."""
+    choices = Choices({}, {"HOME": "there"})
+    for call in ('env(default="x", name="HOME")', 'env("HOME", default="x")', 'env(name="HOME")'):
+        (found,) = plan(f"param a = {call}\nexport flow f = decode", choices).params
+        assert (found.value.value, found.origin) == ("there", "environment")
+    for call in ('env(default="x")', 'env("HOME", other="x")', 'env("HOME", "x", name="HOME")'):
+        assert slugs(f"param a = {call}\nexport flow f = decode", choices) != []
+
+
+def test_a_flow_that_nobody_mentions_needs_no_values() -> None:
+    """It is checked as far as that goes without those that a mention would give."""
+    text = """flow part(side: int, file: str, k: int) {
+  let small = in -> resize(side) -> rgb
+  return small -> if .width > side + 1 then (trt(file) -> top(k)) else (trt(file) -> top(k))
+}
+export flow f = decode"""
+    assert slugs(text) == []
+
+
 def test_params_are_computed_from_params_above() -> None:
     """Arithmetic, interpolation and lists see the params declared before them."""
     text = """
@@ -355,6 +383,36 @@ def test_an_image_among_several_inputs_is_packed(tmp_path: Path) -> None:
     assert [n.op for n in region] == ["decode", "resize", "rgb", "pack"]
 
 
+PAIRS = {
+    "elements": '{ let p = { left: i, right: i }  return [p, p] -> map(trt("two.onnx")) }',
+    "an if": "{ return (if true then { left: i, right: i } else { right: i, left: i }) -> net }",
+    "a fallback": "{ return ({ left: i, right: i } ?? { left: i, right: i }) -> net }",
+    "a way of an if": "{ let p = { left: i, right: i }  return p -> if true then net else net }",
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_images_of_a_record_from_elsewhere_are_packed(name: str, tmp_path: Path) -> None:
+    """A model's record need not be written right before it."""
+    ports = [(n, "f32", ("N", 3, 8, 8)) for n in ("left", "right")]
+    write_model(tmp_path / "two.onnx", ports, [("y", "f32", ("N", 2))])
+    flow = PAIRS[name].replace("{", "{ let i = in -> decode -> resize(8) -> rgb ", 1)
+    text = f'flow net = trt("two.onnx")\nexport flow f {flow}'
+    app = lower([compile_source(Source(str(tmp_path / "app.flow"), text))], Machine(1))
+    packed = [n for s in app.stages for n in s.nodes if n.op == "pack"]
+    assert {str(n.type) for n in packed} == {"tensor<f32, 3x8x8>"}
+
+
+def test_the_images_a_flow_declares_to_take_are_packed(tmp_path: Path) -> None:
+    """Those of the record that a request brings, too, and nothing else of it."""
+    ports = [("left", "f32", ("N", 3, 8, 8)), ("right", "f32", ("N", 4))]
+    write_model(tmp_path / "two.onnx", ports, [("y", "f32", ("N", 2))])
+    text = """type two = { right: tensor<f32, 4>, left: image<rgb, u8, 8x8>, more: int }
+export flow f: two -> tensor<f32, 2> = trt("two.onnx")"""
+    app = lower([compile_source(Source(str(tmp_path / "app.flow"), text))], Machine(1))
+    assert [n.op for s in app.stages for n in s.nodes] == ["pack", "trt"]
+
+
 def test_a_fixed_batch_is_the_batch() -> None:
     """Without a setting, a model runs at the size it was exported for; with one, at that only."""
     text = f'{HEAD} -> trt("fixed.onnx"{{}})'
@@ -375,6 +433,7 @@ def test_a_fixed_batch_is_the_batch() -> None:
         ("resize(28) -> gray -> normalize(imagenet)", "gray.onnx", None),
         ("rgb", "resnet50.onnx", "type-mismatch"),
         ("resize(w=224) -> rgb", "resnet50.onnx", "type-mismatch"),
+        ("resize(h=224, most=300) -> rgb", "resnet50.onnx", "type-mismatch"),
         ("resize(225) -> rgb", "resnet50.onnx", "size-mismatch"),
         ("resize(224) -> gray", "resnet50.onnx", "channel-mismatch"),
         ("resize(224)", "resnet50.onnx", "undecided-colour"),
@@ -397,6 +456,33 @@ def test_a_model_that_is_read_twice_is_one_file(folder: Path) -> None:
     first, second = operators(text, "trt")
     assert first.model is second.model
     assert first.site != second.site
+
+
+@pytest.mark.parametrize(
+    ("found", "picture", "slug"),
+    [
+        ("in -> .a -> find", "in -> .a -> read", None),
+        ("in -> .a -> find", "in -> .b -> read", "frame-mismatch"),
+        ("{ x: in -> .a } -> .x -> find", "in.a -> decode(libjpeg)", None),
+        ("(if true then one else two)", "in -> .b -> read", None),
+        ("(one ?? two) -> pass", "in -> .a -> read", None),
+        ("(one ?? (in -> .a -> find)) -> pass", "in -> .b -> read", "frame-mismatch"),
+    ],
+)
+def test_boxes_lie_in_the_picture_that_was_decoded(
+    found: str, picture: str, slug: str | None
+) -> None:
+    """One file is one picture, however often it is decoded; what lies in one of two is let pass."""
+    text = f"""flow read = decode -> rgb
+flow find = read -> resize(640) -> normalize(unit) -> trt("yolov8n.onnx") -> boxes(yolov8)
+export flow f: {{ a: bytes, b: bytes }} -> list<image> {{
+  let one = in -> .a -> find
+  let two = in -> .b -> find
+  let found = {found}
+  let picture = {picture}
+  return found -> map(.box -> crop(picture))
+}}"""
+    assert slugs(text) == ([slug] if slug else [])
 
 
 # Flows and types

@@ -135,6 +135,21 @@ TYPES: dict[str, tuple[str, str]] = {
     "fallback of null": (ONE + "int = .w ?? 0", "int"),
     "fallback of null to null": (ONE + "int? = .w ?? .w", "int?"),
     "fallback to another number": (ONE + "float = .w ?? 0.5", "float"),
+    "fallback in a key": (EACH + "list<e> = top(1, by=(.w ?? 0))", "list<e>"),
+    "fallback in a condition": (EACH + "list<e> = filter((.w ?? .v ?? 0) > 3)", "list<e>"),
+    "a list as a default": (
+        "export flow f(x: list<int> = [1, 2], y: list<float> = [3], z: list<str> = []):\n"
+        "  bytes -> { x: list<int>, y: list<float>, z: list<str> } = { x, y, z }",
+        "{ x: list<int>, y: list<float>, z: list<str> }",
+    ),
+    "a list as a default of a part": (
+        "flow p(x: list<int> = [1, 2]): bytes -> list<int> = x\n"
+        "export flow f: bytes -> list<int> = p",
+        "list<int>",
+    ),
+    "null of null": (
+        "type a = int?\nexport flow f: { n: a? } -> int = .n ?? 0", "int",
+    ),
     "fallback in a fallback": (ONE + "int = (.w ?? .w) ?? 3", "int"),
     "a field of what may be null": (
         "export flow f: { a: { b: int }? } -> int? = .a.b",
@@ -144,6 +159,9 @@ TYPES: dict[str, tuple[str, str]] = {
     "division": (ONE + "float = .v / 2", "float"),
     "division of known numbers": (ONE + "float = 4 / 2", "float"),
     "minus": (ONE + "int = -.v", "int"),
+    "a let of the flow's name": (
+        "export flow a: int -> int {\n  let a = in + 1\n  return a\n}", "int",
+    ),
     "comparison": (ONE + 'bool = .v >= 2 and not (.k == "a") or .w == 3', "bool"),
     "comparison of texts": (ONE + 'bool = .k < "m"', "bool"),
     "sides of an image": ("decode -> .width * .height", "int"),
@@ -220,6 +238,14 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "param behind an arrow": (
         "param k = 3\nexport flow f: int -> int = pass -> k", "not-a-stage", "k",
     ),
+    "negative number behind an arrow": ("decode -> -5", "not-a-stage", "-5"),
+    "a flow that nobody mentions": (
+        "flow p(k: int): bytes -> int = nope -> k + 1\nexport flow f = decode",
+        "unknown-operator", "nope",
+    ),
+    "a value of a flow that nobody mentions": (
+        'flow p(k: int): bytes -> str = k\nexport flow f = decode', "type-mismatch", "str",
+    ),
     "null": (ONE + "bool = .w == null", "unknown-operator", "null"),
     "pattern of a parameter": (
         'export flow f(p: str = "x"): str -> int = match pass { p => 1, else => 3 }',
@@ -239,6 +265,17 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "map of nothing": (EACH + "list<e> = map", "missing-parameter", "map"),
     "map of itself": (
         "export flow f: list<int> -> list<int> = map(f)", "recursive-flow", "f",
+    ),
+    "map of itself behind its name": (
+        "flow a: list<int> -> list<int> = map(max=3, a)", "recursive-flow", "a",
+    ),
+    "default of itself": ("flow a(k: int = a): int -> int = pass", "recursive-flow", "a"),
+    "itself before a let of its name": (
+        "flow a: int -> int {\n  let x = in -> a\n  let a = 5\n  return x\n}",
+        "recursive-flow", "a",
+    ),
+    "itself with arguments": (
+        "flow a(a: int = 1): int -> int { return in -> a(2) }", "recursive-flow", "a",
     ),
     "boxes of another graph": (
         'flow net = resize(640) -> rgb -> normalize(unit) -> trt("yolov8n.onnx")\n'
@@ -290,6 +327,15 @@ def test_where_the_complaint_stands(name: str) -> None:
     """One mistake gives one error, at the smallest place that is wrong."""
     text, slug, place = WRONG[name]
     assert told(text) == (slug, place)
+
+
+def test_what_copies_an_unknown_record_is_unknown() -> None:
+    """A mistake before a record of copies is told, and not what the copies may lack."""
+    text = "type r = { a: int }\nexport flow f: r -> r = nope -> { ..., b: nope2 }"
+    assert [d.message for d in errors(text)] == [
+        "there is no operator or flow named `nope`",
+        "there is no operator or flow named `nope2`",
+    ]
 
 
 @pytest.mark.parametrize(

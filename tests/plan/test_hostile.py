@@ -48,9 +48,10 @@ NESTED: dict[str, str] = {
     "not": fill("not ", "a"),
     "minus": fill("-", "a"),
     "spaced minus": fill("- ", "a"),
-    "or": fill("a or ", "a"),
     "plus": fill("1 + ", "1"),
     "groups of or": "(" * 60 + "a" + " or a)" * 60,
+    "arms": "decode -> match { " + fill(".width > 3 => rgb, ") + "else => rgb }",
+    "ors in ifs": fill("if a or b then c else ", "d"),
     "match": fill("match .a { else => ") + "b" + fill("}"),
     "lists of types": "type t = " + fill("list<") + "int" + fill(">"),
     "records of types": "type t = " + fill("{a: list<"),
@@ -73,6 +74,10 @@ TOO_LARGE: dict[str, str] = {
     "doubling lets": "export flow main {\n  let a0 = in -> decode\n"
     + lines("  let a{i} = {{ x: a{j}, y: a{j} }}\n", 40)
     + "  return a39\n}",
+    "many copies of fields": "type r = { "
+    + ", ".join(f"a{i}: int" for i in range(900))
+    + " }\nexport flow f: r -> r = "
+    + " -> ".join(["{ ... }"] * 300),
     "many fields": "decode -> {" + ", ".join(f"a{i}: rgb" for i in range(1500)) + "}",
 }
 OTHER: dict[str, tuple[str, str]] = {
@@ -81,6 +86,7 @@ OTHER: dict[str, tuple[str, str]] = {
     "comments": (fill("# (\n"), "empty-program"),
     "unclosed string": ('decode -> trt("a', "unclosed-string"),
     "long unclosed string": ('"' + fill("a"), "unclosed-string"),
+    "or": (fill("a or ", "a"), "unknown-operator"),
     "quotes": ('"' * 10_001, "missing-arrow"),
     "commas": (fill(","), "unexpected-token"),
     "dots": (fill("."), "unexpected-token"),
@@ -112,6 +118,8 @@ OTHER: dict[str, tuple[str, str]] = {
     "many braces in a string": ('decode -> trt("' + fill("{a}") + '")', "unknown-name"),
     "NUL in a path": ('decode -> trt("a\\u0000b")', "missing-file"),
     "surrogate in a path": ('decode -> trt("\\ud800")', "missing-file"),
+    "NUL in a used path": ('use "a\\u0000.flow" as a\nflow f = decode', "missing-file"),
+    "surrogate in a used path": ('use "\\ud800.flow" as a\nflow f = decode', "missing-file"),
     "escapes in a path": ('decode -> trt("\\u001b[31m\\n\\r")', "missing-file"),
     "folder as a path": ('decode -> trt("")', "missing-file"),
     "tabs": ("\tdecode\t->\trgb\trgb", "missing-arrow"),
@@ -136,6 +144,14 @@ FINE: dict[str, bytes] = {
     "Windows": b"decode\r\n  -> rgb\r\n",
     "long pipeline": fill("rgb -> ", "rgb")[: LONG // 3].rpartition(" ->")[0].encode(),
     "many flows": lines("flow a{i} = rgb\n", 500).encode() + b"export flow main = decode",
+    "many zeros": b"decode -> resize(" + b"0" * 4400 + b"7)",
+    "many patterns": b"decode -> match { "
+    + b" | ".join(b".width == %d" % i for i in range(200))
+    + b" => 1, else => 0 }",
+    "many operands": b"decode -> " + b" or ".join(b".width == %d" % i for i in range(200)),
+    "many arms": b"decode -> match { "
+    + b"".join(b".width == %d => %d, " % (i, i) for i in range(120))
+    + b"else => 0 }",
     "long documentation": fill("## more\n").encode() + b"decode -> rgb",
 }
 FILES: dict[str, tuple[bytes, str | None]] = {

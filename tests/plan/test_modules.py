@@ -383,6 +383,7 @@ def test_what_an_annotation_says(furnished: Path, annotation: str) -> None:
         ("f() -> int", "`f` takes its item first, and then parameters with names", None),
         ("f(*x: int) -> int", "`f` takes its item first, and then parameters with names", None),
         ("f(x: int, **k: int) -> int", "`f` takes its item first, and then parameters", None),
+        ("f(x: int, k: int = 3, /) -> int", "`k` of `f` has no name for callers", None),
         ("f(x: complex) -> int", "`complex` is no type of the language", "complex"),
         ("f(x: dict[str, int]) -> int", "`dict[str, int]` is no type", "dict[str, int]"),
         ("f(x: tuple[int, int]) -> int", "`tuple[int, int]` is no type", "tuple[int, int]"),
@@ -404,6 +405,12 @@ def test_what_a_signature_cannot_say(
     assert message in error.message
     assert error.span.source.name.endswith("p.py")
     assert place is None or error.span.text == place
+
+
+def test_a_default_that_cannot_be_read_is_left_to_python(write: Write) -> None:
+    """What is no literal, or none that could be made, is the function's own affair."""
+    write("p.py", "def f(x: int, *, d: dict = {[1]: 2}, e: int = len('abc')) -> int: ...\n")
+    assert kind('use "p.py" as p\nexport flow a = p.f(e=4)') == "int -> int"
 
 
 def test_a_record_that_cannot_be_read_is_told_alike_to_all_who_use_it(write: Write) -> None:
@@ -468,12 +475,14 @@ def test_a_file_that_is_no_text_is_read_as_far_as_it_goes(furnished: Path) -> No
 
 ARGUMENTS = """
 def f(x: int, scale: float = 1.0, sure: bool = False, n: int = 3, *, mode: str = "a",
-      items: list[int] = [1], m: int | None = None, free=None) -> int: ...
+      items: list[int] = [1], m: int | None = None, free=None, function: str = "a",
+      rows: list[list[float]] = []) -> int: ...
 def needs(x: int, *, side: int) -> int: ...
 def two(a: int, b: str, *, k: int = 1) -> int: ...
 """
 FITS = (
     *("f", "f(2)", "f(0.5, true)", "f(50%, sure, 4)", "f(sure)", "f(2, false, 4)", "f(n=4)"),
+    *("f(rows=[[1, 0.5], []])", 'f(function="b")', "f(items=[])", "f(items=[k])"),
     *('f(mode="b")', "f(items=[1, 2])", "f(m=3)", "f(free=3)", 'f(free="a")', "needs(side=3)"),
     *("f(k)", "f(n=k)", "f(n=k + 1)", "f(scale=k / 2)", "f(m=k)", "f(free=in)", "needs(side=k)"),
     *("f(batch=1..4)", "f(timeout=5s)", "f(wait=2ms)", "f x4"),
@@ -490,6 +499,13 @@ MISFITS: dict[str, tuple[str, str]] = {
     "f(fast)": ("unknown-word", "`fast` is no word of `p.f` and no param in scope"),
     "f(n=0.5)": ("wrong-kind", "`n` of `p.f` is a whole number, and `0.5` is a number with a"),
     "f(n=k / 2)": ("wrong-kind", "`n` of `p.f` is a whole number, and `k / 2` gives float"),
+    'f(m="a")': ("wrong-kind", '`m` of `p.f` is int?, and `"a"` is a string'),
+    "f(m=k / 2)": ("wrong-kind", "`m` of `p.f` is int?, and `k / 2` gives float"),
+    "f(items=5)": ("wrong-kind", "`items` of `p.f` is list<int>, and `5` is a number"),
+    'f(items=["a"])': ("wrong-kind", "`items` of `p.f` is list<int>, and"),
+    'f(items=[1, "a"])': ("wrong-kind", "`items` of `p.f` is list<int>, and"),
+    "f(items=[foo, bar])": ("unknown-name", "there is no param named `foo`"),
+    "f(rows=[1])": ("wrong-kind", "`rows` of `p.f` is list<list<float>>, and `[1]` is a list"),
     "f(gpu=1)": ("unknown-parameter", "`p.f` has no parameter `gpu`"),
     "needs": ("missing-parameter", "`p.needs` needs its `side`"),
     "needs(3)": ("too-many-arguments", "`p.needs` has no place for this argument"),
@@ -514,6 +530,12 @@ def test_arguments_do_not_fit(write: Write, call: str) -> None:
     errors = errors or found(AROUND.format(call))
     assert [d.slug for d in errors] == [slug]
     assert message in errors[0].message
+
+
+def test_an_item_may_have_no_name_for_callers(write: Write) -> None:
+    """Items are given by position, whatever they are called."""
+    write("p.py", "def f(a: int, b: str, /, *, k: int = 1) -> int: ...\n")
+    assert kind('use "p.py" as p\nexport flow a = p.f(k=3)') == "{ a: int, b: str } -> int"
 
 
 def test_several_items_are_a_record(write: Write) -> None:

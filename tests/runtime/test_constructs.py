@@ -13,6 +13,7 @@ import pytest
 import flowlang
 from examples import models
 from tests.pictures import photographs
+from tests.standins import write_model
 
 E = "type e = { k: str, v: int, w: int? }\n"
 EACH = E + "export flow f: list<e> -> "
@@ -115,6 +116,23 @@ PROGRAMS: dict[str, tuple[str, Any, Any]] = {
         " map(if .v > 2 then { xs: [{ a: .v }] } else { xs: [{ b: .v }] })",
         ITEMS[:2], [{"xs": [{"a": None, "b": 1}]}, {"xs": [{"a": 5, "b": None}]}],
     ),
+    "top by a fallback": (
+        EACH + "list<str> = top(2, by=(.w ?? .v)) -> map(.k)", ITEMS, ["b", "a"],
+    ),
+    "filter by a fallback": (
+        EACH + "list<str> = filter((.v / (.v - 5) ?? 9.0) > .v) -> map(.k)", ITEMS, ["b"],
+    ),
+    "filter by a value in a fallback": (
+        "export flow f: { k: int, es: list<{ w: int? }> } -> list<{ w: int? }> {\n"
+        "  let least = in -> .k + 1\n"
+        "  return in -> .es -> filter((.w ?? least) >= least)\n}",
+        {"k": 2, "es": [{"w": 3}, {"w": None}, {"w": 2}]}, [{"w": 3}, {"w": None}],
+    ),
+    "lists as defaults": (
+        "export flow f(x: list<int> = [1, 2], y: list<float> = [3], z: list<str> = []):\n"
+        "  int -> { x: list<int>, y: list<float>, z: list<str> } = { x, y, z }",
+        1, {"x": [1, 2], "y": [3.0], "z": []},
+    ),
     "fallback of null": (EACH + "list<int> = map(.w ?? .v)", ITEMS, [1, 2, 0]),
     "fallback in a fallback": (
         E + "flow g: e -> int? = .w ?? .w\nexport flow f: list<e> -> list<int> = map(g ?? .v ?? 9)",
@@ -177,6 +195,16 @@ def test_arithmetic_fails_its_request_with_its_place(load: Load) -> None:
         assert caught.value.place is not None
         assert caught.value.place.endswith(place)
         assert "`1 / " in caught.value.message
+
+
+def test_numbers_of_a_model_are_counted_with_like_others(load: Load, folder: Path) -> None:
+    """They neither wrap nor keep their few bits, and are of the type that is told."""
+    ports = [("x", "u8", ("N",))], [("y", "u8", ("N",))]
+    write_model(folder / "level.onnx", *ports)
+    app = load('export flow f = trt("level.onnx") -> [pass - 255, -pass, pass * 3]')
+    answer = app(np.uint8(115))
+    assert answer == [-140.0, -115.0, 345.0]
+    assert {type(n) for n in answer} == {float}
 
 
 def test_and_and_or_look_at_both_sides(load: Load) -> None:

@@ -82,6 +82,21 @@ def test_an_operator_is_called_for_each_item(load: Load) -> None:
     assert list(app.map(range(50))) == list(range(2, 52))
 
 
+def test_an_argument_may_be_called_function(load: Load) -> None:
+    """No name of an argument is taken by anything else."""
+    app = load(
+        "def f(x: int, *, function: str) -> str: return f'{x} {function}'",
+        'export flow a = p.f(function="b")',
+    )
+    assert app(3) == "3 b"
+
+
+def test_null_of_any_type_is_passed_over(load: Load) -> None:
+    """What says nothing of its type may be null too."""
+    app = load("def f(x: int) -> Any: return x or None", "export flow a: int -> int = p.f ?? 7")
+    assert list(app.map([0, 3])) == [7, 3]
+
+
 ARGUMENTS = """
 def f(x: int, scale: float = 1.0, sure: bool = False, *, mode: str = "a",
       items: list[int] = [1], free: Any = None) -> str:

@@ -10,11 +10,12 @@ from tests.serve.server import Server, running, write, write_flows
 
 OPERATORS = """
 import time
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Optional, TypedDict
 
 import numpy as np
 
 Pairs = Annotated[np.ndarray, "tensor<u8, ?x2>"]
+Levels = Annotated[np.ndarray, "tensor<u8, 3>"]
 
 class Facts(NamedTuple):
     size: int
@@ -55,6 +56,22 @@ def joined(one: bytes, other: bytes) -> bytes:
 
 def reversed_rows(rows: Pairs) -> Pairs:
     return rows[::-1]
+
+def levels(given: Levels) -> Levels:
+    return given
+
+def told(data: bytes, *, item: int, sequence_id: int, headers: str) -> str:
+    return f"{item} {sequence_id} {headers}"
+
+class Hinted(TypedDict):
+    data: bytes
+    hint: Optional[bytes]
+
+def parts(data: list[bytes]) -> bytes:
+    return b"+".join(data)
+
+def hinted(given: Hinted) -> bytes:
+    return given["data"] + b"?" + (given["hint"] or b"none")
 """
 
 TYPES = """
@@ -69,6 +86,11 @@ export flow facts = ops.facts
 export flow zeros = ops.zeros
 export flow total = ops.total
 export flow reversed = ops.reversed_rows
+export flow levels = ops.levels
+export flow told(item: int = 1, sequence_id: int = 2, headers: str = "none"): bytes -> str =
+  ops.told(item=item, sequence_id=sequence_id, headers=headers)
+export flow parts = ops.parts
+export flow hinted = ops.hinted
 export flow joined(other: bytes): bytes -> bytes { return { one: in, other: other } -> ops.joined }
 export flow classes(k: int = 2): bytes -> list<label> =
   decode -> resize(64) -> rgb -> normalize(imagenet) -> trt("classifier.onnx") -> softmax -> top(k)

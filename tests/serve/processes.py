@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -70,6 +71,16 @@ def kill(pid: int) -> None:
 def memory_bytes(pid: int) -> int:
     """What a process has for itself alone."""
     return int(psutil.Process(pid).memory_full_info().uss)
+
+
+def peak_bytes(server: Server) -> int:
+    """The most memory that each process of a server ever had, added up."""
+    root = psutil.Process(server.process.pid)
+    found = 0
+    for process in (root, *root.children()):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        found += int(status.partition("VmHWM:")[2].split()[0]) << 10
+    return found
 
 
 def open_files(pid: int) -> int:

@@ -180,7 +180,7 @@ def test_pictures_are_answered_as_in_python(
     ("model", "datatype", "values", "expected"),
     [
         ("double", "INT64", [1, -3], [2, -6]),
-        ("half", "FP32", [1.0, 3.0], [0.5, 1.5]),
+        ("half", "FP64", [1.0, 2**24 + 1], [0.5, 2**23 + 0.5]),
         ("negate", "BOOL", [True, False], [False, True]),
         ("same", "FP32", [[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]),
         ("reversed", "UINT8", [[[1, 2], [3, 4]]], [[[3, 4], [1, 2]]]),
@@ -201,6 +201,7 @@ def test_typed_contents_are_read_as_raw_ones(
     field = {
         "INT64": "int64_contents",
         "FP32": "fp32_contents",
+        "FP64": "fp64_contents",
         "BOOL": "bool_contents",
         "UINT8": "uint_contents",
         "BYTES": "bytes_contents",
@@ -389,13 +390,19 @@ PREFIXED = struct.pack("<I", 2**32 - 1) + b"abc"
         ({"raw": [bytes(11)]}, "takes 12 bytes, and there are 11"),
         ({"contents": {"fp32_contents": [1]}}, "both `contents` and `raw_input_contents`"),
         ({"raw": [], "contents": {"fp64_contents": [1, 2, 3]}}, "and there are 0"),
-        ({"raw": [], "datatype": "FP16"}, "FP16 goes into raw_input_contents"),
+        ({"datatype": "FP16"}, "`input` is FP32, not FP16"),
         ({"datatype": "BF16"}, "`BF16` is none of"),
         ({"datatype": ""}, "`` is none of"),
         ({"shape": [-1, 3]}, "none is below 0"),
-        ({"shape": [2**62, 2**62]}, "takes 85,070,591,730,234,615,865,843,651,857,942,052,864"),
+        ({"shape": [2**62, 3]}, "4,611,686,018,427,387,904 items, and a request has 1 to"),
+        ({"shape": [1, 2**62]}, "`input` is of shape [-1, 3]"),
+        (
+            {"model": "reversed", "datatype": "UINT8", "shape": [1, 2**62, 2]},
+            "takes 9,223,372,036,854,775,808 bytes",
+        ),
+        ({"model": "reversed", "datatype": "UINT8", "shape": [1 << 22, 0, 2]}, "holds no values"),
         ({"shape": [1] * 100}, "a list of at most 32"),
-        ({"shape": []}, "takes 4 bytes"),
+        ({"shape": []}, "`input` is of shape [-1, 3]"),
         ({"name": "x"}, "no input is named `x`"),
         (
             {"model": "shout", "datatype": "BYTES", "shape": [1], "raw": [PREFIXED]},
@@ -444,6 +451,18 @@ def test_no_message_is_no_traceback(channel: grpc.Channel, method: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         list(stream(iter([b"\xff\xff\xff"])))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_values_that_no_shape_asks_for_are_not_looked_at(channel: grpc.Channel) -> None:
+    """A million of them are counted, and no more."""
+    many = _request(
+        model="double", datatype="INT64", shape=[1], raw=[],
+        contents={"int64_contents": [1] * 1_000_000},
+    )  # fmt: skip
+    body = many.SerializeToString()
+    with pytest.raises(grpc.RpcError) as caught:
+        _call(channel, "ModelInfer")(body)
+    assert "shape [1] holds 1 values, and there are 1,000,000" in caught.value.details()
 
 
 def test_messages_have_a_largest_size(channel: grpc.Channel) -> None:

@@ -26,6 +26,7 @@ from flowlang.serve import asgi
 from flowlang.serve.corked import MAX_CORKED_BYTES, Corked
 from flowlang.serve.routes import Service
 from tests.pictures import bad, photographs
+from tests.serve.faces import write_types
 from tests.serve.server import (
     KINDS,
     PATIENCE_S,
@@ -35,7 +36,6 @@ from tests.serve.server import (
     serving,
     wait_until,
     write,
-    write_flows,
 )
 
 PICTURE = photographs(1)[0]
@@ -45,16 +45,17 @@ FRONTS = [pytest.param(0, id="one-process"), pytest.param(2, id="ingest")]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and `all.flow`."""
+    """Models, `all.flow` and `types.flow`."""
     folder = tmp_path_factory.mktemp("flows")
-    write_flows(folder)
+    write_types(folder)
     return folder
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def server(folder: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server of all flows, shared by the tests that leave it as it was."""
-    with serving(folder, str(folder / "all.flow"), *request.param) as server:
+    files = (str(folder / "all.flow"), str(folder / "types.flow"))
+    with serving(folder, *files, *request.param) as server:
         yield server.wait_ready()
 
 
@@ -137,6 +138,43 @@ def test_json_goes_in_where_a_flow_takes_numbers(server: Server) -> None:
     assert len(response.json()) == 10
 
 
+@pytest.mark.parametrize(
+    ("flow", "given", "answer"),
+    [
+        ("levels", [1, 2.0, 255], [1, 2, 255]),
+        ("total", [1, 2.5, 10**20], 10**20 + 3.5),
+        ("total", [], 0),
+    ],
+)
+def test_numbers_go_in_as_they_are(server: Server, flow: str, given: Any, answer: Any) -> None:
+    """Whole numbers may be written with a point, and numbers with a point without one."""
+    assert server.client.post(f"/flows/{flow}", json=given).json() == answer
+
+
+@pytest.mark.parametrize(
+    ("flow", "given", "answer"),
+    [
+        ("parts", ["aGk=", "", "aG8="], b"hi++ho"),
+        ("parts", [], b""),
+        ("hinted", {"data": "aGk=", "hint": "aG8="}, b"hi?ho"),
+        ("hinted", {"data": "aGk=", "hint": None}, b"hi?none"),
+        ("hinted", {"data": "aGk="}, b"hi?none"),
+    ],
+)
+def test_bytes_inside_json_are_in_base64(
+    server: Server, flow: str, given: Any, answer: bytes
+) -> None:
+    """In lists, in records, and where they may be missing."""
+    assert server.client.post(f"/flows/{flow}", json=given).content == answer
+
+
+def test_json_has_a_largest_size(server: Server) -> None:
+    """More of it than Python has room for is 413, whatever the largest body is."""
+    response = server.client.post("/flows/total", content=b"[" + b"[]," * 6_000_000 + b"[]]")
+    assert (response.status_code, _error(response)["code"]) == (413, "too-large")
+    assert "JSON larger than 16,777,216 bytes" in _error(response)["message"]
+
+
 def test_what_json_cannot_hold_is_null(server: Server) -> None:
     """NaN and the infinities never make an answer that is no JSON."""
     response = server.client.post("/flows/same", content=b"[NaN, 1.5, -Infinity]")
@@ -180,14 +218,14 @@ def test_the_flows_are_listed(server: Server) -> None:
         "takes": "bytes",
         "parameters": [],
     }
-    assert {flow["name"]: flow["takes"] for flow in listed} == {
-        "classify": "bytes",
+    takes = {flow["name"]: flow["takes"] for flow in listed}
+    assert {name: takes[name] for name in ("two", "echo", "same", "pair", "parts", "hinted")} == {
         "two": "bytes",
         "echo": "bytes",
         "same": "json",
         "pair": "json",
-        "held": "json",
-        "thousand": "json",
+        "parts": "json",
+        "hinted": "json",
     }
 
 
@@ -216,6 +254,22 @@ def test_a_bad_picture_is_the_senders_fault(server: Server, name: str) -> None:
         ("/flows/same", b"[[1], [2, 3], []]"),
         ("/flows/same", b"{}"),
         ("/flows/same", b"[1e400, 2, 3"),
+        ("/flows/same", b"[1e300, 2, 3]"),
+        ("/flows/same", b'["1", null, true]'),
+        ("/flows/same", b"[1, 2, true]"),
+        ("/flows/same", b"[true, true, true]"),
+        ("/flows/levels", b'["5", true, 3]'),
+        ("/flows/levels", b"[1.7, 2, 3]"),
+        ("/flows/levels", b"[256, 2, 3]"),
+        ("/flows/levels", b"[null, 2, 3]"),
+        ("/flows/parts", b'["aGk=", "no base64"]'),
+        ("/flows/parts", b'["aGk=", null]'),
+        ("/flows/parts", b'"aGk="'),
+        ("/flows/hinted", b'{"data": "aGk=", "hint": "?"}'),
+        ("/flows/hinted", b'{"data": null}'),
+        ("/flows/total", b"[1, true]"),
+        ("/flows/total", b'[1, "2"]'),
+        ("/flows/total", b"[1%s]" % (b"0" * 400)),
         ("/flows/pair", b"[]"),
         ("/flows/pair", b'{"image": 1}'),
     ],

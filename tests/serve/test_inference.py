@@ -32,7 +32,8 @@ from flowlang.serve.tensor import BYTES, NUMPY, Tensor, from_list, from_raw, to_
 from flowlang.serve.v2 import InferenceRoutes
 from tests.pictures import bad, photographs
 from tests.serve.faces import write_types
-from tests.serve.server import KINDS, PATIENCE_S, Server, serving, wait_until
+from tests.serve.processes import peak_bytes
+from tests.serve.server import KINDS, PATIENCE_S, Server, serving
 
 PICTURES = photographs(3)
 RAW = {"Inference-Header-Content-Length": "0"}
@@ -131,7 +132,7 @@ def test_the_server_and_its_models_describe_themselves(
     [
         ("double", {"input": ("INT64", [-1, 1])}, {"output": ("INT64", [-1])}),
         ("negate", {"input": ("BOOL", [-1, 1])}, {"output": ("BOOL", [-1])}),
-        ("total", {"input": ("BYTES", [-1, 1])}, {"output": ("FP32", [-1])}),
+        ("total", {"input": ("BYTES", [-1, 1])}, {"output": ("FP64", [-1])}),
         ("zeros", {"input": ("INT64", [-1, 1])}, {"output": ("UINT8", [-1, -1, 2])}),
         ("reversed", {"input": ("UINT8", [-1, -1, 2])}, {"output": ("UINT8", [-1, -1, 2])}),
         ("echo", {"input": ("BYTES", [-1, 1])}, {"output": ("BYTES", [-1])}),
@@ -146,7 +147,7 @@ def test_the_server_and_its_models_describe_themselves(
             {
                 "size": ("INT64", [-1]),
                 "start": ("BYTES", [-1]),
-                "ratio": ("FP32", [-1]),
+                "ratio": ("FP64", [-1]),
                 "is_long": ("BOOL", [-1]),
             },
         ),
@@ -210,7 +211,7 @@ def test_a_picture_is_the_whole_body(server: Server) -> None:
     ("model", "datatype", "values", "expected"),
     [
         ("double", "INT64", [1, -3], [2, -6]),
-        ("half", "FP32", [1.0, 3.0], [0.5, 1.5]),
+        ("half", "FP64", [1.0, 2**24 + 1, 1e300], [0.5, 2**23 + 0.5, 5e299]),
         ("negate", "BOOL", [True, False], [False, True]),
         ("same", "FP32", [[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]),
         ("reversed", "UINT8", [[[1, 2], [3, 4]]], [[[3, 4], [1, 2]]]),
@@ -231,10 +232,28 @@ def test_tensors_there_and_back(
     np.testing.assert_array_equal(answer.as_numpy("output"), np.array(expected, NUMPY[datatype]))
 
 
+@pytest.mark.parametrize("number", [2**62, -(2**62) - 1, 2**63 - 1])
+def test_a_number_that_no_tensor_holds_is_told(
+    server: Server, client: triton.InferenceServerClient, number: int
+) -> None:
+    """What a flow gives beyond INT64 is refused by name; over the plain face it is as it is."""
+    with pytest.raises(InferenceServerException) as caught:
+        client.infer("double", [_input("input", [1, number], "INT64")])
+    assert caught.value.status() == "400"
+    assert caught.value.message().startswith("`output`: a number that INT64 cannot hold")
+    assert server.client.post("/flows/double", json=number).json() == 2 * number
+
+
 def test_texts_bytes_and_json_as_items(client: triton.InferenceServerClient) -> None:
     """A BYTES tensor holds texts, or bytes, or JSON, as the flow takes them."""
     shout = client.infer("shout", [_input("input", ["gr\xfc\xdfe".encode()], BYTES)])
     assert shout.as_numpy("output")[0].decode() == "GR\xdcSSE"
+    parts = client.infer("parts", [_input("input", [b'["aGk=", "aG8="]', b"[]"], BYTES)])
+    assert parts.as_numpy("output").tolist() == [b"hi+ho", b""]
+    for fields in ({"data": b"hi"}, {"data": b"hi", "hint": b"ho"}):
+        given = [_input(name, [value], BYTES) for name, value in fields.items()]
+        expected = b"hi?" + fields.get("hint", b"none")
+        assert client.infer("hinted", given).as_numpy("output").tolist() == [expected]
     total = client.infer("total", [_input("input", [b"[1, 2.5]", b"[]"], BYTES)])
     assert total.as_numpy("output").tolist() == [3.5, 0.0]
     facts = client.infer("facts", [_input("input", [b"abcdefgh", b"0" * 16], BYTES)])
@@ -253,6 +272,22 @@ def test_parameters_reach_the_flow(client: triton.InferenceServerClient) -> None
         assert len(json.loads(answer.as_numpy("output")[0])) == count
     inputs = [_input("input", [b"a", b"b"], BYTES), _input("other", [b"1", b"2"], BYTES)]
     assert client.infer("joined", inputs).as_numpy("output").tolist() == [b"a+1", b"b+2"]
+
+
+def test_parameters_of_the_protocol_may_be_the_flows(server: Server) -> None:
+    """A flow may name its parameters as ones of the protocol that have no effect here."""
+
+    def told(**parameters: Any) -> str:
+        tensor = _tensor(shape=[1], datatype="BYTES", data=["x"])
+        answer = _ask(server, "told", inputs=[tensor], parameters=parameters).json()
+        text: str = answer["outputs"][0]["data"][0]
+        return text
+
+    own = {"item": 5, "sequence_id": 7, "headers": "a"}
+    assert told(sequence_start=True, triton_x=1) == "1 2 none"
+    assert told(**own) == "5 7 a"
+    query = {name: str(value) for name, value in own.items()}
+    assert server.client.post("/flows/told", params=query, content=b"x").json() == "5 7 a"
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
@@ -366,6 +401,25 @@ def test_statistics_go_on_when_other_flows_take_over(folder: Path) -> None:
 # Refusals
 
 
+def test_what_is_null_is_as_left_out(server: Server) -> None:
+    """Clients that write every field they know are answered as those that write none."""
+    nothing = {"id": None, "parameters": None, "outputs": None}
+    tensor = _tensor(parameters=None)
+    answer = _ask(server, "same", inputs=[tensor], **nothing)
+    assert answer.json() == _ask(server, "same", inputs=[_tensor()]).json()
+    outputs = [{"name": "output", "parameters": None}]
+    flags = {"binary_data_output": None, "timeout": None, "priority": None}
+    flags |= {"sequence_id": None, "size": None}
+    asked = _ask(server, "same", inputs=[tensor], outputs=outputs, parameters=flags)
+    assert asked.json() == answer.json()
+    body = json.dumps({"inputs": [_binary_of(None, [1, 2, 3])]})
+    assert server.client.post("/v2/models/same/infer", content=body).json() == answer.json()
+
+
+def _binary_of(size: Any, data: Any) -> dict[str, Any]:
+    return _tensor(data=data, parameters={"binary_data_size": size})
+
+
 def test_one_corrupt_picture_is_named(client: triton.InferenceServerClient) -> None:
     """The item that cannot be answered is told by its number, and with the flow's own words."""
     corrupt = bad()["text"]
@@ -390,18 +444,29 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("same", {"inputs": [_tensor(datatype=["FP32"])]}, "inputs[0].datatype"),
     ("same", {"inputs": [_tensor(datatype="FP64")]}, "`input` is FP32, not FP64"),
     ("same", {"inputs": [_tensor(shape=[3])]}, "inputs[0].shape: `input` is of shape [-1, 3]"),
-    ("same", {"inputs": [_tensor(shape=[1, 4])]}, "holds 4 values, and there are 3"),
+    ("same", {"inputs": [_tensor(shape=[2, 3])]}, "holds 6 values, and there are 3"),
+    ("same", {"inputs": [_tensor(shape=[1, 4])]}, "`input` is of shape [-1, 3]"),
     ("same", {"inputs": [_tensor(shape=[-1, -3])]}, "inputs[0].shape: its numbers"),
     ("same", {"inputs": [_tensor(shape="13")]}, "inputs[0].shape: a list"),
     ("same", {"inputs": [_tensor(shape=[1.0, 3])]}, "inputs[0].shape: its numbers"),
     ("same", {"inputs": [_tensor(shape=[True, 3])]}, "inputs[0].shape: its numbers"),
-    ("same", {"inputs": [_tensor(shape=[10**18, 3])]}, "holds 3,000,000,000,000,000,000 values"),
+    ("same", {"inputs": [_tensor(shape=[10**18, 3])]}, "1,000,000,000,000,000,000 items, and a"),
+    ("same", {"inputs": [_tensor(shape=[1, 10**4000])]}, "or above 9223372036854775807"),
+    ("same", {"inputs": [_tensor(shape=[1, 0, 2**62])]}, "too large for what holds no values"),
     ("same", {"inputs": [_tensor(shape=[1] * 1000)]}, "inputs[0].shape: a list of at most 32"),
     ("same", {"inputs": [_tensor(shape=[0, 3], data=[])]}, "0 items, and a request has 1 to"),
     ("same", {"inputs": [_tensor(data=None)]}, "inputs[0].data: a list"),
     ("same", {"inputs": [_tensor(data=["1", "2", "3"])]}, "not all of it is FP32"),
-    ("same", {"inputs": [_tensor(data=[[1], [2, 3]])]}, "no numbers of one shape"),
-    ("same", {"inputs": [_tensor(data=[[1], [2], [3]])]}, "shape [3, 1], not [1, 3]"),
+    ("same", {"inputs": [_tensor(data=[[1, [2], 3]])]}, "not all of it is FP32"),
+    ("same", {"inputs": [_tensor(data=[[1], [2], [3]])]}, "a list of 3 at depth 1 is not of shape"),
+    (
+        "same",
+        {"inputs": [_tensor(shape=[2, 3], data=[[1, 2, 3, 4], [5, 6]])]},
+        "a list of 2 at depth 2 is not of shape [2, 3]",
+    ),
+    ("same", {"inputs": [_tensor(data=[[[1], [2], [3]]])]}, "at depth 3 is not of shape"),
+    ("same", {"inputs": [_tensor(data=[1, 2, True])]}, "not all of it is FP32"),
+    ("same", {"inputs": [_tensor(data=[1, 2, 10**400])]}, "in the range of FP32"),
     ("same", {"inputs": [_tensor(data=[1, 2, 1e300])]}, "in the range of FP32"),
     ("same", {"inputs": [_tensor(data=[1, 2, None])]}, "not all of it is FP32"),
     ("same", {"inputs": [_tensor(parameters=[])]}, "inputs[0].parameters: a JSON object"),
@@ -438,8 +503,13 @@ HOSTILE: list[tuple[str, Any, str]] = [
         {"inputs": [_tensor(shape=[1, 1, 2], datatype="UINT8", data=[1, 256])]},
         "of UINT8",
     ),
+    ("half", {"inputs": [_tensor(shape=[1], datatype="FP32", data=[1])]}, "is FP64, not FP32"),
     ("shout", {"inputs": [_tensor(shape=[1], datatype="BYTES", data=[1])]}, "are strings"),
-    ("shout", {"inputs": [_tensor(shape=[2], datatype="BYTES", data=[["a"], "b"])]}, "as deep"),
+    (
+        "shout",
+        {"inputs": [_tensor(shape=[2, 1], datatype="BYTES", data=[["a"], "b"])]},
+        "as deep",
+    ),
     ("shout", {"inputs": [_tensor(shape=[1], datatype="BYTES", data=["\ud800"])]}, "surrogate"),
     ("total", {"inputs": [_tensor(shape=[1], datatype="BYTES", data=["[1,"])]}, "element 0"),
     ("pair", {"inputs": [_tensor(name="features", shape=[1, 8], data=[0] * 8)]}, "`image` is"),
@@ -474,6 +544,10 @@ def test_a_request_that_does_not_fit_is_refused(
     assert ".py" not in response.text
 
 
+PAIRS = {"datatype": "UINT8"}
+TEXTS = {"datatype": BYTES}
+
+
 def _binary(size: Any, raw: bytes, **fields: Any) -> tuple[bytes, bytes]:
     """JSON with one binary tensor, and the bytes behind it."""
     tensor = _tensor(parameters={"binary_data_size": size}) | fields
@@ -490,21 +564,22 @@ def _binary(size: Any, raw: bytes, **fields: Any) -> tuple[bytes, bytes]:
         (-1, bytes(12), {}, "12 bytes are left of the body, not -1"),
         ("12", bytes(12), {}, "12 bytes are left"),
         (10**30, bytes(12), {}, "12 bytes are left"),
-        (12, bytes(12), {"shape": [1, 10**12]}, "takes 4,000,000,000,000 bytes"),
-        (4, b"\xff\xff\xff\xff", {"datatype": "BYTES", "shape": [1]}, "element 0 reaches beyond"),
-        (8, bytes(8), {"datatype": "BYTES", "shape": [10**15]}, "needs more than 8 bytes"),
-        (8, bytes(8), {"datatype": "BYTES", "shape": [1]}, "4 bytes are left behind"),
-        (6, b"\1\0\0\0a\0", {"datatype": "BYTES", "shape": [2]}, "needs more than 6 bytes"),
-        (8, b"\2\0\0\0ab\0\0", {"datatype": "BYTES", "shape": [2]}, "element 1 reaches beyond"),
+        (12, bytes(12), PAIRS | {"shape": [1, 10**12, 2]}, "takes 2,000,000,000,000 bytes"),
+        (4, b"\xff\xff\xff\xff", TEXTS | {"shape": [1]}, "element 0 reaches beyond"),
+        (8, bytes(8), TEXTS | {"shape": [10]}, "needs more than 8 bytes"),
+        (8, bytes(8), TEXTS | {"shape": [1]}, "4 bytes are left behind"),
+        (6, b"\1\0\0\0a\0", TEXTS | {"shape": [2]}, "needs more than 6 bytes"),
+        (8, b"\2\0\0\0ab\0\0", TEXTS | {"shape": [2]}, "element 1 reaches beyond"),
     ],
 )
 def test_binary_lengths_are_held_against_the_body(
     server: Server, size: Any, raw: bytes, fields: Any, said: str
 ) -> None:
     """No length a client claims is believed, and none of it is made before it is there."""
+    model = {"UINT8": "reversed", BYTES: "shout"}.get(fields.get("datatype", ""), "same")
     head, body = _binary(size, raw, **fields)
     response = server.client.post(
-        "/v2/models/same/infer",
+        f"/v2/models/{model}/infer",
         content=head + body,
         headers={"Inference-Header-Content-Length": str(len(head))},
     )
@@ -542,6 +617,30 @@ def test_bodies_and_header_lengths_that_do_not_fit(
     assert said in response.json()["error"]
 
 
+def test_what_holds_no_values_takes_no_memory(server: Server) -> None:
+    """Rows that are claimed and hold nothing are refused before they are made."""
+    before = peak_bytes(server)
+    tensor = _tensor(shape=[2_000_000, 0, 2], datatype="UINT8", data=[])
+    response = _ask(server, "reversed", inputs=[tensor])
+    assert response.status_code == 400
+    assert "2,000,000 items, and a request has 1 to" in response.json()["error"]
+    assert peak_bytes(server) - before < 64 << 20
+
+
+@pytest.mark.parametrize(
+    "data", ["1," * 4_000_000 + "1", "[]," * 4_000_000 + "[]"], ids=["numbers", "lists"]
+)
+def test_values_that_no_shape_asks_for_are_not_looked_at(server: Server, data: str) -> None:
+    """Millions of them are counted, and no more: others do not wait for that."""
+    tensor = f'{{"name":"input","shape":[1],"datatype":"INT64","data":[{data}]}}'
+    body = f'{{"inputs":[{tensor}]}}'.encode()
+    start_s = time.monotonic()
+    response = server.client.post("/v2/models/double/infer", content=body)
+    assert response.status_code == 400
+    assert "shape [1]" in response.json()["error"]
+    assert time.monotonic() - start_s < 2  # most of it is the parsing of JSON
+
+
 def test_compression_does_not_take_memory(server: Server) -> None:
     """What unpacks to more than a body may have is refused, and so is what is no gzip."""
 
@@ -562,6 +661,9 @@ def test_compression_does_not_take_memory(server: Server) -> None:
     [
         ("POST", "/v2/models/nothing/infer", 404),
         ("POST", "/v2/models/same/versions/2/infer", 404),
+        ("POST", "/v2/models/same/infer/", 404),
+        ("POST", "/v2/models/same/versions/1/infer/", 404),
+        ("GET", "/v2/health/live/", 404),
         ("GET", "/v2/models/same/versions/one/config", 404),
         ("GET", "/v2/models/nothing/ready", 404),
         ("GET", "/v2/models/nothing/stats", 404),
@@ -804,4 +906,3 @@ def test_unknown_models_are_told_as_errors(inference: Inference) -> None:
     with pytest.raises(RequestError) as caught:
         inference.model("nothing")
     assert caught.value.http_status == 404
-    wait_until(lambda: inference.under_way == 0)

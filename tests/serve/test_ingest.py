@@ -39,8 +39,17 @@ from tests.serve.server import (
 OPERATORS = """
 import time
 
+from flowlang import BadRequest
+
 class Word(str):
     pass
+
+class NotFunny(BadRequest):
+    code = "not-funny"
+    http_status = 422
+
+def judge(joke: bytes) -> bytes:
+    raise NotFunny("that joke is old")
 
 def slow(seconds: bytes) -> bytes:
     time.sleep(float(seconds))
@@ -54,6 +63,7 @@ use "operators.py" as ops
 export flow echo = pass
 export flow slow = ops.slow
 export flow word = ops.word
+export flow judge = ops.judge
 schedule { echo(queue=1000) }
 """
 HOLDING = FLOWS + 'export flow held = trt("identity.onnx", batch=1..64, wait=60s)\n'
@@ -259,6 +269,7 @@ POSTS: tuple[tuple[str, bytes, dict[str, str]], ...] = (
     ("/flows/held", b"[1, 2, 3", {}),
     ("/flows/held", b"[1, 2, 3]", {"X-Deadline-Ms": "20"}),
     ("/flows/slow", b"soon", {}),
+    ("/flows/judge", b"joke", {}),
     ("/flows/none", b"", {}),
     ("/", b"", {}),
     ("/metrics", b"", {}),
@@ -324,6 +335,16 @@ def test_an_answer_that_no_front_knows_is_told_as_json(server: Server) -> None:
         asked = [pool.submit(server.client.post, "/flows/word", content=body) for body in bodies]
         answers = [one.result() for one in asked]
     assert [answer.json() for answer in answers] == ["odd", "even"] * 8
+
+
+def test_an_error_of_an_operators_own_is_told_as_it_is(server: Server) -> None:
+    """No front knows its class, and yet it has its code, its status and its words."""
+    response = server.client.post("/flows/judge", content=b"joke")
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["code"], error["message"]) == ("not-funny", "that joke is old")
+    assert error["stage"] == "ops.judge"
+    assert "Traceback" not in server.errors
 
 
 def test_an_answer_that_cannot_be_sent_fails_alone(folder: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +17,15 @@ from examples import models
 from flowlang.runtime.metrics import Histogram
 from tests.pictures import photographs
 from tests.serve.certificates import make_pair
-from tests.serve.server import KINDS, Server, refused, serving, write_flows
+from tests.serve.server import (
+    KINDS,
+    Server,
+    head,
+    refused,
+    serving,
+    wait_until,
+    write_flows,
+)
 
 PICTURE = photographs(1)[0]
 
@@ -56,6 +66,69 @@ def test_requests_are_counted_by_outcome(server: Server) -> None:
     after = counted(server, "flowlang_request_seconds_count", flow="classify")
     assert after == before + 3
     assert counted(server, "flowlang_requests_inside", flow="classify") == 0
+
+
+INFER = "/v2/models/same/infer"
+TENSOR = {"name": "input", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}
+
+
+def _sent(path: str = "/flows/same", body: Any = None, **headers: str) -> httpx.Request:
+    content = body if isinstance(body, bytes) else json.dumps(body or [1, 2, 3]).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.Request("POST", f"http://test{path}", content=content, headers=names)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (_sent(x_deadline_ms="soon"), "bad-request"),
+        (_sent(x_priority="first"), "bad-request"),
+        (_sent(body=b"[1, 2"), "bad-request"),
+        (_sent(body=[1, 2]), "bad-request"),
+        (_sent("/flows/same?k=3"), "bad-request"),
+        (_sent(body=b"?", content_type="multipart/form-data; boundary=x"), "bad-request"),
+        (_sent(body=b" " * (17 << 20)), "too-large"),
+        (_sent(content_encoding="gzip"), "unsupported-encoding"),
+        (_sent(INFER, b"{"), "bad-request"),
+        (_sent(INFER, {"inputs": [TENSOR | {"shape": [3]}]}), "bad-request"),
+        (_sent(INFER, {"inputs": [TENSOR], "parameters": {"k": 3}}), "bad-request"),
+        (_sent(INFER, {"inputs": [TENSOR]}, x_deadline_ms="soon"), "bad-request"),
+        (_sent(INFER, b"x", content_encoding="br"), "unsupported-encoding"),
+        (_sent(INFER, {"inputs": [TENSOR]}), "ok"),
+    ],
+)
+def test_each_request_is_counted_once(server: Server, request_: httpx.Request, code: str) -> None:
+    """Whatever it is refused for, and whether its flow has seen it or not."""
+
+    def counts() -> dict[str, float]:
+        names = ("ok", "bad-request", "too-large", "unsupported-encoding")
+        return {
+            name: counted(server, "flowlang_requests_total", flow="same", code=name)
+            for name in names
+        }
+
+    before = counts()
+    path, headers = request_.url.raw_path.decode(), dict(request_.headers)
+    headers.pop("host")
+    response = server.client.post(path, content=request_.content, headers=headers)
+    assert (response.status_code == 200) == (code == "ok")
+    # A front tells the engine, which tells the metrics.
+    wait_until(lambda: counts() == before | {code: before[code] + 1})
+
+
+def test_a_body_that_is_too_large_is_counted(server: Server) -> None:
+    """One that is refused unread is counted all the same, over both protocols."""
+    for path in ("/flows/same", INFER):
+        before = counted(server, "flowlang_requests_total", flow="same", code="too-large")
+        with server.connect() as connection:
+            connection.send(head(path, 10**12))
+            assert connection.answer()[0] == 413
+        wait_until(
+            lambda before=before: (  # type: ignore[misc]
+                counted(server, "flowlang_requests_total", flow="same", code="too-large")
+                == before + 1
+            )
+        )
 
 
 def test_a_late_request_is_counted_as_late(server: Server) -> None:

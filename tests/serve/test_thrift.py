@@ -28,7 +28,9 @@ from thriftpy2.transport import TBufferedTransportFactory, TFramedTransportFacto
 
 import flowlang
 from flowlang.plan.types import FLOAT, LABEL, STR, ListOf, Tensor
-from flowlang.serve.thrift import gives_label
+from flowlang.serve.inference import Inference
+from flowlang.serve.setup import Setup
+from flowlang.serve.thrift import ThriftServer, gives_label
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
 from tests.pictures import bad, photographs
 from tests.serve.faces import facing, write_types
@@ -38,6 +40,13 @@ PICTURES = photographs(2)
 IDL = thriftpy2.load(
     str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_thrift"
 )
+SLEEPER = """
+import time
+
+def sleep(data: bytes) -> bytes:
+    time.sleep(3)
+    return data
+"""
 PING = b"\x80\x01\x00\x01\x00\x00\x00\x04ping\x00\x00\x00\x07\x00"
 PONG = b"\x80\x01\x00\x02\x00\x00\x00\x04ping\x00\x00\x00\x07\x00"
 
@@ -414,6 +423,37 @@ def test_who_hangs_up_is_left_out_of_the_batch(folder: Path) -> None:
         for connection in (second, third):
             assert _read(connection, 4) == b"\x80\x01\x00\x02"
             connection.close()
+
+
+def test_who_takes_over_answers_what_was_left(tmp_path: Path) -> None:
+    """A call that its flow gave up when others were loaded is asked of these."""
+    write(tmp_path / "sleep.py", SLEEPER)
+    old = write(tmp_path / "old.flow", 'use "sleep.py" as ops\nexport flow same = ops.sleep\n')
+    new = write(tmp_path / "new.flow", "export flow same = pass\n")
+    setup = Setup(host="127.0.0.1", port=0, grace_s=5.0, max_body_bytes=1 << 20)
+
+    def ask(port: int) -> Any:
+        service = IDL.ImageProcessingService
+        with client_context(service, "127.0.0.1", port, socket_timeout=20_000) as client:
+            return client.process_image(IDL.ProcessRequest(image_data=b"x"))
+
+    async def go() -> Any:
+        inference = Inference()
+        server = ThriftServer(inference, setup, 0)
+        port = await server.start()
+        with flowlang.load(old) as first, flowlang.load(new) as second:
+            inference.let_in(first)
+            asked = asyncio.create_task(asyncio.to_thread(ask, port))
+            while not server.under_way:
+                await asyncio.sleep(0.01)
+            inference.let_in(second)
+            await asyncio.to_thread(first.close, 0.0)
+            answer = await asked
+            await server.stop(0.0)
+        return answer
+
+    answer = asyncio.run(go())
+    assert (answer.success, answer.result_data, answer.error_message) == (True, '"eA=="', "")
 
 
 def test_loading_is_told_and_stopping_loses_nothing(folder: Path, tmp_path: Path) -> None:

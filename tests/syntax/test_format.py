@@ -78,9 +78,11 @@ TYPES = st.recursive(
 
 
 def operations(operand: st.SearchStrategy[Any], *operators: str) -> st.SearchStrategy[Any]:
-    """An operand, or operands joined left to right by operators of one level."""
+    """An operand, or operands joined by operators of one level, as the reader joins them."""
 
     def joined(first: tree.Expr, rest: list[tuple[str, tree.Expr]]) -> tree.Expr:
+        if operators in (("and",), ("or",)):
+            return tree.joined(operators[0], [first, *(right for _, right in rest)])
         for operator, right in rest:
             first = tree.Binary(operator, first, right, NOWHERE)
         return first

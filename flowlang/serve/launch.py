@@ -10,13 +10,15 @@ import ctypes
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 from typing import NoReturn
 
 from flowlang.diagnostics import CompileError, FlowError
 
-BACKLOG = 2048
+BACKLOG = 2048  # connections that nobody has taken yet
+STOPS = (signal.SIGTERM, signal.SIGINT)
 KEPT_BYTES = 64 << 20  # at the top of a heap; what is larger than half of it lies in none
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
