@@ -18,8 +18,9 @@ from flowlang.plan.ops import TABLE as OPERATORS
 from flowlang.plan.ops import Op, Param
 from flowlang.plan.schedule import COPIES, OF_REQUESTS, Setting
 from flowlang.plan.schedule import TABLE as SETTING_TABLE
+from flowlang.plan.signature import SETTINGS as OF_PYTHON
 from flowlang.plan.types import Image, Tensor, Type, Unknown
-from flowlang.plan.values import BYTES, shown
+from flowlang.plan.values import BYTES, seconds, shown
 from flowlang.syntax import tree
 from flowlang.syntax.format import format_expr, format_type
 
@@ -238,9 +239,10 @@ def defaults() -> dict[str, str]:
 
     return {
         "batch": "what the model was exported for, else 1 on a CPU, "
-        f"`1..{physical.GPU_BATCH}` on a GPU",
+        f"`1..{physical.GPU_BATCH}` on a GPU; in Python 1, or `1..{physical.LIGHT_BATCH}` "
+        "where it is `@batched`",
         "wait": "`0ms`",
-        "timeout": "none",
+        "timeout": f"none; in Python `{seconds(physical.PYTHON_TIMEOUT_S)}`",
         "gpu": "the first",
         "graphs": "`true`",
         "workspace": f"`{WORKSPACE >> 30}GiB`",
@@ -250,7 +252,7 @@ def defaults() -> dict[str, str]:
         "priority": "`normal`",
         "slo": "none",
         "queue": str(physical.QUEUE),
-        COPIES: f"one a core on a CPU, {physical.GPU_LANES} a GPU",
+        COPIES: f"one a core on a CPU, {physical.GPU_LANES} a GPU; in Python one",
     }
 
 
@@ -263,7 +265,14 @@ def settings_markdown() -> str:
     ]
     copies = "instances in all, spread evenly over `gpu`"
     rows.insert(
-        3, (f"`{COPIES}N`", "a model or image operator", copies, f"`{COPIES}2`", otherwise[COPIES])
+        3,
+        (
+            f"`{COPIES}N`",
+            "a model, or an operator on images or in Python",
+            copies,
+            f"`{COPIES}2`",
+            otherwise[COPIES],
+        ),
     )
     return _table(("setting", "of", "means", "for example", "default"), rows)
 
@@ -286,7 +295,9 @@ def _owner(setting: Setting) -> str:
     if setting.level == "flow":
         return "a served flow" if setting.name in OF_REQUESTS else "a flow"
     owners = [f"`{op.name}`" for op in OPERATORS if setting.name in op.settings]
-    return ", ".join(owners) if setting.level == "image" else "a model"
+    if setting.level == "image":
+        return ", ".join(owners)
+    return "a model, or an operator in Python" if setting.name in OF_PYTHON else "a model"
 
 
 def _meaning(setting: Setting) -> str:

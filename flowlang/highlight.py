@@ -182,7 +182,7 @@ class FlowlangLexer(RegexLexer):  # type: ignore[misc]
             (r"\bin\b", Name.Builtin.Pseudo),
             (r"\b(?:flowlang|let|flow|param|type)\b", Keyword),
             (r"\b[0-9]+(?:\.[0-9]+)?(?:us|ms|s|KiB|MiB|GiB|%)(?![A-Za-z0-9_])", Number.Other),
-            (r"\b[0-9]+\.[0-9]+(?:[eE][+-]?[0-9]+)?", Number.Float),
+            (r"\b[0-9]+(?:\.[0-9]+(?:[eE][+-]?[0-9]+)?|[eE][+-]?[0-9]+)", Number.Float),
             (r"\b[0-9]+", Number.Integer),
             (r"->|\?\?|=>|\.\.\.?|[=!<>]=|[-+*/<>|=?]", Operator),
             (r"\(", Punctuation, "arguments"),

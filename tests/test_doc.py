@@ -137,6 +137,10 @@ def test_the_table_of_settings_has_everything() -> None:
     assert table["`wait`"][4] == "`0ms`"
     assert table["`slo`"][1] == "a served flow"
     assert table["`max_bytes`"][1] == "`decode`"
+    for name in ("`batch`", "`wait`", "`timeout`", f"`{COPIES}N`"):
+        assert "in Python" in table[name][1]
+    assert table["`graphs`"][1] == "a model"
+    assert table["`timeout`"][4] == "none; in Python `30s`"
     assert all(s.name in settings_text() for s in SETTINGS)
 
 

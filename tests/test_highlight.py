@@ -199,6 +199,15 @@ def test_the_grammar_colours_every_reserved_word() -> None:
     assert set().union(*map(words_of, scopes)) >= RESERVED
 
 
+@pytest.mark.parametrize("word", ["type", "schedule", "param", "flow", "use", "export"])
+def test_a_field_may_be_named_like_a_declaration(word: str) -> None:
+    """In the grammar a type that is not closed ends at a declaration, and not at a field."""
+    for name in ("type-record", "type-arguments"):
+        end = re.compile(grammar()["repository"][name]["end"])
+        assert end.search(f"a: int\n{word} b")
+        assert not end.search(f"{word}: int, .{word}")
+
+
 def test_the_grammar_is_whole() -> None:
     """Every rule that is included exists and is used, and every pattern is one Python can read."""
     loaded = grammar()

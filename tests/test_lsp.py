@@ -348,6 +348,22 @@ def test_definitions_are_found_in_this_file_and_others(edit: Edit, tmp_path: Pat
     edit(scene)
 
 
+def test_definitions_are_found_behind_other_line_ends(edit: Edit, tmp_path: Path) -> None:
+    """Lines of a file from Windows are counted as the editor counts them."""
+    (tmp_path / "common.flow").write_bytes(b"# a\r\n# b\r\nflow ready = rgb\r\n")
+
+    async def scene(editor: Editor) -> None:
+        editor.open('use "common.flow" as common\nexport flow f = decode -> common.ready')
+        await editor.told()
+        found = await editor.client.text_document_definition_async(
+            lsp.DefinitionParams(editor.document, editor.at("common.ready", 8))
+        )
+        assert isinstance(found, lsp.Location)
+        assert found.range == lsp.Range(lsp.Position(2, 5), lsp.Position(2, 10))
+
+    edit(scene)
+
+
 def test_the_outline_lists_flows_with_their_values(edit: Edit) -> None:
     """Symbols nest: the lets of a flow are inside it."""
 
@@ -414,6 +430,60 @@ def test_a_saved_file_is_looked_at_again_by_those_that_use_it(edit: Edit, tmp_pa
         await editor.mended()
 
     edit(scene)
+
+
+@pytest.mark.parametrize(
+    ("file", "mention", "text"),
+    [
+        ("common.flow", "common.ready", "flow ready = rgb\n"),
+        ("post.py", "post.ready", "def ready(image: bytes) -> str:\n    return ''\n"),
+    ],
+)
+def test_a_used_file_is_read_as_it_is_open(
+    edit: Edit, tmp_path: Path, file: str, mention: str, text: str
+) -> None:
+    """What is typed into another file counts before it is saved, and no more once it is closed."""
+    alias = mention.partition(".")[0]
+    uri = (tmp_path / file).as_uri()
+
+    async def scene(editor: Editor) -> None:
+        editor.open(f'use "{file}" as {alias}\nexport flow f: bytes -> str = {mention}')
+        assert {str(d.code) for d in await editor.told()} == {"unknown-operator"}
+        editor.client.text_document_did_open(
+            lsp.DidOpenTextDocumentParams(lsp.TextDocumentItem(uri, "flow", 1, text))
+        )
+        while "unknown-operator" in {str(d.code) for d in await editor.told()}:
+            pass
+        editor.client.text_document_did_close(
+            lsp.DidCloseTextDocumentParams(lsp.TextDocumentIdentifier(uri))
+        )
+        while "unknown-operator" not in {str(d.code) for d in await editor.told()}:
+            pass
+
+    edit(scene)
+
+
+def test_an_editor_that_can_be_asked_watches_files() -> None:
+    """The server registers for changes of the files that programs are checked with."""
+    watched = lsp.DidChangeWatchedFilesClientCapabilities(dynamic_registration=True)
+    workspace = lsp.WorkspaceClientCapabilities(did_change_watched_files=watched)
+
+    async def scene() -> lsp.Registration:
+        server = Server()
+        asked: asyncio.Future[lsp.RegistrationParams] = asyncio.get_running_loop().create_future()
+
+        @server.client.feature(lsp.CLIENT_REGISTER_CAPABILITY)  # type: ignore[untyped-decorator]
+        def register(params: lsp.RegistrationParams) -> None:
+            asked.set_result(params)
+
+        await server.start(lsp.ClientCapabilities(workspace=workspace))
+        (registration,) = (await asyncio.wait_for(asked, LIMIT_S)).registrations
+        await server.stop()
+        return registration
+
+    found = asyncio.run(scene())
+    assert found.method == lsp.WORKSPACE_DID_CHANGE_WATCHED_FILES
+    assert "**/*.py" in str(found.register_options)
 
 
 def test_a_file_of_any_size_and_content_is_survived(edit: Edit) -> None:

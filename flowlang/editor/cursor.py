@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from flowlang.syntax.scan import CLOSER, DECLARATIONS
+from flowlang.syntax.scan import CLOSER, DECLARATIONS, declares, starts_line
 
 _TOKEN = re.compile(
     r"""(?P<comment>\#[^\n]*)
@@ -25,6 +25,7 @@ _TOKEN = re.compile(
 _TYPED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
 _OWNER = re.compile(r"\.?[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*$")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_BEGUN = re.compile(r"[a-z]+(?:\s+\w*)?")  # a declaration of which no more has been typed
 _COPIES = re.compile(r"x[0-9]+")
 _LET = re.compile(r"^[ \t]*(let[ \t]+([A-Za-z_][A-Za-z0-9_]*)|return\b)", re.MULTILINE)
 LONG = 8000  # characters of a body, from which its lets are not all walked over
@@ -217,10 +218,13 @@ class _Walk:
             self._operand(word, at)
 
     def _declares(self, at: int) -> bool:
-        """Whether a declaration's keyword starts one: first on its line, or with nothing open."""
-        first = not self.text[self.text.rfind("\n", 0, at) + 1 : at].strip()
+        """Whether a declaration's keyword starts one, as far as it has been typed."""
+        is_outside = len(self.stack) == 1
         is_part = self.top.kind == "file" and self.top.naming == "export"
-        return first or is_part or (len(self.stack) == 1 and self.top.wants == "after")
+        if is_part or (is_outside and self.top.wants == "after"):
+            return True
+        is_begun = starts_line(self.text, at) and _BEGUN.fullmatch(self.text, at) is not None
+        return is_begun or declares(self.text, at, is_outside)
 
     def _declaration(self, word: str) -> None:
         wants = {"use": "file", "export": "flow", "schedule": "schedule-name"}.get(word, "name")
@@ -330,8 +334,8 @@ class _Walk:
             self._expects("stage")
         elif mark == "|" and self.top.kind == "arms" and not self.top.is_past:
             self.top.wants = "pattern"
-        elif mark == "?" and self.top.wants == "after-type":
-            pass
+        elif mark == "?" and self.top.wants in ("after-type", "type-argument"):
+            self.top.wants = "after-type"
         elif mark in ("...", ".."):
             self.top.wants = "after"
         elif mark != ".":

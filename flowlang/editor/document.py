@@ -7,15 +7,16 @@ those that have not changed since still know their places.
 
 from __future__ import annotations
 
+import codecs
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from flowlang.diagnostics import CompileError, Diagnostic, Span, in_order
 from flowlang.editor.lines import Lines
-from flowlang.plan.declare import Choices
+from flowlang.plan.declare import NOTHING_OPEN, Choices
 from flowlang.plan.inspect import (
     Draft,
     Findings,
@@ -36,10 +37,21 @@ NOTHING = Findings((), {}, None)
 
 
 class Document:
-    """A flow file as an editor has it. `path` need not exist; files are looked for beside it."""
+    """A flow file as an editor has it. `path` need not exist; files are looked for beside it.
 
-    def __init__(self, path: str, text: str, encoding: str = "utf-16") -> None:
+    `texts` are those of all files that the editor has open, by their real paths: the files that
+    this one uses are read from there first.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        text: str,
+        encoding: str = "utf-16",
+        texts: Mapping[str, str] = NOTHING_OPEN,
+    ) -> None:
         self.path = path
+        self.texts = texts
         self.encoding = encoding
         self.findings = NOTHING
         self.check_s = 0.0  # how long the last check took
@@ -63,7 +75,7 @@ class Document:
     def check(self) -> tuple[Draft, Findings]:
         """Check the text as it is now; for a thread that has time."""
         draft, start_s = self.draft, time.monotonic()
-        findings = inspect(draft, choices())
+        findings = inspect(draft, choices(), self.texts)
         if self.findings is not NOTHING:  # the first one also loads what checking needs
             self.check_s = time.monotonic() - start_s
         return draft, findings
@@ -93,7 +105,7 @@ class Document:
             return self._remembered(index, text[:start])
         try:
             part = changed(self.draft.parts[index], text)
-            return arriving(self.draft, index, part, (start, end), choices())
+            return arriving(self.draft, index, part, (start, end), choices(), self.texts)
         except CompileError:
             return ()
 
@@ -127,10 +139,24 @@ class Document:
                 return item, start
         return None
 
-    def used(self, alias: str) -> Module | PythonFile | None:
-        """The file that a name stands for, once it was checked."""
+    def used(self, path: str) -> Module | PythonFile | None:
+        """The file that a name stands for, or `a.b` the one that `a` calls b, once checked."""
+        found: Module | PythonFile | None = self.findings.module
+        for name in path.split("."):
+            found = found.uses.get(name) if isinstance(found, Module) else None
+        return found
+
+    def uses(self, path: str) -> bool:
+        """Whether a file was read, by its real path, when this one was checked."""
         module = self.findings.module
-        return module.uses.get(alias) if module else None
+        return module is not None and path in _files(module)
+
+    def text_of(self, path: Path) -> str:
+        """What a file holds: as the editor has it, if it is open. Raises OSError."""
+        text = self.texts.get(os.path.realpath(path))
+        if text is not None:
+            return text
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
 
     def operator(self, name: str) -> Op | None:
         """The operator of a name, one of the language or of a Python file."""
@@ -147,6 +173,19 @@ class Document:
         declared = self.declared(name, but)
         item = declared[0] if declared else None
         return item if isinstance(item, tree.Flow) else None
+
+
+def _files(module: Module) -> set[str]:
+    """The real paths of all that a module uses."""
+    found: set[str] = set()
+    stack: list[Module | PythonFile] = [module]
+    while stack:
+        used = stack.pop()
+        path = os.path.realpath(used.source.name if isinstance(used, Module) else used.path)
+        if path not in found:
+            found.add(path)
+            stack += used.uses.values() if isinstance(used, Module) else ()
+    return found
 
 
 def choices() -> Choices:

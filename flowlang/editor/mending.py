@@ -52,12 +52,10 @@ def _renamed(diagnostic: Diagnostic, meant: str) -> Mend | None:
         return _file(span, meant.strip('"'))
     found = _WRONG.search(diagnostic.message)
     wrong = found.group(1) if found else text
-    if meant.startswith("{"):
-        wrong = f"{{{wrong}}}"
-    elif meant.startswith("."):
+    if meant.startswith("."):
         wrong = f".{wrong}"
     at = text.rfind(wrong)
-    if at < 0 or (wrong != text and not meant.startswith(("{", "."))):
+    if at < 0 or (wrong != text and not meant.startswith(".")):
         at, wrong = 0, text
     place = Span(span.source, span.start + at, span.start + at + len(wrong))
     return _mend(place, meant, True)

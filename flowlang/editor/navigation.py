@@ -46,7 +46,7 @@ def definition(document: Document, offset: int) -> Place | None:
         case File(path, _):
             return _file(path)
         case Member() as member:
-            return _member(member)
+            return _member(document, member)
         case Argument(tree.Flow() as flow, tree.Input() as given):
             return _input(document, flow, given)
     return None
@@ -56,11 +56,11 @@ def _file(path: Path) -> Place | None:
     return Place(0, 0, path) if path.is_file() else None
 
 
-def _member(member: Member) -> Place | None:
+def _member(document: Document, member: Member) -> Place | None:
     """A flow in its file, or a Python function or class in its own."""
     if isinstance(member.used, PythonFile):
         try:
-            text = member.used.path.read_text("utf-8", "replace")
+            text = document.text_of(member.used.path)
         except OSError:
             return None
         name = re.escape(member.name)

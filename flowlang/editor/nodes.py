@@ -212,10 +212,14 @@ class Spot:
         return found is not None and isinstance(found.item, tree.Param)
 
     def _member(self, path: tree.Path) -> Target | None:
-        alias, name = path.names[0], path.names[-1]
+        words = list(_WORD.finditer(self.source.text, path.span.start, path.span.end))
+        index = next((i for i, w in enumerate(words) if self.offset <= w.end()), len(words) - 1)
+        alias, name = ".".join(path.names[:index]), path.names[index]
         used = self.document.used(alias)
-        if self.offset <= path.span.start + len(alias) or used is None:
-            return self._top(alias)
+        if index == 0 or used is None:
+            return self._top(path.names[0])
+        if isinstance(used, Module) and name in used.uses:
+            return Member(alias, used.uses[name], name, None)
         if isinstance(used, PythonFile):
             return Member(alias, used, name, used.operators.get(name) or used.types.get(name))
         return Member(alias, used, name, used.flows.get(name))

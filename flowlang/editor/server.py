@@ -35,6 +35,7 @@ PAUSE_S = 0.15  # without a key press, before a text is checked
 LONG_PAUSE = 3  # times as long as checking takes, where that is more
 SWITCH_S = 0.001  # how long an answer waits for a check to give the interpreter up
 GARBAGE = 50_000  # objects made before garbage is looked for, which stops all answers meanwhile
+WATCHED = ("flow", "py", "onnx", "txt")  # endings of the files that a flow is checked with
 TRIGGERS = (".", "(", "=", " ", '"', "/", "{", "<")
 # After a blank, only what cannot be meant otherwise is offered unasked.
 AFTER_BLANK = frozenset({"operator", "flow", "value", "type", "word", "parameter"})
@@ -78,15 +79,19 @@ class FlowServer(LanguageServer):
             "flowlang", __version__, text_document_sync_kind=lsp.TextDocumentSyncKind.Full
         )
         self.documents: dict[str, Document] = {}
+        self.texts: dict[str, str] = {}  # of all open files, by their real paths
         self._due: dict[str, asyncio.TimerHandle] = {}
         self._running: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._checks = ThreadPoolExecutor(1, "check")
 
     def open(self, uri: str, text: str) -> None:
+        self._take(uri, text)
+        if uri.endswith(".py"):
+            return
         encoding = lsp.PositionEncodingKind(self.server_capabilities.position_encoding or "utf-16")
         path = to_fs_path(uri) or os.path.abspath("untitled.flow")
-        self.documents[uri] = Document(path, text, encoding.value)
+        self.documents[uri] = Document(path, text, encoding.value, self.texts)
         self.check_soon(uri, 0.0)
 
     def change(self, uri: str, text: str) -> None:
@@ -94,13 +99,29 @@ class FlowServer(LanguageServer):
         if document is None:
             self.open(uri, text)
             return
+        self._take(uri, text)
         document.change(text)
         self.check_soon(uri, PAUSE_S)
 
     def close(self, uri: str) -> None:
-        self.documents.pop(uri, None)
-        self._forget(uri)
-        self._publish(uri, [])
+        self._take(uri, None)
+        if self.documents.pop(uri, None) is not None:
+            self._forget(uri)
+            self._publish(uri, [])
+
+    def _take(self, uri: str, text: str | None) -> None:
+        """Note what an open file holds now, None when it is closed; who uses it is checked."""
+        path = to_fs_path(uri)
+        if path is None:
+            return
+        key = os.path.realpath(path)
+        if text is None:
+            self.texts.pop(key, None)
+        else:
+            self.texts[key] = text
+        for other, document in self.documents.items():
+            if other != uri and document.uses(key):
+                self.check_soon(other, PAUSE_S)
 
     def check_soon(self, uri: str, after_s: float) -> None:
         """Check a document when nothing has changed for a while."""
@@ -253,6 +274,20 @@ def did_save(ls: FlowServer, params: lsp.DidSaveTextDocumentParams) -> None:
         ls.check_soon(uri, 0.0)
 
 
+@server.feature(lsp.INITIALIZED)
+def initialized(ls: FlowServer, params: lsp.InitializedParams) -> None:
+    """Ask to be told of changed files, where the editor can be asked."""
+    workspace = ls.client_capabilities.workspace
+    asked = workspace.did_change_watched_files if workspace else None
+    if asked and asked.dynamic_registration:
+        watchers = [lsp.FileSystemWatcher(f"**/*.{ending}") for ending in WATCHED]
+        options = lsp.DidChangeWatchedFilesRegistrationOptions(watchers)
+        method = lsp.WORKSPACE_DID_CHANGE_WATCHED_FILES
+        ls.client_register_capability(
+            lsp.RegistrationParams([lsp.Registration(method, method, options)])
+        )
+
+
 @server.feature(lsp.WORKSPACE_DID_CHANGE_WATCHED_FILES)
 def did_change_files(ls: FlowServer, params: lsp.DidChangeWatchedFilesParams) -> None:
     for uri in ls.documents:
@@ -333,16 +368,16 @@ def on_definition(ls: FlowServer, params: lsp.DefinitionParams) -> lsp.Location 
         return None
     if found.path is None:
         return lsp.Location(uri, extent(document.lines, found.start, found.end))
-    return _elsewhere(found, found.path, document.encoding)
+    return _elsewhere(document, found, found.path)
 
 
-def _elsewhere(place: Place, path: Path, encoding: str) -> lsp.Location:
+def _elsewhere(document: Document, place: Place, path: Path) -> lsp.Location:
     try:
-        text = path.read_text("utf-8", "replace") if place.end else ""
+        text = document.text_of(path) if place.end else ""
     except OSError:
         text = ""
     uri = from_fs_path(str(path.resolve())) or ""
-    return lsp.Location(uri, extent(Lines(text, encoding), place.start, place.end))
+    return lsp.Location(uri, extent(Lines(text, document.encoding), place.start, place.end))
 
 
 @server.feature(lsp.TEXT_DOCUMENT_DOCUMENT_SYMBOL)

@@ -157,7 +157,7 @@ class Binder:
         first = bound.spans.get("size")
         help_text = None
         if first and given.kind == "int":
-            sides = f"h={first.text}, w={given.span.text}"
+            sides = f"h={given.span.text}, w={first.text}"
             help_text = f"name the sides so they cannot be swapped: {op.name}({sides})"
         return refuse(
             "too-many-arguments", message, given.span, help=help_text, note=_signature(op)
@@ -211,8 +211,9 @@ class Binder:
         words = f"words of `{op.name}`: {' '.join(op.words)}" if op.words else _signature(op)
         param = op.param(given.value)
         if param is not None:
-            other = next((w for w in param.words if w != param.default), "...")
-            help_text = f"{param.name}={other}"
+            other = next((w for w in param.words if w != param.default), None)
+            help_text = f"{param.name}={other}" if other else None
+            words = words if other else f"`{param.name}` of `{op.name}` is {_wants(param)}"
         return refuse(
             "unknown-word",
             f"`{given.value}` is no word of `{op.name}` and no param in scope",

@@ -5,12 +5,13 @@ Layer 2. All diagnostics of a program are collected in one run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flowlang.diagnostics import CompileError, Diagnostic, Source, Span, in_order
 from flowlang.plan import graph
 from flowlang.plan.arguments import did_you_mean
-from flowlang.plan.declare import Choices, Declarations, Read
+from flowlang.plan.declare import NOTHING_OPEN, Choices, Declarations, Read
 from flowlang.plan.elaborate import Elaborator
 from flowlang.plan.extent import Extents
 from flowlang.plan.graph import FlowPlan, Node, Parameter
@@ -18,8 +19,20 @@ from flowlang.plan.module import Declared, Module, ParamValue
 from flowlang.plan.schedule import Settings
 from flowlang.plan.scope import Scope
 from flowlang.plan.settle import Settler
-from flowlang.plan.types import UNKNOWN, Image, Type, Unknown
+from flowlang.plan.types import (
+    BYTES,
+    FLOAT,
+    INT,
+    STR,
+    UNKNOWN,
+    Image,
+    ListOf,
+    Record,
+    Type,
+    Unknown,
+)
 from flowlang.plan.values import refuse
+from flowlang.syntax import tree
 from flowlang.syntax.parse import parse_leniently
 
 
@@ -77,10 +90,16 @@ def check_source(
 
 
 def inspect_source(
-    source: Source, choices: Choices = NO_CHOICES, read: Read = parse_leniently
+    source: Source,
+    choices: Choices = NO_CHOICES,
+    read: Read = parse_leniently,
+    texts: Mapping[str, str] = NOTHING_OPEN,
 ) -> Inspection:
-    """All that checking a source finds out; `read` gives the tree of one that was read before."""
-    checker = _Checker(source, choices, read)
+    """All that checking a source finds out.
+
+    `read` gives the tree of one that was read before, `texts` has those of open files.
+    """
+    checker = _Checker(source, choices, read, texts)
     flows = checker.run()
     found = in_order(checker.diagnostics)
     seen = checker.elaborator.seen if checker.elaborator is not None else []
@@ -98,11 +117,13 @@ class _Enough(Exception):
 
 
 class _Checker:
-    def __init__(self, source: Source, choices: Choices, read: Read) -> None:
+    def __init__(
+        self, source: Source, choices: Choices, read: Read, texts: Mapping[str, str]
+    ) -> None:
         self.source = source
         self.choices = choices
         self.diagnostics: list[Diagnostic] = []
-        self.declarations = Declarations(choices, self.report, read)
+        self.declarations = Declarations(choices, self.report, read, texts)
         self.module: Module | None = None
         self.elaborator: Elaborator | None = None
 
@@ -265,11 +286,39 @@ class _Checker:
         first = stages[0] if stages else output
         if first.op == graph.PYTHON:
             return  # which may take anything
-        takes = f"{{ {first.params['name']}: bytes }}" if first.op == graph.FIELD else "bytes"
-        gives = str(output.type)
+        name = first.params["name"] if first.op == graph.FIELD else None
+        signature = self._signature(declared, name)
         self.error(
             "unknown-input",
             f"what `{flow.name}` takes cannot be told from its first stage",
             flow.name_span,
-            help=f"flow {flow.name}: {takes} -> {'...' if 'unknown' in gives else gives}",
+            help=f"flow {_head(flow)}: {signature}" if signature else None,
+            note=None if signature else "`flow name: bytes -> label = ...` says so",
         )
+
+    def _signature(self, declared: Declared, field: str | None) -> str | None:
+        """Types that a flow could declare, if it suits plain values, or lists of them.
+
+        `field` is what it takes of its item first.
+        """
+        for plain in (BYTES, INT, FLOAT, STR):
+            for kind in (plain, ListOf(plain)):
+                taken = kind if field is None else Record(((field, kind),))
+                problems: list[Diagnostic] = []
+                elaborator = Elaborator(
+                    self.declarations.flows(), problems.append, self.choices.opener
+                )
+                scope = Scope(declared, constants=declared.module.constants)
+                span = declared.flow.name_span
+                item = Node(graph.INPUT, {}, (), taken, span, scope.site(span))
+                self._parameters(declared, elaborator, scope, item)
+                given = elaborator.flow(declared, item, scope).type
+                if not problems and "unknown" not in str(given):
+                    return f"{taken} -> {given}"
+        return None
+
+
+def _head(flow: tree.Flow) -> str:
+    """A flow's name and parameters as they are written."""
+    inputs = ", ".join(given.span.text for given in flow.inputs)
+    return f"{flow.name}({inputs})" if inputs else flow.name

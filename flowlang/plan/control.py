@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang.diagnostics import Diagnostic, Label
 from flowlang.plan import graph
 from flowlang.plan.arguments import Bound
-from flowlang.plan.expression import Expression, is_plain, widened
+from flowlang.plan.expression import EMPTY, Expression, is_plain, widened
 from flowlang.plan.extent import ungrouped
 from flowlang.plan.fitting import called
 from flowlang.plan.graph import Body, Node
@@ -163,8 +163,7 @@ class Control:
         bodies = Bodies([item, condition])
         for branch in (expr.then, expr.otherwise):
             self._body(bodies, branch, item.type, scope)
-        is_match = expr.span.text.startswith("match")  # of conditions, made into this
-        what = "the ways out of this `match`" if is_match else "the two ways out of this `if`"
+        what = "the ways out of this `match`" if expr.is_match else "the two ways out of this `if`"
         kind = self._one_type(bodies.made, [expr.then, expr.otherwise], what)
         params = {"cases": {True: 0}, "otherwise": 1}
         return self._control(graph.ROUTE, params, bodies, kind, expr, scope)
@@ -175,13 +174,15 @@ class Control:
         if last.patterns or any(not arm.patterns for arm in arms):
             place = next((arm for arm in arms if not arm.patterns), last)
             message = "the last way of a `match`, and only that, is `else`"
+            way = self._otherwise(expr.arms, item, scope) if place is last else None
             self._report(
                 Diagnostic(
                     "missing-else",
                     message,
                     Label(place.span),
-                    help=f"{place.span.text}, else => pass" if place is last else None,
-                    fix=place.span if place is last else None,
+                    help=f"{place.span.text}, else => {way}" if way else None,
+                    note=None if way else "`else => STAGE` says what becomes of all others",
+                    fix=place.span if way else None,
                 )
             )
             return self._elaborator.unknown(expr.span, item, scope)
@@ -198,6 +199,15 @@ class Control:
         kind = self._one_type(bodies.made, ways, "the ways out of this `match`")
         params = {"cases": cases, "otherwise": len(arms)}
         return self._control(graph.ROUTE, params, bodies, kind, expr, scope)
+
+    def _otherwise(self, arms: Sequence[tree.Arm], item: Node, scope: Scope) -> str | None:
+        """What `else` could give of the type that the ways of a `match` without it give."""
+        bodies = Bodies([item])
+        for arm in arms:
+            self._body(bodies, arm.value, item.type, scope)
+        ways = [arm.value for arm in arms]
+        kind = self._one_type(bodies.made, ways, "the ways out of this `match`")
+        return "pass" if unify(kind, item.type) is not None else EMPTY.get(without_null(kind))
 
     def _case(
         self, pattern: tree.Expr, subject: Node, cases: dict[Any, int], number: int, scope: Scope
@@ -240,7 +250,7 @@ class Control:
         chain: tree.Expr = last.value
         for arm in reversed(arms):
             condition = tree.joined("or", arm.patterns)
-            chain = tree.If(condition, arm.value, chain, expr.span)
+            chain = tree.If(condition, arm.value, chain, expr.span, is_match=True)
         return self._elaborator.apply(chain, item, scope)
 
     def fall_back(self, expr: tree.Fallback, item: Node, scope: Scope) -> Node:

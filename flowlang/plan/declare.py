@@ -20,7 +20,7 @@ from flowlang.plan.ops import OPS
 from flowlang.plan.values import Constant, Refused, evaluate, from_text, refuse
 from flowlang.plan.written import WrittenTypes
 from flowlang.syntax import tree
-from flowlang.syntax.parse import parse_leniently, read_source
+from flowlang.syntax.parse import opened_source, parse_leniently, read_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ PARAM_TYPES = ("int", "float", "str", "bool", "path", "duration", "size")
 _EXAMPLES = {"int": "1", "float": "0.5", "bool": "false", "duration": "5ms", "size": "64MiB"}
 
 
+NOTHING_OPEN: Mapping[str, str] = {}
 Readable: TypeAlias = tuple[tree.Program, list[Diagnostic], frozenset[str]]
 Read: TypeAlias = Callable[[Source], Readable]
 
@@ -53,11 +54,19 @@ Read: TypeAlias = Callable[[Source], Readable]
 class Declarations:
     """The modules of a program, each file read once however often it is used.
 
-    `read` gives the tree of a source, for those who have it already.
+    `read` gives the tree of a source, for those who have it already, and `texts` those of files
+    that an editor has open, by their real paths.
     """
 
-    def __init__(self, choices: Choices, report: Report, read: Read = parse_leniently) -> None:
+    def __init__(
+        self,
+        choices: Choices,
+        report: Report,
+        read: Read = parse_leniently,
+        texts: Mapping[str, str] = NOTHING_OPEN,
+    ) -> None:
         self._read = read
+        self._texts = texts
         self._choices = choices
         self._report = report
         self._modules: dict[str, Module] = {}
@@ -121,14 +130,16 @@ class Declarations:
             from flowlang.plan.signature import read_python  # most programs use no Python
 
             if key not in self._python:
-                self._python[key] = read_python(path, item.name, self._report)
+                text = self._texts.get(key)
+                self._python[key] = read_python(path, item.name, self._report, text)
             return self._python[key]
         if key in self._reading:
             raise _circle(item, [*self._reading[self._reading.index(key) :], key])
         if key in self._modules:
             return self._modules[key]
         try:
-            source = read_source(path)
+            text = self._texts.get(key)
+            source = read_source(path) if text is None else opened_source(text, os.fspath(path))
         except CompileError as error:
             for diagnostic in error.diagnostics:
                 self._report(diagnostic)

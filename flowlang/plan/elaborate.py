@@ -14,6 +14,7 @@ from flowlang.plan.arguments import Report, did_you_mean
 from flowlang.plan.calls import Calls
 from flowlang.plan.control import Control
 from flowlang.plan.expression import (
+    EMPTY,
     Unsuited,
     binary_type,
     field_type,
@@ -31,10 +32,6 @@ from flowlang.plan.ops import OPS
 from flowlang.plan.schedule import COPIES, Given, Settings
 from flowlang.plan.scope import Scope
 from flowlang.plan.types import (
-    BOOL,
-    FLOAT,
-    INT,
-    STR,
     UNKNOWN,
     ListOf,
     Optional,
@@ -286,8 +283,7 @@ class Elaborator:
     ) -> None:
         may_be_null = isinstance(node.type, Optional)
         what = f"{node.type}, which may be null" if may_be_null else f"{node.type}"
-        default: Mapping[Type, str] = {INT: "0", FLOAT: "0.0", STR: '""', BOOL: "false"}
-        instead = default.get(without_null(node.type)) if may_be_null else None
+        instead = EMPTY.get(without_null(node.type)) if may_be_null else None
         self.report(
             Diagnostic(
                 "type-mismatch",
@@ -358,9 +354,9 @@ class Elaborator:
                         if name not in spans:
                             params = {"name": name}
                             fields[name] = Node(graph.FIELD, params, (item,), kind, part.span, site)
-                elif isinstance(item.type, Unknown):
-                    is_open = True
-                else:
+                    continue
+                is_open = True
+                if not isinstance(item.type, Unknown):
                     mismatch(
                         self.report,
                         part.span,

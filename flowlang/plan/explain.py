@@ -18,7 +18,7 @@ from flowlang.plan.expression import Expression
 from flowlang.plan.graph import FlowPlan, Live, Node, Parameter
 from flowlang.plan.ops import OPS, Param
 from flowlang.plan.rewrite import rewrite
-from flowlang.plan.values import seconds, shown
+from flowlang.plan.values import seconds, shown, written
 
 if TYPE_CHECKING:  # what is not needed to explain a plan is not loaded for it
     from flowlang.plan.physical import PhysicalPlan, StagePlan, Steps
@@ -87,8 +87,7 @@ def body_labels(node: Node) -> list[str]:
         return []
     cases: dict[int, list[str]] = {}
     for value, number in node.params["cases"].items():
-        shown = "true" if value is True else f'"{value}"' if isinstance(value, str) else f"{value}"
-        cases.setdefault(number, []).append(shown)
+        cases.setdefault(number, []).append(written(value))
     return [
         f"when {' | '.join(cases[i])}" if i in cases else "else" for i in range(len(node.bodies))
     ]
@@ -190,7 +189,7 @@ def node_text(node: Node) -> str:
     if node.op == graph.FIELD:
         return f".{node.params['name']}"
     if node.op == graph.LITERAL:
-        return _written(node.params["value"])
+        return written(node.params["value"])
     if node.op in (graph.BINARY, graph.UNARY):
         return str(node.params["operator"])
     if node.op == graph.WIDEN:
@@ -198,7 +197,8 @@ def node_text(node: Node) -> str:
     if node.op == graph.LIST:
         return "[ ]"
     if node.op == graph.ROUTE:
-        return "if" if node.params["cases"] == {True: 0} else "match"
+        is_if = [value is True for value in node.params["cases"]] == [True]  # which 1 equals
+        return "if" if is_if else "match"
     if node.op == graph.FALLBACK:
         return "??"
     if node.op == graph.SELECT:
@@ -226,7 +226,7 @@ def _python_text(node: Node) -> str:
     function = node.params[graph.FUNCTION]
     given = {n: v for n, v in node.params.items() if n in node.param_spans}
     parts = [
-        f"{n}={_span_text(node, n) if isinstance(v, Live) else _written(v)}"
+        f"{n}={_span_text(node, n) if isinstance(v, Live) else written(v)}"
         for n, v in given.items()
     ]
     return f"{function.shown}({', '.join(parts)})" if parts else str(function.shown)
@@ -239,7 +239,7 @@ def _argument(node: Node, param: Param) -> str:
     if isinstance(value, Live):
         text = _span_text(node, param.name)
     else:
-        text = _written(value) if param.kind == "str" else _value(value)
+        text = written(value) if param.kind == "str" else _value(value)
     return f"{param.name}={text}" if param.is_named else text
 
 
@@ -248,18 +248,9 @@ def _span_text(node: Node, name: str) -> str:
     return " ".join(node.param_spans[name].text.split())
 
 
-def _written(value: Any) -> str:
-    """A plain value as it is written in a flow."""
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_written, value))}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
 def _value(value: Any) -> str:
     if isinstance(value, Path):
-        return f'"{value.name}"'
+        return written(value.name)
     if isinstance(value, list):
         return f"<{len(value)} names>"
     if isinstance(value, Expression):

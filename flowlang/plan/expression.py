@@ -49,6 +49,8 @@ LOGIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "and": lambda a, b: bool(a) and bool(b),
     "or": lambda a, b: bool(a) or bool(b),
 }
+# A value of each plain type, for help to put where one is missing.
+EMPTY: Mapping[Type, str] = {INT: "0", FLOAT: "0.0", STR: '""', BOOL: "false"}
 _BINARY = {**ARITHMETIC, **ORDERING, **EQUALITY, **LOGIC}
 _PLAIN = frozenset({graph.INPUT, "pass"})
 

@@ -23,7 +23,6 @@ FUNCTION = "def"  # the param of a Python operator that has its function: no arg
 GLUE = frozenset(
     {RECORD, FIELD, LIST, LITERAL, UNARY, BINARY, WIDEN}
 )  # see flowlang.plan.expression
-CONTROL = frozenset({MAP, ROUTE, FALLBACK})  # these have bodies
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,13 @@ from typing import TypeAlias
 
 from flowlang.diagnostics import CompileError, Diagnostic, Source, Span
 from flowlang.plan.check import NO_CHOICES, inspect_source
-from flowlang.plan.declare import Choices
+from flowlang.plan.declare import NOTHING_OPEN, Choices
 from flowlang.plan.module import Module
 from flowlang.plan.types import Type
 from flowlang.syntax import tree
 from flowlang.syntax.parse import MAX_SOURCE_BYTES, parse_leniently
+from flowlang.syntax.scan import declaring_lines
 
-_START = re.compile(r"^[ \t]*(?:export|flow|param|type|use|schedule)\b", re.MULTILINE)
 _WORD = re.compile(r"[A-Za-z_]\w*")
 MAX_MENTIONED = 64  # flows that are unrolled to answer what arrives at one place
 
@@ -166,8 +166,7 @@ def _starts(text: str) -> list[int]:
     The first part reaches to the second declaration, so that a bare pipeline stands alone.
     """
     starts = [0]
-    for found in list(_START.finditer(text))[1:]:
-        start = found.start()
+    for start in list(declaring_lines(text))[1:]:
         while start > starts[-1]:
             before = text.rfind("\n", 0, start - 1) + 1
             if not text[before:start].lstrip().startswith("#"):
@@ -216,18 +215,25 @@ class Findings:
         return self.types(source, max(s.start for s in ending), end)
 
 
-def inspect(draft: Draft, choices: Choices = NO_CHOICES) -> Findings:
-    """Every diagnostic of a file and what its expressions give."""
+def inspect(
+    draft: Draft, choices: Choices = NO_CHOICES, texts: Mapping[str, str] = NOTHING_OPEN
+) -> Findings:
+    """Every diagnostic of a file and what its expressions give; `texts` are those of open files."""
     first = draft.parts[0].program
     span = Span(draft.source, 0, len(draft.source.text))
     program = tree.Program(first.edition, tuple(draft.items()), first.pipeline, span)
     read = [d for part in draft.parts for d in part.diagnostics]
     lost = frozenset[str]().union(*(part.lost for part in draft.parts))
-    return _check(draft.source, (program, read, lost), choices)
+    return _check(draft.source, (program, read, lost), choices, texts)
 
 
 def arriving(
-    draft: Draft, index: int, part: Part, place: tuple[int, int], choices: Choices = NO_CHOICES
+    draft: Draft,
+    index: int,
+    part: Part,
+    place: tuple[int, int],
+    choices: Choices = NO_CHOICES,
+    texts: Mapping[str, str] = NOTHING_OPEN,
 ) -> tuple[Type, ...]:
     """What the expression at a place gives in a part that stands for the one at `index`.
 
@@ -245,7 +251,7 @@ def arriving(
     program = tree.Program(None, (*items, *own), part.program.pipeline, span)
     missing = (other.lost for at, other in enumerate(draft.parts) if at != index)
     lost = part.lost.union(*missing) - part.names
-    return _check(draft.source, (program, [], lost), choices).types(part.source, *place)
+    return _check(draft.source, (program, [], lost), choices, texts).types(part.source, *place)
 
 
 def _mentioned(draft: Draft, index: int, part: Part) -> list[Part] | None:
@@ -274,13 +280,15 @@ def _by_source(seen: Iterable[tuple[Span, Type]]) -> dict[Source, tuple[Seen, ..
     return {source: tuple(rows) for source, rows in found.items()}
 
 
-def _check(source: Source, program: Readable, choices: Choices) -> Findings:
+def _check(
+    source: Source, program: Readable, choices: Choices, texts: Mapping[str, str]
+) -> Findings:
     """What the checker says of a source whose text has been read."""
 
     def read(wanted: Source) -> Readable:
         return program if wanted is source else _read_used(wanted.name, wanted.text)
 
-    found = inspect_source(source, choices, read)
+    found = inspect_source(source, choices, read, texts)
     return Findings(tuple(found.diagnostics), _by_source(found.seen), found.module)
 
 

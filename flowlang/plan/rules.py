@@ -201,6 +201,8 @@ def labels(given: Type, params: Params) -> Type:
 def top(given: Type, params: Params) -> Type:
     if isinstance(given, ListOf):
         return given
+    if isinstance(given, Unknown) and params["by"] is not None:
+        return UNKNOWN
     tensor_of(given, 1)
     return ListOf(LABEL)
 

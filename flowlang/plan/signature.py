@@ -67,9 +67,15 @@ class _Unreadable(Exception):
         self.help = help
 
 
-def read_python(path: Path, alias: str, report: Report) -> PythonFile | None:
-    """The operators of a file, or None where it is no Python. Raises OSError."""
-    source = Source(str(path), path.read_bytes().decode("utf-8", "replace"))
+def read_python(
+    path: Path, alias: str, report: Report, text: str | None = None
+) -> PythonFile | None:
+    """The operators of a file, or None where it is no Python. Raises OSError.
+
+    `text` is what it holds, where an editor has changed that.
+    """
+    text = path.read_bytes().decode("utf-8", "replace") if text is None else text
+    source = Source(str(path), text)
     try:
         if "\0" in source.text:
             raise ValueError("it holds null bytes")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -106,16 +107,30 @@ def interpolate(text: str, names: Mapping[str, Constant], span: Span) -> str:
         piece = found.group()
         if piece in ("{{", "}}"):
             return piece[0]
+        place = _inside(span, text, found)
         if len(piece) == 1:
             raise refuse(
                 "bad-escape",
                 f"a lone `{piece}` means nothing in a string",
-                span,
+                place,
                 note=f"write `{piece * 2}` for the brace itself, or `{{name}}` for a param",
             )
-        return _piece(piece[1:-1], names, span)
+        return _piece(piece[1:-1], names, place)
 
     return re.sub(r"\{\{|\}\}|\{[^{}]*\}|[{}]", value, text)
+
+
+def _inside(span: Span, text: str, found: re.Match[str]) -> Span:
+    """Where the name or the lone brace found in a string's text is written in the program."""
+    piece = found.group()
+    before = text.count(piece, 0, found.start())
+    written = list(re.finditer(re.escape(piece), span.text))
+    if len(written) <= before:
+        return span  # its braces are written as escapes
+    start, end = (span.start + at for at in written[before].span())
+    return (
+        Span(span.source, start + 1, end - 1) if len(piece) > 1 else Span(span.source, start, end)
+    )
 
 
 def _piece(name: str, names: Mapping[str, Constant], span: Span) -> str:
@@ -125,7 +140,7 @@ def _piece(name: str, names: Mapping[str, Constant], span: Span) -> str:
             "unknown-name",
             f"there is no param named `{name}`",
             span,
-            help=f"did you mean `{{{like}}}`?" if like else None,
+            help=f"did you mean `{like}`?" if like else None,
             note="strings interpolate params only; write `{{` for a brace",
         )
     given = names[name]
@@ -271,11 +286,20 @@ def _number_from(text: str, span: Span) -> Constant | None:
     return Constant(constant.kind, -constant.value, span) if found.group(1) else constant
 
 
+def written(value: Any) -> str:
+    """A plain value as it is written in a flow."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("{", "{{").replace("}", "}}")
+    return str(value)
+
+
 def shown(constant: Constant) -> str:
     """A constant as it is written in a flow."""
     value = constant.value
-    if constant.kind == "str":
-        return f'"{value}"'
     if constant.kind == "duration":
         return seconds(value)
     if constant.kind == "bytes":
@@ -285,9 +309,7 @@ def shown(constant: Constant) -> str:
         return f"{value * 100:g}%"
     if constant.kind == "range":
         return "..".join(f"{v:g}" for v in value)
-    if constant.kind == "list":
-        return f"[{', '.join(map(str, value))}]"
-    return str(value).lower() if constant.kind == "bool" else str(value)
+    return written(value)
 
 
 def seconds(value: float) -> str:

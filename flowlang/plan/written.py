@@ -111,8 +111,8 @@ class WrittenTypes:
     def _unknown(self, given: tree.TypeExpr, known: Iterable[str]) -> None:
         self._error(
             "unknown-type",
-            f"there is no type `{given.span.text}`",
-            given.span,
+            f"there is no type `{given.name}`",
+            given.name.span if given.name is not None else given.span,
             help=did_you_mean(str(given.name), known),
         )
 

@@ -14,10 +14,14 @@ from flowlang.diagnostics import Diagnostic, Label, Source, Span
 from flowlang.syntax.scan import (
     CLOSER,
     DECLARATIONS,
+    RESERVED,
+    Headless,
     Outline,
     Piece,
+    declaration_like,
     is_in_call,
     open_bracket,
+    pieces,
     stage_after,
     stage_before,
 )
@@ -92,6 +96,37 @@ def stray_pipeline(span: Span) -> Diagnostic:
         help=f"export flow main = {_one_line(span)}",
         fix=span,
     )
+
+
+def headless(source: Source, found: Headless, end: int) -> Diagnostic:
+    """A declaration up to `end` whose first word is missing or none of the language."""
+    note = "declarations start with use, param, type, flow, export flow or schedule"
+    if found.word:
+        word = Span(source, found.start, found.start + len(found.word))
+        return Diagnostic(
+            "unexpected-token",
+            f"no declaration starts with `{found.word}`",
+            Label(word),
+            help=found.meant,
+            note=note,
+            fix=word if found.meant else None,
+        )
+    kind = "param" if _is_constant(source.text[found.end - 1 : end]) else "flow"
+    head = Span(source, found.start, found.end)
+    return Diagnostic(
+        "unexpected-token",
+        f"expected `{kind}` before `{found.name}`",
+        Label(Span(source, found.start, found.start + len(found.name))),
+        help=f"{kind} {_one_line(head)}",
+        note=note,
+        fix=head,
+    )
+
+
+def _is_constant(text: str) -> bool:
+    """Whether what stands behind a name, from its `=` or `:`, is a param's value."""
+    value = r'(-?[0-9]|"|\[|env\b|true\b|false\b)'
+    return re.match(rf"(:[^=>]*)?=\s*{value}(?!.*->)", text, re.DOTALL) is not None
 
 
 # Characters that mean nothing
@@ -196,7 +231,12 @@ def _ends_early(
 
 def _unclosed_bracket(here: Span, opening: Piece) -> Diagnostic:
     closer = CLOSER[opening.text]
-    before = stage_before(here.source.text, here.start)
+    text = here.source.text
+    arrow = _first_arrow(text, opening, here.start)
+    if arrow is not None:
+        end = _code_end(text, opening.start, arrow)
+        here = Span(here.source, end, end)
+    before = stage_before(text, here.start)
     fix = Span(here.source, *before) if before else here
     return Diagnostic(
         "unclosed-bracket",
@@ -206,6 +246,19 @@ def _unclosed_bracket(here: Span, opening: Piece) -> Diagnostic:
         help=f"{_one_line(fix)}{closer}",
         fix=fix,
     )
+
+
+def _first_arrow(text: str, opening: Piece, end: int) -> int | None:
+    """Where an arrow ends the arguments of a call, of which only `map` takes whole pipelines."""
+    called = re.search(r"([A-Za-z_][\w.]*)$", text[max(0, opening.start - 80) : opening.start])
+    if opening.text != "(" or called is None or called.group(1) in (*RESERVED, "map"):
+        return None
+    level = 0
+    for piece in pieces(text[opening.start + 1 : end]):
+        level += (piece.kind == "open") - (piece.kind == "close")
+        if piece.text == "->" and level == 0:
+            return opening.start + 1 + piece.start
+    return None
 
 
 def _code_end(text: str, start: int, end: int) -> int:
@@ -313,6 +366,10 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             f"a new declaration starts before the last one is complete: `{found}`",
             Label(span, f"expected {_listed(accepts)}"),
         )
+    if accepts == {"FLOW"} and kind == "NAME" and found not in RESERVED:
+        is_kind = re.compile(r"\s+[A-Za-z_]").match(text, span.end)
+        meant = "flow" if is_kind and declaration_like(found) == "flow" else f"flow {found}"
+        return _swapped(span, f"expected `flow` before `{found}`", meant)
     before = stage_before(text, span.start)
     starts_stage = kind in STARTS_STAGE or found in ("if", "match")
     if before is None or not (starts_stage or (found == "else" and "COMMA" in accepts)):

@@ -75,6 +75,11 @@ def read_source(path: str | os.PathLike[str], name: str | None = None) -> Source
     return decode_source(raw, name or os.fspath(path))
 
 
+def opened_source(text: str, name: str) -> Source:
+    """The Source of a text that an editor has open, or CompileError where it is no program text."""
+    return decode_source(text.encode("utf-8", "replace"), name)
+
+
 def decode_source(raw: bytes, name: str) -> Source:
     """Bytes to Source, or CompileError where they are no program text."""
     if len(raw) > MAX_SOURCE_BYTES:
@@ -150,15 +155,20 @@ def _parse_by_declaration(
     """Read each declaration on its own; the unreadable ones give a diagnostic each."""
     from lark.utils import TextSlice
 
-    if not found.declarations:
+    headless = {each.start: each for each in found.headless}
+    if not (found.declarations or headless):
         return _program(source, [], found), [complaint.explain(source, whole, found)], UNTOLD
-    starts = [0, *found.declarations, len(source.text)]
+    starts = sorted({0, *found.declarations, *headless, len(source.text)})
     items: list[tree.Item] = []
     diagnostics: list[Diagnostic] = []
     lost: set[str] = set()
     reader = Reader(source, found)
     for start, end in pairwise(starts):
-        if start == 0 and reader.is_head(end):
+        if start == 0 and start not in headless and reader.is_head(end):
+            continue
+        if start in headless:
+            diagnostics.append(complaint.headless(source, headless[start], end))
+            lost.add(headless[start].name)
             continue
         try:
             part = reader.program(_lark().parse(TextSlice(source.text, start, end)), found)

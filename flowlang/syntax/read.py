@@ -350,7 +350,7 @@ class Reader:
     def type(self, node: Any) -> tree.TypeExpr:
         optional = getattr(node.children[-1], "type", "") == "OPTIONAL"
         parts = [c for c in node.children if c is not None and hasattr(c, "data")]
-        tokens = [c for c in node.children if c is not None]
+        tokens = [c for c in node.children[:-1] if c is not None]
         named = [c for c in parts if c.data == "tname"]
         fields = tuple(
             tree.TypeField(str(f.children[0]), self.type(f.children[1]), self.span(f))
@@ -360,7 +360,8 @@ class Reader:
         arguments = tuple(
             self.type(c) if hasattr(c, "data") else str(c)
             for c in tokens
-            if getattr(c, "type", "") in ("SHAPE", "INT") or getattr(c, "data", "") == "type"
+            if getattr(c, "type", "") in ("SHAPE", "INT", "OPTIONAL")
+            or getattr(c, "data", "") == "type"
         )
         name = self.path(named[0]) if named else None
         return tree.TypeExpr(name, arguments, fields, optional, self.span(node))

@@ -6,6 +6,7 @@ left open, and the next declaration from which reading can go on.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +29,13 @@ _PIECE = re.compile(
       | (?P<word>\.?[A-Za-z_]\w*)
       | (?P<open>[(\[{])
       | (?P<close>[)\]}])
-      | (?P<mark>->|=>|[=!<>]=|[-+*/,<>|])""",
+      | (?P<mark>->|=>|[=!<>]=|[-+*/,:<>|])""",
     re.VERBOSE,
 )
 # What makes a tree deeper without a bracket, and what such an expression ends at.
 _OPERATORS = frozenset({"not", *"+-*/>", "==", "!=", "<=", ">="})
 _ENDS = frozenset({",", "->", "=>", "let", "return"})
+_LEADING = DECLARATIONS | {"->", ":", "as"}  # what a name behind a line's end goes on from
 _HEADER = re.compile(
     r"""export\s+flow\b
       | (flow|param|type)\s+\w+\s*[=:({]
@@ -41,6 +43,21 @@ _HEADER = re.compile(
       | schedule\s*(\w+\s*)?\{""",
     re.VERBOSE,
 )
+_LINE = re.compile(
+    r"^[ \t]*((?:export\b(?:\s|\#[^\n]*)*)?flow|export|use|param|type|schedule)\b", re.MULTILINE
+)
+# What stands at the start of a declaration and nowhere else, but for the word it starts with.
+_HEADLESS = re.compile(
+    r"""(?P<word>[A-Za-z_]\w*)[ \t]+(?P<name>[A-Za-z_]\w*)\s*(?P<mark>[=:](?!=)|[({])
+      | (?P<nameless>[A-Za-z_]\w*)\s*(?P<equals>[=:](?!=))
+      | (?P<other>[A-Za-z_]\w*)[ \t]*(?:\{|flow\s+[A-Za-z_]|"[^"\n]*"\s*as\s+(?P<file>\w+))""",
+    re.VERBOSE,
+)
+_FOREIGN = {
+    **dict.fromkeys(("import", "include"), "use"),
+    **dict.fromkeys(("def", "fn", "func", "function"), "flow"),
+    **dict.fromkeys(("const", "var", "val"), "param"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +74,31 @@ def pieces(text: str) -> Iterator[Piece]:
 
 
 @dataclass(frozen=True, slots=True)
+class Headless:
+    """A declaration that starts with another word than the language has, or with its name.
+
+    `word` is what it starts with (nothing where that is its name) and `meant` what it should be, as
+    far as that can be told; `end` is behind the mark after its name.
+    """
+
+    start: int
+    end: int
+    word: str
+    meant: str | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Outline:
-    """What the scan found. `depth` is the deepest nesting and `deepest` where it is."""
+    """What the scan found. `depth` is the deepest nesting and `deepest` where it is.
+
+    `headless` counts only in a text that cannot be read: a right one may go on like this behind a
+    line's end.
+    """
 
     comments: tuple[Comment, ...]
     declarations: tuple[int, ...]
+    headless: tuple[Headless, ...]
     unclosed: tuple[Piece, ...]
     depth: int
     deepest: int
@@ -150,6 +187,7 @@ def outline(source: Source) -> Outline:
     """Scan a whole source."""
     comments: list[Comment] = []
     declarations: list[int] = []
+    headless: list[Headless] = []
     depth = _Depth()
     previous = ""
     for piece in pieces(source.text):
@@ -161,24 +199,70 @@ def outline(source: Source) -> Outline:
         elif piece.kind == "close":
             depth.close(piece)
         elif piece.text in DECLARATIONS:
-            if previous != "export" and _declares(source.text, piece, not depth.brackets):
+            if previous != "export" and declares(source.text, piece.start, not depth.brackets):
                 declarations.append(piece.start)
                 depth.restart(piece)
         elif piece.kind != "string":
             depth.word(piece)
+            is_outside = piece.kind == "word" and not depth.brackets
+            if is_outside and previous not in _LEADING and starts_line(source.text, piece.start):
+                headless += _headless(source.text, piece.start)
         previous = piece.text
     unclosed = tuple(depth.brackets)
     depth.end()
-    return Outline(tuple(comments), tuple(declarations), unclosed, depth.most, depth.most_at)
+    return Outline(
+        tuple(comments), tuple(declarations), tuple(headless), unclosed, depth.most, depth.most_at
+    )
 
 
-def _declares(text: str, piece: Piece, is_outside: bool) -> bool:
-    """Whether a declaration keyword starts one: by where it stands and what follows it."""
-    line_start = text.rfind("\n", 0, piece.start) + 1
-    starts_line = not text[line_start : piece.start].strip()
-    if is_outside and starts_line:
+def declares(text: str, at: int, is_outside: bool) -> bool:
+    """Whether the declaration keyword at a place starts one: outside brackets, or by its looks."""
+    is_first = starts_line(text, at)
+    if is_outside and is_first:
         return True
-    return (is_outside or starts_line) and _HEADER.match(text, piece.start) is not None
+    return (is_outside or is_first) and _HEADER.match(text, at) is not None
+
+
+def declaring_lines(text: str) -> Iterator[int]:
+    """Where the lines start that start with a declaration.
+
+    Much quicker than an outline: most are told by their looks, so that brackets need no counting.
+    """
+    opened = seen = 0
+    for found in _LINE.finditer(text):
+        at = found.start(1)
+        if _HEADER.match(text, at) is None:
+            kinds = [piece.kind for piece in pieces(text[seen:at])]
+            opened, seen = max(0, opened + kinds.count("open") - kinds.count("close")), at
+            if opened:
+                continue
+        opened, seen = 0, at
+        yield found.start()
+
+
+def starts_line(text: str, at: int) -> bool:
+    """Whether only blanks stand before a place on its line."""
+    return not text[text.rfind("\n", 0, at) + 1 : at].strip()
+
+
+def _headless(text: str, at: int) -> Iterator[Headless]:
+    """The declaration at a place, if its name and mark are there and its word is not."""
+    found = _HEADLESS.match(text, at)
+    if found is None or found.group().split()[0] in RESERVED:
+        return
+    word = found["word"] or found["other"] or ""
+    name = found["name"] or found["nameless"] or found["file"] or ""
+    meant = declaration_like(word) if word else None
+    # What could as well be two stages needs a word that is one letter off.
+    is_sure = found["mark"] in ("=", ":") or found["equals"] is not None or meant is not None
+    if is_sure and name not in RESERVED and not re.fullmatch(r"x[0-9]+", name):
+        yield Headless(at, found.end(), word, meant, name)
+
+
+def declaration_like(word: str) -> str | None:
+    """The word of a declaration that another one is meant for."""
+    like = difflib.get_close_matches(word, sorted(DECLARATIONS), n=1, cutoff=0.7)
+    return _FOREIGN.get(word) or (like[0] if like else None)
 
 
 def _comment(source: Source, piece: Piece) -> Comment:

@@ -125,12 +125,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class If:
-    """`if condition then stage else stage`."""
+    """`if condition then stage else stage`; `is_match` where a `match` of conditions is meant."""
 
     condition: Expr
     then: Expr
     otherwise: Expr
     span: Span = field(compare=False, repr=False)
+    is_match: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,9 @@ def test_a_fix_mends_what_it_is_for(case: Case) -> None:
         ),
         ('trt("fixed.onnx", batch=8)', "fixed-batch", 'trt("fixed.onnx", batch=4)'),
         ("flow f: imag -> image = pass", "unknown-type", "flow f: image -> image = pass"),
+        ("flow f: lst<int> -> int = pass", "unknown-type", "flow f: list<int> -> int = pass"),
+        ("decode -> resize(fit)", "unknown-word", "decode -> resize(fit=shorter)"),
+        ("net = decode", "unexpected-token", "flow net = decode"),
     ],
 )
 def test_the_edit_is_the_one_that_is_meant(text: str, slug: str, right: str) -> None:
@@ -79,6 +82,7 @@ def test_help_that_only_explains_is_no_edit() -> None:
     """Words for people are not put into the program."""
     assert mend(told('decode -> trt("a\\qb")', "bad-escape")) is None
     assert mend(told("flow f = rgb\nflow f = rgb", "duplicate-name")) is None
+    assert mend(told("decode -> resize(size)", "unknown-word")) is None
 
 
 def test_hints_are_not_applied_unasked() -> None:

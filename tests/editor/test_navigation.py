@@ -81,6 +81,38 @@ def test_other_files_are_opened(
     assert found(folder, marked, inside) == (file, name, line)
 
 
+@pytest.mark.parametrize(
+    ("marked", "inside", "file", "name", "line"),
+    [
+        ("three.two", 2, "three.flow", "", 1),
+        (".two.inner", 2, "two.flow", "", 1),
+        (".inner.prep", 3, "inner.flow", "", 1),
+        (".prep ->", 2, "inner.flow", "prep", 2),
+        (".word", 2, "post.py", "word", 3),
+    ],
+)
+def test_names_of_used_files_lead_through_all_of_them(
+    tmp_path: Path, marked: str, inside: int, file: str, name: str, line: int
+) -> None:
+    """Each name of a path is the file or the flow it stands for, also where lines end otherwise."""
+    (tmp_path / "inner.flow").write_bytes(b"# first\r\nflow prep = rgb\r\n")
+    (tmp_path / "post.py").write_bytes(b"# a\r\n\r\ndef word(item: str) -> str: ...\r\n")
+    (tmp_path / "two.flow").write_text('use "inner.flow" as inner\nuse "post.py" as post\n')
+    (tmp_path / "three.flow").write_text('use "two.flow" as two\n')
+    text = (
+        'use "three.flow" as three\n'
+        "flow a = decode -> three.two.inner.prep -> size\n"
+        "flow b: str -> str = three.two.post.word\n"
+    )
+    document = opened(tmp_path, text)
+    place = definition(document, at(document, marked, inside))
+    assert place is not None
+    assert place.path is not None
+    lead = place.path.read_bytes().decode()
+    told = (place.path.name, lead[place.start : place.end], lead[: place.start].count("\n") + 1)
+    assert told == (file, name, line)
+
+
 @pytest.mark.parametrize("marked", ["decode", "224", "bytes ->", "flowlang", "batch=1..4"])
 def test_what_is_declared_nowhere_leads_nowhere(folder: Path, marked: str) -> None:
     """Operators, types and settings of the language have no place in a file."""

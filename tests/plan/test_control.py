@@ -345,7 +345,8 @@ def test_what_copies_an_unknown_record_is_unknown() -> None:
         (EACH + "list<e> = top(3)", "top(3, by=.v)"),
         (ONE + "int = .w + 1", "(.w ?? 0)"),
         (ONE + "int = match .k { a => 1, else => 2 }", '"a"'),
-        ("decode -> match { .width > 3 => rgb }", ".width > 3 => rgb, else => pass"),
+        ("decode -> match { .width > 3 => flip }", ".width > 3 => flip, else => pass"),
+        ("decode -> match { .width > 3 => 1 }", ".width > 3 => 1, else => 0"),
     ],
 )
 def test_help_mends(text: str, mended: str) -> None:

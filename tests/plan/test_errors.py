@@ -116,3 +116,47 @@ def test_messages_follow_the_house_style(case: Case) -> None:
         assert not message.endswith(".")
         assert not message[0].isupper()
         assert len(message) < 160
+
+
+RIGHT = [
+    "net = decode -> rgb",
+    'net = trt("resnet50.onnx")\nexport flow f = decode -> resize(224) -> rgb -> net',
+    "parm size = 224\nexport flow f = decode -> resize(size) -> rgb",
+    "export flow f = decode -> a\nflwo a { return in -> resize(2) }",
+    'import "post.py" as post\nexport flow f = decode -> post.part(side=3)',
+    "export net = decode",
+    "size: int = 3\nexport flow f = decode -> resize(size)",
+    "export flow f = decode\nschedle prod { f(queue=3) }",
+    'decode -> resize(224 -> rgb -> normalize(imagenet) -> trt("resnet50.onnx")',
+    "decode -> cut(h=64) -> map(rgb -> gray",
+    'flow f: { a: str } -> int = match .a { "x" => 1 }',
+    'flow f: { a: str } -> str = match .a { "x" => .a }',
+]
+
+
+@pytest.mark.parametrize("text", RIGHT)
+def test_the_advice_makes_a_program_right(text: str) -> None:
+    """Of a program with one mistake, nothing is wrong once its one error's help is taken."""
+    (told,) = errors(check(text))
+    assert errors(check(applied(told))) == []
+
+
+def errors(found: list[Diagnostic]) -> list[Diagnostic]:
+    return [d for d in found if d.severity == "error"]
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        ("flow f", " = map(decode)"),
+        ("flow f(k: int = 3)", " = .items -> map(decode)"),
+        ("flow f", " { return { a: in, b: in } }"),
+        ("flow f", " = .size > 3"),
+    ],
+)
+def test_the_types_that_are_proposed_suit_the_flow(head: str, body: str) -> None:
+    """A flow that has to say what it takes is right once it says what it was told to."""
+    (told,) = errors(check(f"{head}{body}"))
+    assert told.slug == "unknown-input"
+    assert (told.help or "").startswith(f"{head}: ")
+    assert errors(check(f"{told.help}{body}")) == []

@@ -83,6 +83,39 @@ def test_the_origin_of_each_param_is_shown() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("body", "lines"),
+    [
+        ("match .n { 1 => 1, else => 0 }", ["match", "when 1"]),
+        ("match .n { 0 => 1, 1 => 2, else => 0 }", ["match", "when 0", "when 1"]),
+        ("if .b then 1 else 0", ["if", "when true"]),
+        ("match .b { false => 1, else => 0 }", ["match", "when false"]),
+        ('match .s { "a\\"{{" => 1, else => 0 }', ["match", 'when "a\\"{{"']),
+    ],
+)
+def test_choices_are_shown_as_they_are_written(body: str, lines: list[str]) -> None:
+    """`if` and `match` are told apart, and the values of a `match` are those of the language."""
+    text = explain_plan(
+        compile_source(Source("app.flow", f"flow f: {{ n: int, b: bool, s: str }} -> int = {body}"))
+    )
+    printed = [line.split("  of ")[0] for line in text.splitlines()]
+    assert printed[2].split()[-1] == lines[0]
+    for when in lines[1:]:
+        assert any(when in line for line in printed)
+
+
+def test_texts_are_shown_as_they_are_written() -> None:
+    """Quotes, backslashes and braces in arguments, values and params are escaped."""
+    text = (
+        'param sign = "\\"{{\\\\\\n"\nparam signs = ["a", true]\n'
+        'flow f: list<str> -> { a: str, b: str } = { a: join(", \\""), b: sign }'
+    )
+    printed = explain_plan(compile_source(Source("app.flow", text)))
+    assert 'join(", \\"")' in printed
+    assert 'param sign = "\\"{{\\\\\\n"  (file)' in printed
+    assert 'param signs = ["a", true]  (file)' in printed
+
+
 def test_the_same_program_always_gives_the_same_text() -> None:
     """Nothing in the text depends on the run: no address, no order of a set."""
     for file in PROGRAMS:

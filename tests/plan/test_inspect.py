@@ -20,6 +20,7 @@ from flowlang.plan.inspect import (
     inspect,
 )
 from flowlang.syntax.parse import MAX_SOURCE_BYTES
+from flowlang.syntax.scan import declaring_lines, outline
 from tests.cases import Case, all_cases
 from tests.standins import furnish
 
@@ -124,6 +125,37 @@ def test_right_programs_have_nothing_wrong(file: Path) -> None:
     draft = Reader("app.flow").read(text)
     whole = check_source(Source("app.flow", text))[1]
     assert [d.slug for d in inspect(draft).diagnostics] == [d.slug for d in whole]
+
+
+WORDS = ("type", "schedule", "param", "flow", "use", "export")
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_line_may_start_with_a_word_of_declarations(word: str) -> None:
+    """Fields and arguments have any name, also at the start of a line, and start nothing there."""
+    text = (
+        f"type t = {{\n  {word}: int,\n  a: int\n}}\n"
+        f"flow p: t -> int =\n  .a + .{word}\n"
+        f"export flow f: t -> int = pass\n  -> p\n"
+        "schedule {\n}\n"
+    )
+    assert check_source(Source("app.flow", text))[1] == []
+    draft = Reader("app.flow").read(text)
+    assert inspect(draft).diagnostics == ()
+    assert len(draft.parts) == 4
+    (found,) = check_source(Source("app.flow", f"decode -> resize(\n{word}=3)"))[1]
+    assert found.slug == "unknown-parameter"
+    draft = Reader("app.flow").read(f"param n = 3\nexport flow f = decode -> resize(\n{word}=n)")
+    assert [d.slug for d in inspect(draft).diagnostics] == ["unknown-parameter"]
+
+
+@pytest.mark.parametrize(
+    "text", ["export\nflow a = (\nflow b = rgb", "flow a = {\nuse: (\nparam b = 3", "param\nflow a"]
+)
+def test_declarations_are_found_as_in_the_whole(text: str) -> None:
+    """Where lines start with declarations is told the same quickly and slowly."""
+    found = outline(Source("app.flow", text)).declarations
+    assert list(declaring_lines(text)) == list(found)
 
 
 PIECES = st.sampled_from(

@@ -44,7 +44,10 @@ COUNTS = st.integers(1, 120)
 PATHS = node(tree.Path, st.builds(lambda head, tail: (head, *tail), NAMES | st.just("in"), TAILS))
 PLAIN_PATHS = node(tree.Path, st.builds(lambda head, tail: (head, *tail), NAMES, TAILS))
 NUMBERS = st.sampled_from(
-    [("0", ""), ("10", ""), ("0.25", ""), ("1.5e-3", ""), ("5", "ms"), ("512", "MiB"), ("50", "%")]
+    [
+        *(("0", ""), ("10", ""), ("0.25", ""), ("1.5e-3", ""), ("1e3", "")),
+        *(("5", "ms"), ("512", "MiB"), ("50", "%")),
+    ]
 ).map(lambda number: tree.Number(*number, NOWHERE))
 STRINGS = node(
     tree.String,
@@ -59,7 +62,7 @@ LEAVES = BARE | NUMBERS | STRINGS | BOOLS | RANGES | CURRENTS
 
 
 def types_within(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    arguments = inner | st.sampled_from(["3x224x224", "3x?x?", "?x2", "7"])
+    arguments = inner | st.sampled_from(["3x224x224", "3x?x?", "?x2", "7", "?"])
     fields = node(tree.TypeField, FIELD_NAMES, inner)
     nothing = st.just(())
     return node(tree.TypeExpr, PLAIN_PATHS, some(arguments, 1), nothing, st.booleans()) | node(
@@ -154,7 +157,7 @@ TREES = node(tree.Program, EDITIONS, some(ITEMS, 1), NONE) | node(
 # Sources: the tokens of a program with other blanks and comments between them
 
 TOKEN = re.compile(
-    r'"(?:\\.|[^"\\])*"|(?:\d+|\?)(?:x(?:\d+|\?))+|\d+(?:\.\d+)?(?:e-\d+)?(?:[um]?s|[KMG]iB|%)?'
+    r'"(?:\\.|[^"\\])*"|(?:\d+|\?)(?:x(?:\d+|\?))+|\d+(?:\.\d+)?(?:e-?\d+)?(?:[um]?s|[KMG]iB|%)?'
     r"|\.\.\.|\.\.|\.?[A-Za-z_]\w*|->|=>|\?\?|[=!<>]=|\S"
 )
 TRIVIA = st.sampled_from(

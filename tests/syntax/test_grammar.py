@@ -70,6 +70,26 @@ def test_ranges_are_no_floats(text: str, parts: list[str]) -> None:
     assert [p.digits for p in value.parts] == parts
 
 
+@pytest.mark.parametrize("text", ["1e3", "1E+3", "1.5e-3", "0.25"])
+def test_numbers_have_a_fraction_or_an_exponent(text: str) -> None:
+    """Either makes a number that is not whole."""
+    call = pipeline(f"f({text})")
+    assert isinstance(call, tree.Call)
+    assert call.args is not None
+    value = call.args[0].value
+    assert isinstance(value, tree.Number)
+    assert (value.digits, value.unit, value.is_int) == (text, "", False)
+
+
+def test_a_side_of_any_length_is_written_alone_too() -> None:
+    """`tensor<f32, ?>` has one side, and a `?` behind it makes it optional."""
+    read = flow("flow f: tensor<f32, ?> -> tensor<f32, ?>? = softmax")
+    assert read.signature is not None
+    takes, gives = read.signature
+    assert (takes.arguments[1], takes.optional) == ("?", False)
+    assert (gives.arguments[1], gives.optional) == ("?", True)
+
+
 @pytest.mark.parametrize("operator", ["==", "!=", "<", "<=", ">", ">="])
 def test_fields_are_compared(operator: str) -> None:
     """A comparison after a field is no bracket of a type."""
