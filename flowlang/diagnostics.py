@@ -321,6 +321,15 @@ class DeadlineExceeded(RequestError):
     code = "deadline-exceeded"
     http_status = 504
 
+    def __init__(
+        self,
+        message: str = "not answered by its deadline",
+        *,
+        stage: str | None = None,
+        place: str | None = None,
+    ) -> None:
+        super().__init__(message, stage=stage, place=place)
+
 
 class Draining(RequestError):
     """The app is stopping and takes no more requests."""

@@ -506,9 +506,9 @@ def test_deadlines_and_full_queues_reach_the_caller(open_app: Callable[..., App]
     app = open_app(f"""
         export flow f = {PATIENT}
         schedule {{ f(slo=50ms, queue=1) }}""")
-    with pytest.raises(DeadlineExceeded, match="not answered within 50 ms"):
+    with pytest.raises(DeadlineExceeded, match="not answered by its deadline"):
         app(PICTURES[0])
-    with pytest.raises(DeadlineExceeded, match="not answered within 20 ms"):
+    with pytest.raises(DeadlineExceeded, match="not answered by its deadline"):
         app(PICTURES[0], deadline_s=0.02)
     waiting = [app.submit(PICTURES[0], deadline_s=100.0)]
     assert len(app.submit(PICTURES[1], deadline_s=100.0).result()) == 10

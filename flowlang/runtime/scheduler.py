@@ -261,12 +261,11 @@ class Scheduler:
             now = self.clock()
             heap = self._expiries
             while heap and heap[0][0] <= now:
-                when, _, request, item = heapq.heappop(heap)
+                _, _, request, item = heapq.heappop(heap)
                 if request.is_answered or (item is not None and not item.is_wanted):
                     continue
                 if item is None:
-                    message = f"not answered within {(when - request.arrived_s) * 1e3:.0f} ms"
-                    self._answer(request, DeadlineExceeded(message), now, after)
+                    self._answer(request, DeadlineExceeded(), now, after)
                     continue
                 item.is_over = True
                 stage = self._stage_of(item)

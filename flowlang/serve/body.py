@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from flowlang.diagnostics import Draining, RequestError
+from flowlang.diagnostics import DeadlineExceeded, Draining, RequestError
 from flowlang.serve.answer import Refusal
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -33,23 +33,18 @@ class HungUp(Exception):
 class Deadline:
     """When a request is to be answered, its body included: at a time of the event loop's clock."""
 
-    given_s: float
     at_s: float
 
     @classmethod
     def within(cls, given_s: float) -> Deadline:
-        return cls(given_s, asyncio.get_running_loop().time() + given_s)
+        return cls(asyncio.get_running_loop().time() + given_s)
 
     def left_s(self) -> float:
-        """What is left of it. Raises Refusal where that is nothing."""
+        """What is left of it. Raises DeadlineExceeded where that is nothing."""
         left_s = self.at_s - asyncio.get_running_loop().time()
         if left_s <= 0:
-            raise self.missed()
+            raise DeadlineExceeded()
         return left_s
-
-    def missed(self, *, is_last: bool = False) -> Refusal:
-        message = f"not answered within {self.given_s * 1e3:.0f} ms"
-        return Refusal("deadline-exceeded", 504, message, is_last=is_last)
 
 
 class BodyReader:
@@ -79,7 +74,8 @@ class BodyReader:
         if not self._is_looking:
             self._look_later()
         if deadline is not None:
-            missed = deadline.missed(is_last=True)
+            late = DeadlineExceeded()
+            missed = Refusal(late.code, late.http_status, late.message, is_last=True)
             timer = asyncio.get_running_loop().call_at(deadline.at_s, self._cut, task, missed)
         try:
             message = await receive()

@@ -149,7 +149,7 @@ class Engine:
             self._tell_trace(self._tracer, kind)
         timer, sent_s = None, 0.0
         if within_s:  # an engine that is stopped, or held up, does not look at any deadline
-            timer = loop.call_later(within_s + LATE_S, self._give_up, number, within_s)
+            timer = loop.call_later(within_s + LATE_S, self._give_up, number)
             sent_s = time.monotonic()
         self.channel.send(number, kind, message, part, within_s, sent_s)
         try:
@@ -162,12 +162,11 @@ class Engine:
             if timer is not None:
                 timer.cancel()
 
-    def _give_up(self, number: int, within_s: float) -> None:
+    def _give_up(self, number: int) -> None:
         """The deadline of a call has passed, and the engine has not said so."""
         future = self._calls.pop(number, None)
         if future is not None and not future.done():
-            late = f"not answered within {within_s * 1e3:.0f} ms"
-            future.set_exception(DeadlineExceeded(late))
+            future.set_exception(DeadlineExceeded())
             self.channel.send(number, Kind.CANCEL, b"")
 
     def _tell_trace(self, tracer: Tracer, kind: Kind) -> None:

@@ -400,9 +400,7 @@ def test_deadlines_are_kept_behind_a_stuck_lane(start: Start) -> None:
     assert gate.entered.wait(LONG_S)
     for deadline_s in (0.05, 0.0):
         began_s = time.monotonic()
-        with pytest.raises(
-            DeadlineExceeded, match=f"not answered within {deadline_s * 1e3:.0f} ms"
-        ):
+        with pytest.raises(DeadlineExceeded, match="not answered by its deadline"):
             app(b"near", deadline_s=deadline_s)
         assert time.monotonic() - began_s >= deadline_s
         with pytest.raises(DeadlineExceeded):
