@@ -74,8 +74,8 @@ class BodyReader:
         if not self._is_looking:
             self._look_later()
         if deadline is not None:
-            late = DeadlineExceeded()
-            missed = Refusal(late.code, late.http_status, late.message, is_last=True)
+            told = str(DeadlineExceeded())
+            missed = Refusal("deadline-exceeded", 504, told, is_last=True)
             timer = asyncio.get_running_loop().call_at(deadline.at_s, self._cut, task, missed)
         try:
             message = await receive()
