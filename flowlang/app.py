@@ -112,7 +112,7 @@ class Flow:
         return future
 
     async def acall(
-        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Any:
         """The answer for one item, without blocking the event loop."""
         loop = asyncio.get_running_loop()
@@ -127,7 +127,7 @@ class Flow:
             raise
 
     async def atimed(
-        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> tuple[Any, float]:
         """The answer for one item, and how many seconds it waited with nothing at work on it."""
         loop = asyncio.get_running_loop()
@@ -274,7 +274,7 @@ class App:
         return self.flow().submit(item, deadline_s=deadline_s, priority=priority, **parameters)
 
     async def acall(
-        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Any:
         """See Flow.acall."""
         return await self.flow().acall(item, deadline_s=deadline_s, priority=priority, **parameters)

@@ -80,6 +80,19 @@ def test_every_way_to_call_takes_parameters(app: flowlang.App) -> None:
     assert asyncio.run(app["alone"].acall(b"")) == 3
 
 
+@pytest.mark.parametrize("name", ["item", "self", "app"])
+def test_parameters_may_be_named_as_python_names_its_own(name: str, tmp_path: Path) -> None:
+    """`item` and `self` are what a method takes first, and are taken by place alone."""
+    path = tmp_path / "app.flow"
+    path.write_text(f"export flow f({name}: int = 1): bytes -> int = {name}\n")
+    with flowlang.load(path, device="cpu") as app:
+        for face in (app, app["f"]):
+            assert face(b"", **{name: 2}) == face.submit(b"", **{name: 2}).result(PATIENCE_S) == 2
+            assert list(face.map([b""], **{name: 2})) == [2]
+            assert asyncio.run(face.acall(b"", **{name: 2})) == 2
+        assert asyncio.run(app["f"].atimed(b"", **{name: 2}))[0] == 2
+
+
 def test_requests_keep_their_own_parameters(app: flowlang.App) -> None:
     """Many at once, each with another value, share a model and no values."""
     rank, item = app["rank"], np.arange(4, dtype=np.float32)

@@ -39,7 +39,7 @@ class RemoteFlow:
         self._engine = engine
 
     async def acall(
-        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Any:
         """See flowlang.app.Flow.acall."""
         within_s = deadline_s or 0.0

@@ -44,6 +44,7 @@ export flow twin(other: bytes): bytes -> list<int> {
 }
 export flow pair: { a: int, b: int } -> int = .a - .b
 export flow echo = pass
+export flow named(item: int = 1, self: int = 1): bytes -> int = item * 10 + self
 """
 
 
@@ -140,6 +141,14 @@ def test_a_query_may_hold_raw_text() -> None:
 def test_a_query_that_does_not_fit(server: Server, flow: str, query: str, words: str) -> None:
     """The parameter is named with what it should be; nothing of it reaches the flow."""
     assert words in refusal(server.client.post(f"/flows/{flow}{query}", content=b"abc"))
+
+
+def test_parameters_may_be_named_as_python_names_its_own(server: Server) -> None:
+    """`item` and `self` are what a method takes first."""
+    with server.client() as client:
+        assert client.post("/flows/named?item=2&self=3", content=b"").json() == 23
+        parts = {"item": (None, b"4"), "it": ("it", b"")}
+        assert client.post("/flows/named", files=parts).json() == 41
 
 
 def test_parameters_and_the_item_are_apart(server: Server) -> None:
