@@ -145,10 +145,9 @@ def test_a_query_that_does_not_fit(server: Server, flow: str, query: str, words:
 
 def test_parameters_may_be_named_as_python_names_its_own(server: Server) -> None:
     """`item` and `self` are what a method takes first."""
-    with server.client() as client:
-        assert client.post("/flows/named?item=2&self=3", content=b"").json() == 23
-        parts = {"item": (None, b"4"), "it": ("it", b"")}
-        assert client.post("/flows/named", files=parts).json() == 41
+    assert server.client.post("/flows/named?item=2&self=3", content=b"").json() == 23
+    parts = {"item": (None, b"4"), "it": ("it", b"")}
+    assert server.client.post("/flows/named", files=parts).json() == 41
 
 
 def test_parameters_and_the_item_are_apart(server: Server) -> None:
