@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flowlang.diagnostics import Diagnostic, Label, Span
+from flowlang.plan.lines import read_lines
 from flowlang.plan.ops import SIDES, Op, Param
 from flowlang.plan.schedule import SETTINGS, Given, fit_setting
 from flowlang.plan.values import Constant, Refused, evaluate, nearest, refuse
@@ -230,7 +231,9 @@ class Binder:
             return self._in_bounds(op, param, given)
         if param.kind == "str" and kind == "str":
             return value
-        if param.kind in ("file", "model") and kind == "str":
+        if param.kind == "file" and kind == "str":
+            return find_text(given, self.folder)
+        if param.kind == "model" and kind == "str":
             return find_file(given, self.folder)
         if param.kind == "flag" and kind == "bool":
             return value
@@ -358,6 +361,21 @@ def find_file(given: Constant, folder: Path) -> Path:
         help=f'did you mean "{before}{slash}{like}"?' if like else None,
         note=note,
     )
+
+
+def find_text(given: Constant, folder: Path) -> Path:
+    """A word list named in the flow, which can be read. Raises Refused where it cannot."""
+    path = find_file(given, folder)
+    try:
+        read_lines(path)
+    except ValueError:
+        message = f"`{given.value}` is not text in UTF-8"
+        note = "names and characters stand in a text file, one a line; save it as UTF-8"
+        raise refuse("not-text", message, given.span, note=note) from None
+    except OSError as error:
+        message = f"`{given.value}` cannot be read: {error.strerror}"
+        raise refuse("missing-file", message, given.span) from None
+    return path
 
 
 def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:

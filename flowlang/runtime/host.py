@@ -36,7 +36,7 @@ from flowlang.runtime.frame import (
     with_frame,
 )
 from flowlang.runtime.picture import Picture, UnreadablePicture, is_plain_jpeg, read_picture
-from flowlang.runtime.results import read_lines
+from flowlang.runtime.results import lines_of
 from flowlang.runtime.rows import RowWork
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _live_work(node: Node, settings: Mapping[str, Any], lives: Sequence[tuple[Pa
     """One inner work for each tuple of values, made when it first comes and kept for a while."""
     make = _MAKERS[node.op]
     # Files are read now: later they may be gone, and a request is not the time to read them.
-    known = {n: read_lines(v) if isinstance(v, Path) else v for n, v in node.params.items()}
+    known = {n: lines_of(v) if isinstance(v, Path) else v for n, v in node.params.items()}
     others = _others(node, lives)
 
     @functools.lru_cache(maxsize=MAX_WORKS)
