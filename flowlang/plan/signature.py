@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from flowlang.diagnostics import Diagnostic, Label, Source, Span
 from flowlang.plan.arguments import Report
+from flowlang.plan.imports import imported_files
 from flowlang.plan.module import Module, PythonFile
 from flowlang.plan.ops import Op, Param
 from flowlang.plan.rules import Mismatch
@@ -117,7 +119,8 @@ class _Reader:
             with contextlib.suppress(_Unreadable):  # told where it is the type of an operator
                 self._record(name)
         gives = {name: op.function.gives for name, op in operators.items() if op.function}
-        return PythonFile(self.path, operators, {**gives, **self.types})
+        imports = imported_files(os.path.realpath(self.path), parsed)
+        return PythonFile(self.path, operators, {**gives, **self.types}, tuple(imports))
 
     def _span(self, node: ast.AST) -> Span:
         """The place of a piece of Python; of a function or class, its first line."""

@@ -6,8 +6,6 @@ goes to the log and never to a client. What it gives is held against its declare
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import logging
 import os
 import sys
@@ -22,12 +20,13 @@ from flowlang.plan.graph import Live
 from flowlang.plan.physical import StagePlan
 from flowlang.plan.signature import PythonFunction
 from flowlang.runtime.conform import NotOfType, conforming
+from flowlang.runtime.modules import Folder
 
 log = logging.getLogger("flowlang.python")
 
 _FAILURES = (Exception, SystemExit)  # `sys.exit()` in an operator ends its item, not its lane
 _loading = threading.RLock()
-_modules: dict[tuple[str, int], ModuleType] = {}  # by path and time of change: each is run once
+_folders: dict[str, Folder] = {}  # by path, as they were when they were last asked for
 
 
 def function_of(wanted: PythonFunction) -> Callable[..., Any]:
@@ -42,30 +41,23 @@ def function_of(wanted: PythonFunction) -> Callable[..., Any]:
 
 
 def _module_of(path: Path) -> ModuleType:
-    key = (os.path.realpath(path), path.stat().st_mtime_ns)
-    if key in _modules:
-        return _modules[key]
-    name = f"flowlang_{path.stem}_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, key[0])
-    if spec is None or spec.loader is None:
-        raise EngineError(f"`{path.name}` cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    folder = os.path.dirname(key[0])
-    if folder not in sys.path:
-        sys.path.append(folder)  # so that the file finds those beside it
-    sys.modules[name] = module  # dataclasses look themselves up there
+    real = os.path.realpath(path)
+    place = os.path.dirname(real)
+    folder = _folders.get(place)
+    if folder is None or not folder.is_current():
+        folder = _folders[place] = Folder(place)
+    if place not in sys.path:
+        sys.path.append(place)  # for names that come as text: those in pickles, plugins
     try:
-        spec.loader.exec_module(module)
+        return folder.module(real)
     except BaseException as error:
-        del sys.modules[name]
         if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
             raise
         log.error("`%s` cannot be imported", path.name, exc_info=error)
+        reason = str(error).replace(f"{folder.name}.", "")
         raise EngineError(
-            f"`{path.name}` cannot be imported: {type(error).__name__}: {error}"
+            f"`{path.name}` cannot be imported: {type(error).__name__}: {reason}"
         ) from error
-    _modules[key] = module
-    return module
 
 
 class PythonInstance:

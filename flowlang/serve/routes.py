@@ -81,7 +81,7 @@ class Called(Protocol):
     def parameters(self) -> Sequence[Parameter]: ...
 
     async def acall(
-        self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
+        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Any: ...
 
 

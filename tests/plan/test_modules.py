@@ -567,3 +567,24 @@ def test_python_files_are_read_beside_their_flow(write: Write) -> None:
     text = 'use "lib/ops.flow" as lib\nuse "lib/ops.py" as ops\nexport flow a = lib.ops.f -> ops.f'
     assert kind(text) == "int -> int"
     assert kind('use "lib/ops.flow" as lib\nexport flow a = lib.h -> lib.h') == "int -> int"
+
+
+# What Python files import
+
+
+def test_files_that_a_python_file_imports_are_files_of_the_plan(write: Write) -> None:
+    """All that would be run, of its folder: packages on the way too, and circles end."""
+    write(
+        "lib/ops.py",
+        "import os, near\ndef f(x: int) -> int:\n    from pack import leaf\n    return x\n",
+    )
+    write("lib/near.py", "import ops\nfrom pack.deep.down import x\nimport broken, missing\n")
+    write("lib/broken.py", "def\n")
+    (write("lib/notes.txt", "").parent / "pack" / "deep").mkdir(parents=True, exist_ok=True)
+    for name in ("__init__", "leaf", "side", "deep/down"):
+        write(f"lib/pack/{name}.py", "")
+    write("lib/pack/leaf.py", "from . import side\nfrom .deep import down\n")
+    files = plan('use "lib/ops.py" as ops\nexport flow f = ops.f\n').files
+    folder = Path("lib").resolve()
+    names = ("near", "broken", "pack/__init__", "pack/leaf", "pack/side", "pack/deep/down")
+    assert {str(folder / f"{name}.py") for name in (*names, "ops")} == {*files} - {"app.flow"}
