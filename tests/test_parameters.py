@@ -85,12 +85,13 @@ def test_parameters_may_be_named_as_python_names_its_own(name: str, tmp_path: Pa
     """`item` and `self` are what a method takes first, and are taken by place alone."""
     path = tmp_path / "app.flow"
     path.write_text(f"export flow f({name}: int = 1): bytes -> int = {name}\n")
+    given: Any = {name: 2}
     with flowlang.load(path, device="cpu") as app:
         for face in (app, app["f"]):
-            assert face(b"", **{name: 2}) == face.submit(b"", **{name: 2}).result(PATIENCE_S) == 2
-            assert list(face.map([b""], **{name: 2})) == [2]
-            assert asyncio.run(face.acall(b"", **{name: 2})) == 2
-        assert asyncio.run(app["f"].atimed(b"", **{name: 2}))[0] == 2
+            assert face(b"", **given) == face.submit(b"", **given).result(PATIENCE_S) == 2
+            assert list(face.map([b""], **given)) == [2]
+            assert asyncio.run(face.acall(b"", **given)) == 2
+        assert asyncio.run(app["f"].atimed(b"", **given))[0] == 2
 
 
 def test_requests_keep_their_own_parameters(app: flowlang.App) -> None:

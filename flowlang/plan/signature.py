@@ -45,8 +45,9 @@ _ARRAYS = frozenset({"ndarray", "NDArray", "ArrayLike"})
 class PythonFunction:
     """Which function an operator is. `fields` are the record's fields it takes one by one.
 
-    One that is `is_batched` takes a list of items and gives a list of results. `problem` is why it
-    cannot be an operator: that is told where it is mentioned, for not every function is one.
+    One that is `is_batched` takes a list of items and gives a list of results. `classes` are the
+    records of its file that are made objects of it; others are dicts. `problem` is why it cannot be
+    an operator: that is told where it is mentioned, for not every function is one.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class PythonFunction:
     gives: Type
     is_batched: bool
     fields: tuple[str, ...] = ()
+    classes: frozenset[str] = frozenset()
     problem: Diagnostic | None = None
 
 
@@ -99,12 +101,14 @@ class _Reader:
         self.alias = alias
         self.report = report
         self.records: dict[str, ast.ClassDef] = {}
+        self.classes: frozenset[str] = frozenset()
         self.aliases: dict[str, ast.expr] = {}
         self.types: dict[str, Type] = {}
         self._resolving: set[str] = set()
 
     def read(self, parsed: ast.Module) -> PythonFile:
         self.records = {c.name: c for c in _records(parsed)}
+        self.classes = frozenset(self.records) - frozenset(_typed_dicts(parsed))
         self.aliases = dict(_aliases(parsed))
         operators: dict[str, Op] = {}
         for node in parsed.body:
@@ -174,7 +178,9 @@ class _Reader:
         gives = self._element(node.returns, gives) if is_batched else gives
         item = takes[0][1] if len(takes) == 1 else Record(tuple(takes))
         fields = tuple(name for name, _ in takes) if len(takes) > 1 else ()
-        function = PythonFunction(self.path, node.name, shown, item, gives, is_batched, fields)
+        function = PythonFunction(
+            self.path, node.name, shown, item, gives, is_batched, fields, self.classes
+        )
         defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
         params = [self._param(a, d) for a, d in zip(positional, defaults, strict=True) if a in rest]
         params += [
@@ -331,16 +337,23 @@ def _name(node: ast.AST | None) -> str:
 
 def _records(parsed: ast.Module) -> Iterator[ast.ClassDef]:
     """The classes that are records: TypedDict, NamedTuple and dataclasses."""
-    typed_dicts = {"TypedDict"}
+    typed_dicts = set(_typed_dicts(parsed))
     for node in parsed.body:
         if not isinstance(node, ast.ClassDef):
             continue
-        bases = {_name(b) for b in node.bases}
-        if bases & typed_dicts:
-            typed_dicts.add(node.name)
         is_dataclass = any(_name(d) == "dataclass" for d in node.decorator_list)
-        if is_dataclass or bases & {"NamedTuple", *typed_dicts}:
+        is_tuple = "NamedTuple" in map(_name, node.bases)
+        if is_dataclass or is_tuple or node.name in typed_dicts:
             yield node
+
+
+def _typed_dicts(parsed: ast.Module) -> Iterator[str]:
+    """The names of the classes that are TypedDicts, which are dicts at run time."""
+    found = {"TypedDict"}
+    for node in parsed.body:
+        if isinstance(node, ast.ClassDef) and found & {_name(b) for b in node.bases}:
+            found.add(node.name)
+            yield node.name
 
 
 def _aliases(parsed: ast.Module) -> Iterator[tuple[str, ast.expr]]:

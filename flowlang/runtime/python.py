@@ -19,7 +19,7 @@ from flowlang.diagnostics import EngineError, RequestError, StageFailed
 from flowlang.plan.graph import Live
 from flowlang.plan.physical import StagePlan
 from flowlang.plan.signature import PythonFunction
-from flowlang.runtime.conform import NotOfType, conforming
+from flowlang.runtime.conform import NotOfType, building, conforming
 from flowlang.runtime.modules import Folder
 
 log = logging.getLogger("flowlang.python")
@@ -29,15 +29,13 @@ _loading = threading.RLock()
 _folders: dict[str, Folder] = {}  # by path, as they were when they were last asked for
 
 
-def function_of(wanted: PythonFunction) -> Callable[..., Any]:
-    """The function an operator is. Raises EngineError where its file cannot be run or lacks it."""
+def module_of(wanted: PythonFunction) -> ModuleType:
+    """The file an operator is in, run. Raises EngineError where it cannot be, or lacks it."""
     with _loading:
         module = _module_of(wanted.path)
-    function = getattr(module, wanted.name, None)
-    if not callable(function):
+    if not callable(getattr(module, wanted.name, None)):
         raise EngineError(f"`{wanted.path.name}` was run and has no function `{wanted.name}`")
-    found: Callable[..., Any] = function
-    return found
+    return module
 
 
 def _module_of(path: Path) -> ModuleType:
@@ -66,7 +64,9 @@ class PythonInstance:
     def __init__(self, plan: StagePlan) -> None:
         node = plan.nodes[0]
         self._wanted: PythonFunction = node.params["function"]
-        self._function = function_of(self._wanted)
+        module = module_of(self._wanted)
+        self._function: Callable[..., Any] = getattr(module, self._wanted.name)
+        self._build = building(self._wanted.takes, vars(module), self._wanted.classes) or _same
         self._place = str(node.span)
         self._fields = {"stage": self._wanted.shown, "place": self._place}  # of a line in the log
         self._conform = conforming(self._wanted.gives)
@@ -95,6 +95,7 @@ class PythonInstance:
     def _call(self, item: Any, given: Mapping[str, Any]) -> Any:
         item = _locked(item)
         try:
+            item = self._build(item)
             if self._wanted.fields:
                 return self._conform(
                     self._function(*(item[f] for f in self._wanted.fields), **given)
@@ -119,9 +120,10 @@ class PythonInstance:
                 outcomes[index] = result
         return outcomes
 
-    def _try_batch(self, items: list[Any], told: Mapping[str, Any]) -> list[Any]:
-        items = [_locked(item) for item in items]
+    def _try_batch(self, given: list[Any], told: Mapping[str, Any]) -> list[Any]:
+        items = [_locked(item) for item in given]
         try:
+            items = [self._build(item) for item in items]
             results = list(self._batch(items, told))
             if len(results) != len(items):
                 raise NotOfType(f"{len(items)} items gave {len(results)} results")
@@ -129,7 +131,7 @@ class PythonInstance:
         except _FAILURES as error:
             if len(items) == 1:
                 return [self._failure(error)]
-        return [self._try_batch([item], told)[0] for item in items]
+        return [self._try_batch([item], told)[0] for item in given]
 
     def _batch(self, items: list[Any], told: Mapping[str, Any]) -> Any:
         fields = self._wanted.fields
@@ -149,6 +151,10 @@ class PythonInstance:
         log.error("`%s` failed (%s)", shown, self._place, exc_info=error, extra=self._fields)
         message = f"`{shown}` failed: {type(error).__name__}: {error}"
         return StageFailed(message, stage=shown, place=self._place)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _locked(value: Any) -> Any:
