@@ -211,10 +211,37 @@ def test_several_pictures_in_a_form(server: Server) -> None:
 
 
 def test_parts_without_a_file_are_items_too(server: Server) -> None:
-    """A part's own name tells it where it has no file's."""
-    response = server.client.post("/flows/show", files={"a": (None, b"12"), "b": (None, b"123")})
-    results = response.json()["results"]
-    assert [(r["name"], eval(r["result"])[0]) for r in results] == [("a", 2), ("b", 3)]
+    """A part's own name tells it where it has no file's; beside parameters that is `item`."""
+    response = server.client.post(
+        "/flows/pair", files={"a": (None, b'{"a": 1, "b": 2}'), "b": (None, b'{"a": 2, "b": 1}')}
+    )
+    assert [(r["name"], r["result"]) for r in response.json()["results"]] == [("a", -1), ("b", 1)]
+    items = [("item", (None, b"12")), ("item", (None, b"123")), ("k", (None, b"5"))]
+    results = server.client.post("/flows/show", files=items).json()["results"]
+    assert [eval(r["result"])[:2] for r in results] == [(2, 5), (3, 5)]
+    items = [("item_", (None, b"1")), ("item_", (None, b"")), ("item", (None, b"4"))]
+    results = server.client.post("/flows/named", files=items).json()["results"]
+    assert [r["result"] for r in results] == [41, 41]
+
+
+@pytest.mark.parametrize(
+    ("flow", "files", "words"),
+    [
+        (
+            "side",
+            {"a": ("a.png", b""), "leest": (None, b"9")},
+            "no parameter `leest`; it has `least`",
+        ),
+        ("side", {"a": (None, b""), "leest": (None, b"9")}, "no parameter `a`; it has `least`"),
+        ("echo", {"k": (None, b"5"), "a": ("a", b"")}, "no parameter `k`; it has none"),
+        ("side", {"leest": (None, b"9"), "item": (None, b"")}, "or named `item`"),
+    ],
+)
+def test_a_misspelt_parameter_is_no_item(
+    server: Server, flow: str, files: dict[str, tuple[str | None, bytes]], words: str
+) -> None:
+    """It has no file's name, and stands beside what is the item: nothing is done without it."""
+    assert words in refusal(server.client.post(f"/flows/{flow}", files=files))
 
 
 def test_a_part_may_hold_anything(server: Server) -> None:
