@@ -66,6 +66,9 @@ def word(item: str) -> str:
 
 def part(image: np.ndarray, *, side: int) -> str:
     return str(image.shape)
+
+def mirror(image: "image<rgb>") -> "image<rgb>":
+    return image[:, ::-1]
 """,
     "broken.py": "def part(image: bytes) -> str\n    return ''\n",
     "binary.py": "\0\0\0",

@@ -33,6 +33,7 @@ from flowlang.plan.types import (
     Type,
     Unknown,
     fits,
+    images_in_frame,
     in_frame,
     without_null,
 )
@@ -296,6 +297,7 @@ class Calls:
         if op.function is not None:
             params = {**node.params, "function": op.function}
             inputs = (widened(item, op.function.takes), *node.inputs[1:])
+            kind = images_in_frame(kind, next(self._frames))  # what it has moved nobody knows
             return replace(node, op=graph.PYTHON, params=params, inputs=inputs, type=kind)
         return replace(node, type=kind)
 

@@ -202,6 +202,19 @@ def in_frame(kind: Type, frame: object) -> Type:
     return kind
 
 
+def images_in_frame(kind: Type, frame: object) -> Type:
+    """The same type, its images known to be a picture by themselves."""
+    if isinstance(kind, Image):
+        return replace(kind, frame=frame)
+    if isinstance(kind, ListOf):
+        return ListOf(images_in_frame(kind.item, frame))
+    if isinstance(kind, Optional):
+        return Optional(images_in_frame(kind.item, frame))
+    if isinstance(kind, Record):
+        return Record(tuple((n, images_in_frame(t, frame)) for n, t in kind.fields), kind.name)
+    return kind
+
+
 def unify(one: Type, other: Type) -> Type | None:
     """The narrowest type that holds every value of both, or None where there is none.
 
