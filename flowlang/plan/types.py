@@ -215,6 +215,15 @@ def images_in_frame(kind: Type, frame: object) -> Type:
     return kind
 
 
+def may_hold_images(kind: Type) -> bool:
+    """Whether values of a type may be images, or have some in them."""
+    if isinstance(kind, Record):
+        return any(may_hold_images(part) for _, part in kind.fields)
+    if isinstance(kind, (ListOf, Optional)):
+        return may_hold_images(kind.item)
+    return isinstance(kind, (Image, Unknown)) or kind == ANY_ARRAY
+
+
 def unify(one: Type, other: Type) -> Type | None:
     """The narrowest type that holds every value of both, or None where there is none.
 

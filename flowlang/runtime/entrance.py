@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from flowlang.diagnostics import BadRequest
 from flowlang.plan.physical import FlowProgram, StagePlan
+from flowlang.plan.types import may_hold_images
 from flowlang.runtime.batcher import Batcher, Item
 from flowlang.runtime.metrics import FlowCounts, StageCounts
 from flowlang.runtime.request import Request, Wake
@@ -64,6 +65,7 @@ class Entrance:
         self.limit = program.queue + room
         self.width = 2 * room if room and len(units) > 1 else self.limit
         self.track = Track(program.steps)
+        self.gives_images = may_hold_images(program.output)
         self.has_parameters = bool(program.plan.parameters)
         # The stage of a flow that is one stage, which most are: its requests are queued there at
         # once, without what only the others need.

@@ -158,11 +158,18 @@ def _same(value: Any) -> Any:
 
 
 def _locked(value: Any) -> Any:
-    """An item whose arrays cannot be written to: other branches of the flow see the same ones."""
+    """An item whose arrays cannot be written to: other branches of the flow see the same ones.
+
+    They are plain arrays, whatever flowlang knows of them.
+    """
     if isinstance(value, dict):
         return {name: _locked(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_locked(part) for part in value]
     if not hasattr(value, "setflags"):
         return value
-    view = value[...]
+    import numpy as np
+
+    view = value.view(np.ndarray) if isinstance(value, np.ndarray) else value[...]
     view.setflags(write=False)
     return view
