@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import re
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from examples import models
 from flowlang import __version__
@@ -283,6 +286,46 @@ def test_run_json_prints_a_line_for_each_file(folder: Path) -> None:
     assert first["result"] == last["result"]
     (label,) = first["result"]
     assert label["label"] == f"class {label['index']}"
+
+
+@pytest.mark.parametrize("form", ["--json", "--device=cpu"])
+def test_run_tells_of_folders_that_cannot_be_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """They have a row as a file that cannot be read has, and the status is 1."""
+    scandir = os.scandir
+
+    def guarded(path: Any = ".") -> Any:
+        if os.fspath(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(os, "scandir", guarded)
+    (folder / "pictures/b.jpg").unlink()
+    done = CliRunner().invoke(main, ["run", "several.flow", "--flow=shrink", "pictures", form])
+    assert done.exit_code == 1
+    good, bad = done.stdout.splitlines()
+    assert "pictures/a.jpg" in good
+    assert "pictures/more" in bad
+    assert "Permission denied" in bad
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "koi8-r"])
+def test_what_a_terminal_cannot_show_is_escaped(folder: Path, encoding: str) -> None:
+    """Neither a message nor an answer, nor what is quoted on stderr, ends in a traceback."""
+    (folder / "arrow.flow").write_text("decode \u2192 rgb\n")
+    (folder / "word.py").write_text("def f(x: bytes) -> str: return '\u20ac'\n")
+    (folder / "word.flow").write_text('use "word.py" as w\nexport flow f = w.f\n')
+    checked = flowlang(folder, "check", "arrow.flow", PYTHONIOENCODING=encoding)
+    assert (checked.returncode, checked.stderr) == (1, "")
+    assert "decode \\u2192 rgb" in checked.stdout
+    done = flowlang(folder, "run", "word.flow", "pictures/a.jpg", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout) == (0, "pictures/a.jpg  \\u20ac\n")
+    done = flowlang(folder, "run", "arrow.flow", "pictures/a.jpg", PYTHONIOENCODING=encoding)
+    assert done.returncode == 1
+    assert "decode \\u2192 rgb" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_run_of_good_files_ends_with_0(folder: Path) -> None:

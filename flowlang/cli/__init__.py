@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import os
 import sys
 import time
@@ -85,6 +86,12 @@ def _reason(error: OSError) -> str:
 
 class _Commands(click.Group):
     """The commands, with one end for each way in which any of them can fail."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # what it cannot hold is no failure
+        return super().main(*args, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -311,7 +318,8 @@ def run(
     from flowlang.app import load
     from flowlang.rows import answers_of, print_json, print_text, with_progress
 
-    paths = [path for given in pictures for path in _files(given)]
+    unread: dict[Path, OSError] = {}
+    paths = [path for given in pictures for path in _files(given, unread)]
     if not paths:
         raise click.BadParameter("there is no file in the folders given", param_hint="PICTURES")
     secret = key.secret if key else None
@@ -321,7 +329,7 @@ def run(
         flow = _flow(app, name)
         given = _parameters(flow, parameters)
         try:
-            answers = with_progress(answers_of(flow, paths, given), len(paths))
+            answers = with_progress(answers_of(flow, paths, given, unread), len(paths))
             failures = (print_json if as_json else print_text)(paths, answers)
         except KeyboardInterrupt:
             app.close(0.0)
@@ -329,16 +337,25 @@ def run(
     sys.exit(FAILED if failures else 0)
 
 
-def _files(path: Path) -> list[Path]:
-    """A path itself, or the files below a folder but for hidden ones."""
+def _files(path: Path, unread: dict[Path, OSError]) -> list[Path]:
+    """A path itself, or the files below a folder but for hidden ones.
+
+    Folders that cannot be read are among them, with the reason in `unread`.
+    """
     if not path.is_dir():
         return [path]
-    return sorted(
-        found
-        for found in path.rglob("*")
-        if (found.is_file() or not found.exists())
-        and not any(part.startswith(".") for part in found.relative_to(path).parts)
-    )
+    found: list[Path] = []
+
+    def note(error: OSError) -> None:
+        folder = Path(os.fsdecode(error.filename))
+        unread[folder] = error
+        found.append(folder)
+
+    for folder, folders, names in os.walk(path, onerror=note):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(folder, name) for name in names if not name.startswith("."))
+        found += [file for file in files if file.is_file() or not file.exists()]
+    return sorted(found)
 
 
 def _flow(app: App, name: str | None) -> Flow:
