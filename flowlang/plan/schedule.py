@@ -51,7 +51,9 @@ TABLE: tuple[Setting, ...] = (
         ("low", "normal", "high"),
     ),
     Setting("slo", "duration", "flow", "deadline of each request", "50ms"),
-    Setting("queue", "int", "flow", "requests that may wait at the entrance", "256"),
+    Setting(
+        "queue", "int", "flow", "requests that may wait, besides those that are worked on", "256"
+    ),
 )
 SETTINGS: Mapping[str, Setting] = {s.name: s for s in TABLE}
 OF_REQUESTS = frozenset({"priority", "slo", "queue"})  # and not of the stages they go through

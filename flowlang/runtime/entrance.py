@@ -48,7 +48,8 @@ class Stage:
 class Entrance:
     """The door of a flow: its program made ready to run, and its bounded queue.
 
-    At most `limit` requests are inside. Of those, at most `width` are under way in the stages; the
+    At most `limit` requests are inside: those that wait, and as many as the stages can work on at
+    the same time. Of those, at most `width` are under way in the stages; the
     rest wait here as they came (compressed pictures are small, decoded ones are not).
     """
 
@@ -61,9 +62,10 @@ class Entrance:
         self.counts = FlowCounts()
         units = program.steps.units
         self.stages = [stages[s] for s in dict.fromkeys(program.steps.stages())]
-        room = sum(s.plan.instances * s.plan.batch[2] for s in self.stages)
-        self.limit = program.queue + room
-        self.width = 2 * room if room and len(units) > 1 else self.limit
+        self.limit = program.queue + sum(s.plan.at_once for s in self.stages)
+        # What instances may take in one go: more than that at hand makes no batch larger.
+        self.room = sum(s.plan.instances * s.plan.batch[2] for s in self.stages)
+        self.width = 2 * self.room if self.room and len(units) > 1 else self.limit
         self.track = Track(program.steps)
         self.gives_images = may_hold_images(program.output)
         self.has_parameters = bool(program.plan.parameters)
