@@ -90,6 +90,19 @@ def wrong_words(image: bytes) -> "tensor<f32, many>":
 
 def bare(image) -> str:
     return ''
+
+def loose(image: bytes) -> dict:
+    return {}
+
+def listed(image: bytes) -> list:
+    return []
+
+def pixels(image: Tensor) -> str:
+    return ''
+
+@batched
+def one(image: bytes) -> list[str]:
+    return ''
 """,
     "coroutine.py": "async def part(image: bytes) -> str:\n    return ''\n",
 }

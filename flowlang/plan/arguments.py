@@ -86,7 +86,7 @@ class Binder:
         bound: Bound,
         names: Names,
     ) -> None:
-        if self._bind_expression(op, arg, free, bound, names):
+        if self._bind_expression(call, op, arg, free, bound, names):
             return
         if isinstance(arg.value, tree.Repeat):
             raise self._replica(call, op, arg.value)
@@ -102,7 +102,7 @@ class Binder:
         else:
             places = [p for p in free if p.kind != "value" or op.kind == "python"]
             if not places:
-                raise self._too_many(op, given, bound)
+                raise self._too_many(call, op, given.span, bound)
             param = places[0]
             value = self.fit_param(op, param, given)
         if param in free:
@@ -110,7 +110,7 @@ class Binder:
         self._put(op, param, value, arg.span, bound)
 
     def _bind_expression(
-        self, op: Op, arg: tree.Arg, free: list[Param], bound: Bound, names: Names
+        self, call: tree.Call, op: Op, arg: tree.Arg, free: list[Param], bound: Bound, names: Names
     ) -> bool:
         """Take an argument that is no constant. False where it has to be one."""
         param = op.param(arg.name) if arg.name is not None else next(iter(free), None)
@@ -123,6 +123,8 @@ class Binder:
         if not names.is_live(arg.value):
             return False
         if arg.name is None:
+            if op.kind == "python" and not free:
+                raise self._too_many(call, op, arg.value.span, bound)
             param = next((p for p in free if p.kind == "value" or p.is_live), None)
         if param is None or not (param.kind == "value" or param.is_live):
             if param is None and arg.name is not None:
@@ -141,16 +143,19 @@ class Binder:
         self._put(op, param, None, arg.value.span, bound)
         return True
 
-    def _too_many(self, op: Op, given: Constant, bound: Bound) -> Refused:
+    def _too_many(self, call: tree.Call, op: Op, span: Span, bound: Bound) -> Refused:
         message = f"`{op.name}` has no place for this argument"
         first = bound.spans.get("size")
         help_text = None
-        if first and given.kind == "int":
-            sides = f"h={first.text}, w={given.span.text}"
+        places = [a.value.span for a in call.args or () if a.name is None]
+        named = [p.name for p in op.params if p.is_named and p.name not in bound.spans]
+        if op.kind == "python" and named:
+            message = f"`{op.name}` takes `{named[0]}` by name"
+            help_text = f"{named[0]}={span.text}"
+        elif first and places[1:2] == [span] and span.text.isdecimal():
+            sides = f"h={first.text}, w={span.text}"
             help_text = f"name the sides so they cannot be swapped: {op.name}({sides})"
-        return refuse(
-            "too-many-arguments", message, given.span, help=help_text, note=_signature(op)
-        )
+        return refuse("too-many-arguments", message, span, help=help_text, note=_signature(op))
 
     def _put(self, op: Op, param: Param, value: Any, span: Span, bound: Bound) -> None:
         if param.name in bound.spans:

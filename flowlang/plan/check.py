@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowlang.diagnostics import CompileError, Diagnostic, Source, Span, in_order
+from flowlang.diagnostics import CompileError, Diagnostic, Label, Source, Span, in_order
 from flowlang.plan import graph
 from flowlang.plan.arguments import did_you_mean
 from flowlang.plan.declare import Choices, Declarations, Read
@@ -18,7 +18,7 @@ from flowlang.plan.module import Declared, Module, ParamValue
 from flowlang.plan.schedule import Settings
 from flowlang.plan.scope import Scope
 from flowlang.plan.settle import Settler
-from flowlang.plan.types import UNKNOWN, Image, Type, Unknown
+from flowlang.plan.types import UNKNOWN, Image, Type, Unknown, is_undecided
 from flowlang.plan.values import refuse
 from flowlang.syntax.parse import parse_leniently
 
@@ -231,8 +231,22 @@ class _Checker:
         output = elaborator.flow(declared, item, scope)
         if is_served and isinstance(kind, Unknown) and len(self.diagnostics) == before:
             self._check_input(declared, item, output)
+        if is_served and is_undecided(output.type) and len(self.diagnostics) == before:
+            self._tell_undecided(flow.name, output)
         return FlowPlan(
             flow.name, item, output, flow.name_span, flow.doc, is_served, tuple(parameters)
+        )
+
+    def _tell_undecided(self, name: str, output: Node) -> None:
+        text = " ".join(output.span.text.split())
+        self.report(
+            Diagnostic(
+                "undecided-colour",
+                f"`{name}` gives channels in an order nobody decided",
+                Label(output.span),
+                help=f"{text} -> rgb" if isinstance(output.type, Image) else None,
+                severity="hint",
+            )
         )
 
     def _parameters(

@@ -239,7 +239,7 @@ TABLE: tuple[Op, ...] = (
         "image",
         Image(),
         rules.rotate,
-        (Param("degrees", "int", "90, 180 or 270", is_required=True, low=90, high=270),),
+        (Param("degrees", "int", "90, 180 or 270", is_required=True),),
     ),
     Op(
         "cut",

@@ -38,6 +38,10 @@ from flowlang.syntax.parse import parse_leniently
 SETTINGS = ("batch", "wait", "timeout")
 _PLAIN = {"int": "int", "float": "float", "str": "str", "bool": "bool", "bytes": "bytes"}
 _KINDS = {"int": "int", "float": "number", "str": "str", "bool": "flag"}  # of parameters
+_TYPES = (
+    "types are int, float, str, bool, bytes, list[...], X | None, np.ndarray, and a TypedDict, "
+    "NamedTuple or dataclass of the same file"
+)
 _ARRAYS = frozenset({"ndarray", "NDArray", "ArrayLike"})
 
 
@@ -64,11 +68,18 @@ class PythonFunction:
 class _Unreadable(Exception):
     """An annotation that says no type of the language."""
 
-    def __init__(self, node: ast.AST, message: str, help: str | None = None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        node: ast.AST,
+        message: str,
+        help: str | None = None,  # noqa: A002
+        note: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.node = node
         self.message = message
         self.help = help
+        self.note = note
 
 
 def read_python(path: Path, alias: str, report: Report) -> PythonFile | None:
@@ -140,7 +151,9 @@ class _Reader:
 
     def _unknown(self, node: ast.FunctionDef | ast.AsyncFunctionDef, error: _Unreadable) -> Op:
         place = Label(self._span(error.node))
-        problem = Diagnostic("bad-signature", error.message, place, help=error.help)
+        problem = Diagnostic(
+            "bad-signature", error.message, place, help=error.help, note=error.note
+        )
         function = PythonFunction(
             self.path,
             node.name,
@@ -168,7 +181,7 @@ class _Reader:
             raise _Unreadable(
                 node,
                 f"`{node.name}` does not say what it gives",
-                help=f"def {node.name}(...) -> str:",
+                help=f"def {node.name}({ast.unparse(args)}) -> str:",
             )
         is_batched = any(_name(d) == "batched" for d in node.decorator_list)
         bare = len(positional) - len(args.defaults)
@@ -199,7 +212,9 @@ class _Reader:
 
     def _element(self, node: ast.AST, kind: Type) -> Type:
         if not isinstance(kind, ListOf):
-            raise _Unreadable(node, "a batched operator takes and gives lists", help="list[str]")
+            raise _Unreadable(
+                node, "a batched operator takes and gives lists", f"list[{_text(node)}]"
+            )
         return kind.item
 
     def _param(self, given: ast.arg, default: ast.expr | None, *, is_named: bool = False) -> Param:
@@ -243,11 +258,12 @@ class _Reader:
             return self._record(name)
         if name in self.aliases:
             return self._alias(node, name)
-        raise _Unreadable(
-            node,
-            f"`{ast.unparse(node)}` is no type of the language",
-            help='Annotated[np.ndarray, "tensor<f32, 512>"]',
-        )
+        message = f"`{ast.unparse(node)}` is no type of the language"
+        if name in ("list", "List", "Sequence", "tuple", "Tuple"):
+            raise _Unreadable(node, message, help="list[str]")
+        if name.lower().endswith(("array", "tensor", "image", "mat")):
+            raise _Unreadable(node, message, help='Annotated[np.ndarray, "tensor<f32, 512>"]')
+        raise _Unreadable(node, message, note=_TYPES)
 
     def _union(self, node: ast.BinOp) -> Type:
         sides = (node.left, node.right)
@@ -333,6 +349,13 @@ def _name(node: ast.AST | None) -> str:
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else ""
+
+
+def _text(node: ast.AST) -> str:
+    """An annotation as it is written, without the quotes of one that is a string."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    return ast.unparse(node)
 
 
 def _records(parsed: ast.Module) -> Iterator[ast.ClassDef]:

@@ -215,6 +215,15 @@ def images_in_frame(kind: Type, frame: object) -> Type:
     return kind
 
 
+def is_undecided(kind: Type) -> bool:
+    """Whether a type is an image whose order of colours is open, or holds one."""
+    if isinstance(kind, Record):
+        return any(is_undecided(part) for _, part in kind.fields)
+    if isinstance(kind, (ListOf, Optional)):
+        return is_undecided(kind.item)
+    return isinstance(kind, Image) and kind.colour is None
+
+
 def may_hold_images(kind: Type) -> bool:
     """Whether values of a type may be images, or have some in them."""
     if isinstance(kind, Record):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from flowlang.diagnostics import BadRequest, EngineError, RequestError, StageFailed
 from flowlang.plan import graph
-from flowlang.plan.expression import Expression
+from flowlang.plan.expression import Expression, failure
 from flowlang.plan.graph import Live, Node
 from flowlang.plan.ops import OPS, Param
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS
@@ -68,7 +68,7 @@ def work_of(node: Node, settings: Mapping[str, Any]) -> Work:
             error.stage, error.place = name, place
             raise
         except Exception as error:
-            message = f"{name} failed: {type(error).__name__}: {error}"
+            message = f"{name} failed: {failure(error)}"
             raise StageFailed(message, stage=name, place=place) from error
 
     return work

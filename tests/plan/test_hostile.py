@@ -135,7 +135,7 @@ FINE: dict[str, bytes] = {
     "byte-order mark": b"\xef\xbb\xbfdecode -> rgb",
     "Windows": b"decode\r\n  -> rgb\r\n",
     "long pipeline": fill("rgb -> ", "rgb")[: LONG // 3].rpartition(" ->")[0].encode(),
-    "many flows": lines("flow a{i} = rgb\n", 500).encode() + b"export flow main = decode",
+    "many flows": lines("flow a{i} = rgb\n", 500).encode() + b"export flow main = decode -> rgb",
     "long documentation": fill("## more\n").encode() + b"decode -> rgb",
 }
 FILES: dict[str, tuple[bytes, str | None]] = {

@@ -481,7 +481,7 @@ FITS = (
 MISFITS: dict[str, tuple[str, str]] = {
     "f(true)": ("wrong-kind", "`scale` of `p.f` is a number, and `true` is true or false"),
     "f(1, 3)": ("wrong-kind", "`sure` of `p.f` is true or false, and `3` is a number"),
-    "f(1, true, 2, 3)": ("too-many-arguments", "`p.f` has no place for this argument"),
+    "f(1, true, 2, 3)": ("too-many-arguments", "`p.f` takes `mode` by name"),
     'f(mode="a", mode="b")': ("given-twice", "`mode` of `p.f` is given twice"),
     "f(1, scale=2)": ("given-twice", "`scale` of `p.f` is given twice"),
     "f(mode=b)": ("wrong-kind", "`mode` of `p.f` is a string, and `b` is a word"),
@@ -492,7 +492,7 @@ MISFITS: dict[str, tuple[str, str]] = {
     "f(n=k / 2)": ("wrong-kind", "`n` of `p.f` is a whole number, and `k / 2` gives float"),
     "f(gpu=1)": ("unknown-parameter", "`p.f` has no parameter `gpu`"),
     "needs": ("missing-parameter", "`p.needs` needs its `side`"),
-    "needs(3)": ("too-many-arguments", "`p.needs` has no place for this argument"),
+    "needs(3)": ("too-many-arguments", "`p.needs` takes `side` by name"),
     "two": ("type-mismatch", "`p.two` cannot take what the flow's input gives"),
 }
 AROUND = 'use "p.py" as p\nexport flow a(k: int = 2): int -> int {{ return in -> p.{} }}'

@@ -38,7 +38,7 @@ export flow show(
   ops.show(k=k, scale=scale, name=name, sure=sure, tags=tags, more=more, where=where)
 export flow needs(k: int): bytes -> int = k
 export flow side(least: int = 0) = decode -> { side: ops.side, least: least }
-  -> if .side < .least then (.side / 0) else (.side / 1)
+  -> if .side < .least then (.side / (.least - .least)) else (.side / 1)
 export flow twin(other: bytes): bytes -> list<int> {
   return [(in -> decode -> .width), (other -> decode -> .width)]
 }
