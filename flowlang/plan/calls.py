@@ -225,6 +225,8 @@ class Calls:
         """What a flow's parameter is given, wholly of its type."""
         value = self._known(expr, scope) or self._elaborator.operand(expr, item, scope)
         kind = declared.module.types.resolve(wanted.type)
+        if value.op == "unknown":
+            return value
         if fits(value.type, kind):
             return widened(value, kind)
         message = f"`{wanted.name}` of `{declared.flow.name}` is {kind}, not {value.type}"

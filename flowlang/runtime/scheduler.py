@@ -258,7 +258,9 @@ class Scheduler:
                 if request.is_answered or (item is not None and not item.is_wanted):
                     continue
                 if item is None:
-                    message = f"not answered within {(when - request.arrived_s) * 1e3:.0f} ms"
+                    allowed_ms = (when - request.arrived_s) * 1e3
+                    shown = f"{allowed_ms:.0f}" if allowed_ms >= 1 else f"{allowed_ms:.2g}"
+                    message = f"not answered within {shown} ms"
                     self._answer(request, DeadlineExceeded(message), now, after)
                     continue
                 item.is_over = True

@@ -105,7 +105,7 @@ def test_a_declaration_that_stands_twice_has_two_places() -> None:
     draft = Reader("app.flow").read("export flow a = decode -> gray\nflow b = rgb\nflow b = rgb\n")
     (found,) = inspect(draft).diagnostics
     assert found.slug == "duplicate-name"
-    assert draft.place(found.span) == (41, 42)
+    assert draft.place(found.span) == (49, 50)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
