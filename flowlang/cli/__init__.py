@@ -19,8 +19,10 @@ import click
 from flowlang import __version__
 from flowlang.cli.options import (
     FILE,
+    KEY_VARIABLE,
     device_option,
     engines_option,
+    key_option,
     named_values,
     opener_of,
     plan_options,
@@ -231,6 +233,8 @@ def doc(
 
     is_text = form == "text"
     if file is None:
+        if values or schedule:
+            raise click.UsageError("--set and --schedule are about a FILE, and there is none")
         tables = [pages.operators_text, pages.settings_text]
         if not is_text:
             tables = [pages.operators_markdown, pages.settings_markdown]
@@ -379,6 +383,46 @@ def _parameters(flow: Flow, texts: dict[str, str]) -> dict[str, Any]:
         return ParameterReader(flow.parameters).of_texts(texts)
     except BadRequest as error:
         raise click.UsageError(error.message) from None
+
+
+@main.command()
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file to write. The default is MODEL with `.encrypted` behind its name.",
+)
+@click.option("--force", is_flag=True, help="Replace a file that is there already.")
+@key_option("What seals the model, and opens it again.")
+def seal(model: Path, output: Path | None, force: bool, key: Key | None) -> None:
+    """Encrypt MODEL, an ONNX file, for a flow that names it as `*.encrypted`."""
+    from flowlang.plan.onnx import NotAModel, read_model
+    from flowlang.runtime import seal as sealing
+    from flowlang.runtime.engine_store import write_whole
+
+    output = output or model.with_name(model.name + sealing.SUFFIX)
+    if key is None:
+        raise click.UsageError(f"there is no key: give --key-file, or set {KEY_VARIABLE}")
+    if model.suffix == sealing.SUFFIX:
+        raise click.UsageError(f"{shown(model)} is encrypted already")
+    if output.suffix != sealing.SUFFIX:
+        message = f"flows open only files named *{sealing.SUFFIX}, and not {shown(output)}"
+        raise click.BadParameter(message, param_hint="--output")
+    if output.exists() and not force:
+        raise click.UsageError(f"{shown(output)} is there already: replace it with --force")
+    try:
+        weights = read_model(model).weights
+    except NotAModel as error:
+        raise FlowError(f"{shown(model)} is no ONNX model: {error}") from None
+    if weights:
+        raise FlowError(
+            f"{shown(model)} has weights in files of their own, as {shown(weights[0].name)}, which "
+            "would stay as they are: save it as one file first"
+        )
+    plain = model.read_bytes()
+    pieces = sealing.seal_chunks(plain, key, header=sealing.MODEL_HEADER)
+    write_whole(output, pieces, mode=0o600)
+    click.echo(f"sealed {shown(model)} as {shown(output)}")
 
 
 @main.command()

@@ -5,7 +5,7 @@ Layer 2. All diagnostics of a program are collected in one run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowlang.diagnostics import CompileError, Diagnostic, Label, Source, Span, in_order
 from flowlang.plan import graph
@@ -81,6 +81,10 @@ def inspect_source(
     found = in_order(checker.diagnostics)
     seen = checker.elaborator.seen if checker.elaborator is not None else []
     module = checker.module
+    if checker.is_cut:
+        last = found[-1]
+        more = f"checking stopped at {MAX_DIAGNOSTICS} messages; there may be more"
+        found[-1] = replace(last, note=f"{last.note}; {more}" if last.note else more)
     if any(d.severity == "error" for d in found) or checker.elaborator is None:
         return Inspection(None, found, seen, module)
     params = tuple(p for m in checker.declarations.modules for p in m.params.values())
@@ -98,6 +102,7 @@ class _Checker:
         self.source = source
         self.choices = choices
         self.diagnostics: list[Diagnostic] = []
+        self.is_cut = False
         self.declarations = Declarations(choices, self.report, read)
         self.module: Module | None = None
         self.elaborator: Elaborator | None = None
@@ -110,6 +115,7 @@ class _Checker:
     def report(self, diagnostic: Diagnostic) -> None:
         self.diagnostics.append(diagnostic)
         if len(self.diagnostics) >= MAX_DIAGNOSTICS:
+            self.is_cut = True
             raise _Enough
 
     def run(self) -> tuple[FlowPlan, ...]:
