@@ -544,6 +544,22 @@ def test_a_failing_item_is_a_stage_failure_with_a_cause(open_app: Callable[..., 
     assert app(np.eye(11, dtype=np.float32)[[3, 3, 0, 1]]) == "class 2class 0"
 
 
+@pytest.mark.parametrize(
+    "flow",
+    [
+        "list<float> { return [1] -> map(pass / k) }",
+        "list<int> { return [1] -> filter(pass / k > 1) }",
+        "float = decode -> .width / k",
+    ],
+)
+def test_a_division_by_zero_is_told_in_words(open_app: Callable[..., App], flow: str) -> None:
+    """Not by the name of an exception."""
+    app = open_app(f"export flow f(k: int): bytes -> {flow}")
+    with pytest.raises(StageFailed) as caught:
+        app(PICTURES[0], k=0)
+    assert caught.value.message.endswith(" failed: division by zero")
+
+
 def test_importing_flowlang_costs_nothing() -> None:
     """The package brings in none of what it runs on before it is asked to."""
     code = (
