@@ -162,7 +162,7 @@ class Flow:
 
         With errors="return" an item that fails gives its exception in place of an answer.
         """
-        ahead = ahead or max(1, self._entrance.limit - self._entrance.program.queue) * 2
+        ahead = ahead or 2 * max(1, self._entrance.room)
         accept = self._accept
         if parameters or self.parameters:
             accept = partial(self._accept_beside, parameters)

@@ -234,7 +234,10 @@ def _place(span: Span) -> dict[str, object]:
 
 
 def as_json(diagnostic: Diagnostic) -> dict[str, object]:
-    """A diagnostic as plain values for tools; lines and columns count from 1."""
+    """A diagnostic as plain values for tools; lines and columns count from 1.
+
+    `fix` is the place that the text of `help` replaces, where that is known.
+    """
     return {
         "slug": diagnostic.slug,
         "severity": diagnostic.severity,
@@ -243,6 +246,7 @@ def as_json(diagnostic: Diagnostic) -> dict[str, object]:
         "label": diagnostic.primary.text,
         "related": [{**_place(s.span), "label": s.text} for s in diagnostic.secondary],
         "help": diagnostic.help,
+        "fix": _place(diagnostic.fix) if diagnostic.fix is not None else None,
         "note": diagnostic.note,
     }
 

@@ -53,25 +53,57 @@ def _list_acceptor(kind: ListOf) -> Callable[[Any], Any]:
 
     def accept(item: Any) -> list[Any]:
         if isinstance(item, (str, bytes, Mapping)) or not isinstance(item, Sequence):
-            raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}")
+            raise BadRequest(f"this flow takes {kind}, not {called(item)}")
         if set(map(type, item)) <= usual:  # one by one, millions would take seconds
             with contextlib.suppress(OverflowError):
                 return list(map(float, item)) if float in usual else list(item)
-        return [inner(part) for part in item]
+        found: list[Any] = []
+        try:
+            for part in item:
+                found.append(inner(part))  # noqa: PERF401  (how many there are tells the place)
+        except BadRequest as error:
+            raise BadRequest(f"element {len(found)}: {error.message}") from None
+        return found
 
     return accept
 
 
 def _record_acceptor(kind: Record) -> Callable[[Any], Any]:
     fields = {name: acceptor(part) for name, part in kind.fields}
-    needed = {name for name, part in kind.fields if not isinstance(part, Optional)}
+    needed = [name for name, part in kind.fields if not isinstance(part, Optional)]
+    wanted = f"this flow takes a record with the fields {', '.join(fields)}"
 
     def accept(item: Any) -> dict[str, Any]:
-        if not isinstance(item, Mapping) or needed - set(item) or set(item) - set(fields):
-            raise BadRequest(f"this flow takes a mapping with the keys {', '.join(fields)}")
-        return {name: check(item.get(name)) for name, check in fields.items()}
+        if not isinstance(item, Mapping):
+            raise BadRequest(f"{wanted}, not {called(item)}")
+        for name in needed:
+            if name not in item:
+                raise BadRequest(f"{wanted}, and `{name}` is missing")
+        for name in item:
+            if name not in fields:
+                raise BadRequest(f"{wanted}, and none named `{name}`")
+        found = {}
+        for name, check in fields.items():
+            try:
+                found[name] = check(item.get(name))
+            except BadRequest as error:
+                raise BadRequest(f"`{name}`: {error.message}") from None
+        return found
 
     return accept
+
+
+def called(item: Any) -> str:
+    """What an item is, in words of the language where it has one for it."""
+    if item is None:
+        return "null"
+    if isinstance(item, Mapping):
+        return "a record"
+    if isinstance(item, (list, tuple)):
+        return "a list"
+    if hasattr(item, "dtype"):
+        return f"an array of {item.dtype}"
+    return type(item).__name__
 
 
 def _accept_bytes(item: Any) -> Any:
@@ -80,7 +112,7 @@ def _accept_bytes(item: Any) -> Any:
     if isinstance(item, (bytearray, memoryview)):
         return bytes(item)
     hint = "; read the file first" if isinstance(item, (str, os.PathLike)) else ""
-    raise BadRequest(f"this flow takes bytes, not {type(item).__name__}{hint}")
+    raise BadRequest(f"this flow takes bytes, not {called(item)}{hint}")
 
 
 def _accept_plain(item: Any, kind: Scalar) -> Any:
@@ -89,7 +121,7 @@ def _accept_plain(item: Any, kind: Scalar) -> Any:
     wanted = PLAIN[kind.name]
     is_kind = isinstance(found, wanted) and isinstance(found, bool) == (kind.name == "bool")
     if not is_kind:
-        raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}")
+        raise BadRequest(f"this flow takes {kind}, not {called(item)}")
     try:
         return float(found) if float in wanted else found
     except OverflowError:
@@ -111,7 +143,7 @@ def _accept_array(item: Any, kind: Image | Tensor) -> Any:
             with np.errstate(over="ignore", invalid="ignore"):
                 array = given.astype(dtype)
         except (ValueError, TypeError, OverflowError):
-            raise BadRequest(f"this flow takes {kind}, not {type(item).__name__}") from None
+            raise BadRequest(f"this flow takes {kind}, not {called(item)}") from None
         is_whole = array.dtype.kind in "biu"
         changed = given.dtype.kind in "biuf" and not (
             np.array_equal(array, given) if is_whole else (np.isinf(array) == np.isinf(given)).all()
@@ -142,7 +174,7 @@ def _any_array(item: Any) -> Any:
     except ValueError:  # lists of different lengths
         array = np.empty(0, object)
     if array.dtype.kind not in "biuf":
-        raise BadRequest(f"this flow takes an array of numbers, not {type(item).__name__}")
+        raise BadRequest(f"this flow takes an array of numbers, not {called(item)}")
     return array
 
 

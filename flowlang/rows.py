@@ -20,14 +20,22 @@ if TYPE_CHECKING:
 
 
 def answers_of(
-    flow: Flow, paths: list[Path], parameters: Mapping[str, Any] | None = None
+    flow: Flow,
+    paths: list[Path],
+    parameters: Mapping[str, Any] | None = None,
+    known: Mapping[Path, OSError] | None = None,
 ) -> Iterator[Any]:
-    """What becomes of each file: a result, a RequestError or an OSError."""
+    """What becomes of each file: a result, a RequestError or an OSError.
+
+    `known` has the reasons why some cannot be read.
+    """
     unread: dict[int, OSError] = {}
 
     def contents() -> Iterator[bytes]:
         for index, path in enumerate(paths):
             try:
+                if known and path in known:
+                    raise known[path]
                 content = path.read_bytes()
             except OSError as error:
                 unread[index], content = error, b""

@@ -66,6 +66,9 @@ def word(item: str) -> str:
 
 def part(image: np.ndarray, *, side: int) -> str:
     return str(image.shape)
+
+def mirror(image: "image<rgb>") -> "image<rgb>":
+    return image[:, ::-1]
 """,
     "broken.py": "def part(image: bytes) -> str\n    return ''\n",
     "binary.py": "\0\0\0",
@@ -86,6 +89,19 @@ def wrong_words(image: bytes) -> "tensor<f32, many>":
     return image
 
 def bare(image) -> str:
+    return ''
+
+def loose(image: bytes) -> dict:
+    return {}
+
+def listed(image: bytes) -> list:
+    return []
+
+def pixels(image: Tensor) -> str:
+    return ''
+
+@batched
+def one(image: bytes) -> list[str]:
     return ''
 """,
     "coroutine.py": "async def part(image: bytes) -> str:\n    return ''\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import re
@@ -11,13 +12,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from examples import models
 from flowlang import __version__
 from flowlang.cli import main
-from flowlang.runtime.seal import MODEL_HEADER, read_key, seal
+from flowlang.runtime.seal import MODEL_HEADER, is_sealed, open_sealed, read_key, seal
 from tests.pictures import encode, photograph
 
 ROOT = Path(__file__).parents[1]
@@ -285,6 +288,46 @@ def test_run_json_prints_a_line_for_each_file(folder: Path) -> None:
     assert label["label"] == f"class {label['index']}"
 
 
+@pytest.mark.parametrize("form", ["--json", "--device=cpu"])
+def test_run_tells_of_folders_that_cannot_be_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """They have a row as a file that cannot be read has, and the status is 1."""
+    scandir = os.scandir
+
+    def guarded(path: Any = ".") -> Any:
+        if os.fspath(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(os, "scandir", guarded)
+    (folder / "pictures/b.jpg").unlink()
+    done = CliRunner().invoke(main, ["run", "several.flow", "--flow=shrink", "pictures", form])
+    assert done.exit_code == 1
+    good, bad = done.stdout.splitlines()
+    assert "pictures/a.jpg" in good
+    assert "pictures/more" in bad
+    assert "Permission denied" in bad
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "koi8-r"])
+def test_what_a_terminal_cannot_show_is_escaped(folder: Path, encoding: str) -> None:
+    """Neither a message nor an answer, nor what is quoted on stderr, ends in a traceback."""
+    (folder / "arrow.flow").write_text("decode \u2192 rgb\n")
+    (folder / "word.py").write_text("def f(x: bytes) -> str: return '\u20ac'\n")
+    (folder / "word.flow").write_text('use "word.py" as w\nexport flow f = w.f\n')
+    checked = flowlang(folder, "check", "arrow.flow", PYTHONIOENCODING=encoding)
+    assert (checked.returncode, checked.stderr) == (1, "")
+    assert "decode \\u2192 rgb" in checked.stdout
+    done = flowlang(folder, "run", "word.flow", "pictures/a.jpg", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout) == (0, "pictures/a.jpg  \\u20ac\n")
+    done = flowlang(folder, "run", "arrow.flow", "pictures/a.jpg", PYTHONIOENCODING=encoding)
+    assert done.returncode == 1
+    assert "decode \\u2192 rgb" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_run_of_good_files_ends_with_0(folder: Path) -> None:
     """Where every file has a result the status is 0."""
     assert flowlang(folder, "run", "app.flow", "pictures/a.jpg").returncode == 0
@@ -344,6 +387,63 @@ def test_encrypted_models_take_a_key(folder: Path) -> None:
     assert flowlang(folder, "check", "app.flow", "--key-file", "key").returncode == 0
 
 
+# seal
+
+
+@pytest.fixture
+def key(folder: Path) -> str:
+    """A new key, also in the file `key`."""
+    text = base64.b64encode(secrets.token_bytes(32)).decode()
+    (folder / "key").write_text(text)
+    (folder / "key").chmod(0o600)
+    return text
+
+
+def test_seal_makes_a_model_that_a_flow_opens(folder: Path, key: str) -> None:
+    """With the same key; without it nothing of the model can be read."""
+    plain = (folder / "net.onnx").read_bytes()
+    done = flowlang(folder, "seal", "net.onnx", "--key-file", "key")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "sealed net.onnx as net.onnx.encrypted\n"
+    sealed = folder / "net.onnx.encrypted"
+    assert sealed.stat().st_mode & 0o777 == 0o600
+    assert open_sealed(sealed.read_bytes(), read_key(key), header=MODEL_HEADER) == plain
+    assert plain[:64] not in sealed.read_bytes()
+    assert not list(folder.glob(".*"))
+    (folder / "app.flow").write_text(APP.replace("net.onnx", "net.onnx.encrypted"))
+    assert flowlang(folder, "check", "app.flow", "--key-file", "key").returncode == 0
+    assert flowlang(folder, "check", "app.flow").returncode == 1
+
+
+def test_seal_replaces_nothing_by_itself(folder: Path, key: str) -> None:
+    """A file that is there stays, until --force is given; and so does it where sealing fails."""
+    at = folder / "deep.encrypted"
+    at.write_bytes(b"precious")
+    seal_it = ("seal", "net.onnx", "--output", "deep.encrypted")
+    done = flowlang(folder, *seal_it, FLOWLANG_KEY=key)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "deep.encrypted is there already" in done.stderr
+    failed = flowlang(folder, "seal", "names.txt", *seal_it[2:], "--force", FLOWLANG_KEY=key)
+    assert failed.returncode == 1
+    assert "names.txt is no ONNX model" in failed.stderr
+    assert at.read_bytes() == b"precious"
+    assert flowlang(folder, *seal_it, "--force", FLOWLANG_KEY=key).returncode == 0
+    assert is_sealed(at.read_bytes())
+
+
+def test_seal_refuses_weights_that_would_stay_in_plain(folder: Path, key: str) -> None:
+    """A model in several files is no secret when one of them is sealed."""
+    import onnx
+
+    model = onnx.load(folder / "net.onnx")
+    onnx.save_model(model, folder / "wide.onnx", save_as_external_data=True, location="wide.bin",
+                    size_threshold=0)  # fmt: skip
+    done = flowlang(folder, "seal", "wide.onnx", "--key-file", "key")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "weights in files of their own, as wide.bin" in done.stderr
+    assert not (folder / "wide.onnx.encrypted").exists()
+
+
 # Wrong use
 
 WRONG_USES = {
@@ -361,14 +461,23 @@ WRONG_USES = {
     "unknown flow": (("run", "several.flow", "pictures", "--flow", "x"), "`shrink`, `vector`"),
     "several flows": (("run", "several.flow", "pictures"), "several flows"),
     "flow of tensors": (("run", "several.flow", "pictures", "--flow", "vector"), "tensor<f32, 3>"),
+    "set twice": (("check", "app.flow", "--set", "best=1", "--set", "best=2"), "`best` is given"),
+    "param twice": (("run", "app.flow", "p", "--param", "k=1", "--param", "k=2"), "`k` is given"),
+    "doc of no file": (("doc", "--set", "best=1"), "about a FILE"),
+    "doc of no file's schedule": (("doc", "--schedule", "prod"), "about a FILE"),
+    "no key": (("seal", "net.onnx"), "FLOWLANG_KEY"),
+    "no flow for Thrift": (("serve", "app.flow", "--thrift-flow", "x"), "there is no flow `x`"),
+    "sealed twice": (("seal", "net.onnx.encrypted", "--key-file", "key"), "encrypted already"),
     "port of no kind": (("serve", "app.flow", "--port", "70000"), "70000"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "said"), WRONG_USES.values(), ids=WRONG_USES)
+@pytest.mark.usefixtures("key")
 def test_wrong_use_is_explained(arguments: tuple[str, ...], said: str, folder: Path) -> None:
     """Wrong use ends with status 2, nothing on stdout, and stderr says what was wrong."""
     (folder / "empty").mkdir()
+    (folder / "net.onnx.encrypted").touch()
     done = flowlang(folder, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr

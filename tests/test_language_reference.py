@@ -10,6 +10,7 @@ import pytest
 import flowlang
 from flowlang.diagnostics import render
 from flowlang.doc import replace_tables
+from flowlang.plan.declare import CALLERS
 from flowlang.plan.types import COLOURS, DTYPES, NAMED
 from flowlang.syntax.parse import MAX_SOURCE_BYTES
 from flowlang.syntax.scan import RESERVED
@@ -33,6 +34,11 @@ CODE = set(re.findall(r"[a-zA-Z_][\w]*", " ".join(re.findall(r"`([^`\n]+)`", TEX
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(furnish(tmp_path))
+
+
+def test_the_names_that_no_parameter_has_are_listed() -> None:
+    """What callers say to flowlang itself."""
+    assert CALLERS <= CODE
 
 
 @pytest.mark.parametrize("text", PROGRAMS)

@@ -191,7 +191,9 @@ def test_diagnostics_follow_what_is_typed(edit: Edit) -> None:
         unknown = found["unknown-operator"]
         assert unknown.severity == lsp.DiagnosticSeverity.Error
         assert unknown.source == "flowlang"
-        editor.write(editor.text.replace(" -> nothing", "").replace("decode -> net", "decode"))
+        editor.write(
+            editor.text.replace(" -> nothing", "").replace("decode -> net", "decode -> rgb")
+        )
         await editor.mended()
         editor.write('decode -> resize(224) -> rgb -> trt("model.onnx")')
         (hint,) = await editor.told()

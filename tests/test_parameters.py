@@ -80,6 +80,20 @@ def test_every_way_to_call_takes_parameters(app: flowlang.App) -> None:
     assert asyncio.run(app["alone"].acall(b"")) == 3
 
 
+@pytest.mark.parametrize("name", ["item", "self", "app"])
+def test_parameters_may_be_named_as_python_names_its_own(name: str, tmp_path: Path) -> None:
+    """`item` and `self` are what a method takes first, and are taken by place alone."""
+    path = tmp_path / "app.flow"
+    path.write_text(f"export flow f({name}: int = 1): bytes -> int = {name}\n")
+    given: Any = {name: 2}
+    with flowlang.load(path, device="cpu") as app:
+        for face in (app, app["f"]):
+            assert face(b"", **given) == face.submit(b"", **given).result(PATIENCE_S) == 2
+            assert list(face.map([b""], **given)) == [2]
+            assert asyncio.run(face.acall(b"", **given)) == 2
+        assert asyncio.run(app["f"].atimed(b"", **given))[0] == 2
+
+
 def test_requests_keep_their_own_parameters(app: flowlang.App) -> None:
     """Many at once, each with another value, share a model and no values."""
     rank, item = app["rank"], np.arange(4, dtype=np.float32)
@@ -104,18 +118,32 @@ def test_values_of_every_type(app: flowlang.App) -> None:
         ("pick", [1], {"k": "3"}, "`k`: this flow takes int, not str"),
         ("pick", [1], {"k": 3.0}, "`k`: this flow takes int, not float"),
         ("pick", [1], {"k": True}, "`k`: this flow takes int, not bool"),
-        ("pick", [1], {"k": None}, "`k`: this flow takes int, not NoneType"),
+        ("pick", [1], {"k": None}, "`k`: this flow takes int, not null"),
         ("pick", [1], {"sure": 1}, "`sure`: this flow takes bool, not int"),
         ("pick", [1], {"by": "1"}, "`by`: this flow takes float, not str"),
         ("pick", [1], {"name": b"a"}, "`name`: this flow takes str, not bytes"),
         ("pick", [1], {"q": 1}, "no parameter `q`; it has `k`, `by`, `sure`, `name`"),
         ("pick", ["a"], {"k": 1}, "this flow takes int, not str"),
+        ("pick", [1, "a"], {}, "element 1: this flow takes int, not str"),
+        (
+            "needs",
+            1,
+            {"a": 1, "b": [{"x": None}]},
+            "`b`: element 0: `x`: this flow takes int, not null",
+        ),
+        ("needs", 1, {"a": 1, "b": [{"x": 1, "z": 2}]}, "fields x, y, and none named `z`"),
+        ("needs", 1, {"a": 1, "b": [3]}, "a record with the fields x, y, not int"),
         ("plain", np.zeros(4, np.float32), {"k": 1}, "no parameter `k`; it has none"),
         ("rank", np.zeros(4, np.float32), {}, "this flow needs its parameter `k`"),
         ("rank", np.zeros(4, np.float32), {"k": 0}, "`k` must be a whole number from 1 to"),
         ("needs", 1, {"a": 1}, "this flow needs its parameter `b`"),
-        ("needs", 1, {"a": 1, "b": [{"y": 1}]}, "`b`: this flow takes a mapping with the keys x"),
-        ("needs", 1, {"a": 1, "b": {"x": 1}}, "`b`: this flow takes list<where>, not dict"),
+        (
+            "needs",
+            1,
+            {"a": 1, "b": [{"y": 1}]},
+            "`b`: element 0: this flow takes a record with the fields x, y, and `x` is missing",
+        ),
+        ("needs", 1, {"a": 1, "b": {"x": 1}}, "`b`: this flow takes list<where>, not a record"),
         ("needs", 1, {"a": 1, "b": [], "c": "c"}, "`c`: this flow takes bytes, not str"),
         ("part", 0, {"box": [1, 2, 3, 4], "picture": 3}, "`picture`: this flow takes image<rgb"),
         ("part", 0, {"box": [1, 2], "picture": np.zeros((4, 4, 3), np.uint8)}, "neither a box"),

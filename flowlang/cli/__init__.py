@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import os
 import sys
 import time
@@ -18,8 +19,10 @@ import click
 from flowlang import __version__
 from flowlang.cli.options import (
     FILE,
+    KEY_VARIABLE,
     device_option,
     engines_option,
+    key_option,
     named_values,
     opener_of,
     plan_options,
@@ -85,6 +88,12 @@ def _reason(error: OSError) -> str:
 
 class _Commands(click.Group):
     """The commands, with one end for each way in which any of them can fail."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # what it cannot hold is no failure
+        return super().main(*args, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -224,6 +233,8 @@ def doc(
 
     is_text = form == "text"
     if file is None:
+        if values or schedule:
+            raise click.UsageError("--set and --schedule are about a FILE, and there is none")
         tables = [pages.operators_text, pages.settings_text]
         if not is_text:
             tables = [pages.operators_markdown, pages.settings_markdown]
@@ -311,7 +322,8 @@ def run(
     from flowlang.app import load
     from flowlang.rows import answers_of, print_json, print_text, with_progress
 
-    paths = [path for given in pictures for path in _files(given)]
+    unread: dict[Path, OSError] = {}
+    paths = [path for given in pictures for path in _files(given, unread)]
     if not paths:
         raise click.BadParameter("there is no file in the folders given", param_hint="PICTURES")
     secret = key.secret if key else None
@@ -321,7 +333,7 @@ def run(
         flow = _flow(app, name)
         given = _parameters(flow, parameters)
         try:
-            answers = with_progress(answers_of(flow, paths, given), len(paths))
+            answers = with_progress(answers_of(flow, paths, given, unread), len(paths))
             failures = (print_json if as_json else print_text)(paths, answers)
         except KeyboardInterrupt:
             app.close(0.0)
@@ -329,16 +341,25 @@ def run(
     sys.exit(FAILED if failures else 0)
 
 
-def _files(path: Path) -> list[Path]:
-    """A path itself, or the files below a folder but for hidden ones."""
+def _files(path: Path, unread: dict[Path, OSError]) -> list[Path]:
+    """A path itself, or the files below a folder but for hidden ones.
+
+    Folders that cannot be read are among them, with the reason in `unread`.
+    """
     if not path.is_dir():
         return [path]
-    return sorted(
-        found
-        for found in path.rglob("*")
-        if (found.is_file() or not found.exists())
-        and not any(part.startswith(".") for part in found.relative_to(path).parts)
-    )
+    found: list[Path] = []
+
+    def note(error: OSError) -> None:
+        folder = Path(os.fsdecode(error.filename))
+        unread[folder] = error
+        found.append(folder)
+
+    for folder, folders, names in os.walk(path, onerror=note):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(folder, name) for name in names if not name.startswith("."))
+        found += [file for file in files if file.is_file() or not file.exists()]
+    return sorted(found)
 
 
 def _flow(app: App, name: str | None) -> Flow:
@@ -362,6 +383,46 @@ def _parameters(flow: Flow, texts: dict[str, str]) -> dict[str, Any]:
         return ParameterReader(flow.parameters).of_texts(texts)
     except BadRequest as error:
         raise click.UsageError(error.message) from None
+
+
+@main.command()
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file to write. The default is MODEL with `.encrypted` behind its name.",
+)
+@click.option("--force", is_flag=True, help="Replace a file that is there already.")
+@key_option("What seals the model, and opens it again.")
+def seal(model: Path, output: Path | None, force: bool, key: Key | None) -> None:
+    """Encrypt MODEL, an ONNX file, for a flow that names it as `*.encrypted`."""
+    from flowlang.plan.onnx import NotAModel, read_model
+    from flowlang.runtime import seal as sealing
+    from flowlang.runtime.engine_store import write_whole
+
+    output = output or model.with_name(model.name + sealing.SUFFIX)
+    if key is None:
+        raise click.UsageError(f"there is no key: give --key-file, or set {KEY_VARIABLE}")
+    if model.suffix == sealing.SUFFIX:
+        raise click.UsageError(f"{shown(model)} is encrypted already")
+    if output.suffix != sealing.SUFFIX:
+        message = f"flows open only files named *{sealing.SUFFIX}, and not {shown(output)}"
+        raise click.BadParameter(message, param_hint="--output")
+    if output.exists() and not force:
+        raise click.UsageError(f"{shown(output)} is there already: replace it with --force")
+    try:
+        weights = read_model(model).weights
+    except NotAModel as error:
+        raise FlowError(f"{shown(model)} is no ONNX model: {error}") from None
+    if weights:
+        raise FlowError(
+            f"{shown(model)} has weights in files of their own, as {shown(weights[0].name)}, which "
+            "would stay as they are: save it as one file first"
+        )
+    plain = model.read_bytes()
+    pieces = sealing.seal_chunks(plain, key, header=sealing.MODEL_HEADER)
+    write_whole(output, pieces, mode=0o600)
+    click.echo(f"sealed {shown(model)} as {shown(output)}")
 
 
 @main.command()

@@ -23,11 +23,13 @@ KEY_VARIABLE = "FLOWLANG_KEY"
 def named_values(
     ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]
 ) -> dict[str, str]:
-    values = {}
+    values: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.strip():
             raise click.BadParameter(f"it takes NAME=VALUE, not {pair!r}")
+        if name.strip() in values:
+            raise click.BadParameter(f"`{name.strip()}` is given twice")
         values[name.strip()] = value
     return values
 
@@ -66,6 +68,17 @@ def opener_of(key: Key | None) -> Callable[[Path], bytes]:
 FILE = click.Path(exists=True, dir_okay=False)
 
 
+def key_option(does: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option for a key, which is read before anything is done."""
+    return click.option(
+        "--key-file",
+        "key",
+        type=FILE,
+        callback=_read_key,
+        help=f"{does} The default is in {KEY_VARIABLE}.",
+    )
+
+
 def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of every command that plans a flow."""
     for option in (
@@ -80,13 +93,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--schedule", metavar="NAME", help="Lay a named schedule over the unnamed one."
         ),
-        click.option(
-            "--key-file",
-            "key",
-            type=FILE,
-            callback=_read_key,
-            help=f"What opens encrypted models. The default is in {KEY_VARIABLE}.",
-        ),
+        key_option("What opens encrypted models."),
     ):
         command = option(command)
     return command

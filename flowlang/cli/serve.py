@@ -138,7 +138,7 @@ def serve(
     names = [flow.name for plan in plans for flow in plan.flows]
     if thrift_flow is not None and thrift_flow not in names:
         there = ", ".join(f"`{name}`" for name in names)
-        raise FlowError(f"--thrift-flow: there is no flow `{thrift_flow}`; there is {there}")
+        raise click.UsageError(f"--thrift-flow: there is no flow `{thrift_flow}`; there is {there}")
 
     def load() -> App:
         physical = first.pop() if first else lower(check(), this_machine(device))
@@ -189,7 +189,7 @@ def _faces(
         faces.append(partial(GrpcServer, port=grpc_port))
     if thrift_port is not None:
         if token is not None:
-            raise FlowError(
+            raise click.UsageError(
                 "--thrift-port would let in everybody, for Thrift has no place for a token: "
                 "leave one of the two out"
             )

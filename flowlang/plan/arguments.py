@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flowlang.diagnostics import Diagnostic, Label, Span
+from flowlang.plan.lines import read_lines
 from flowlang.plan.ops import SIDES, Op, Param
 from flowlang.plan.schedule import SETTINGS, Given, fit_setting
 from flowlang.plan.types import (
@@ -97,7 +98,7 @@ class Binder:
         bound: Bound,
         names: Names,
     ) -> None:
-        if self._bind_expression(op, arg, free, bound, names):
+        if self._bind_expression(call, op, arg, free, bound, names):
             return
         if isinstance(arg.value, tree.Repeat):
             raise self._replica(call, op, arg.value)
@@ -113,7 +114,7 @@ class Binder:
         else:
             places = [p for p in free if p.kind != "value" or op.kind == "python"]
             if not places:
-                raise self._too_many(op, given, bound)
+                raise self._too_many(call, op, given.span, bound)
             param = places[0]
             value = self.fit_param(op, param, given)
         if param in free:
@@ -121,7 +122,7 @@ class Binder:
         self._put(op, param, value, arg.span, bound)
 
     def _bind_expression(
-        self, op: Op, arg: tree.Arg, free: list[Param], bound: Bound, names: Names
+        self, call: tree.Call, op: Op, arg: tree.Arg, free: list[Param], bound: Bound, names: Names
     ) -> bool:
         """Take an argument that is no constant. False where it has to be one."""
         param = op.param(arg.name) if arg.name is not None else next(iter(free), None)
@@ -134,6 +135,8 @@ class Binder:
         if not names.is_live(arg.value):
             return False
         if arg.name is None:
+            if op.kind == "python" and not free:
+                raise self._too_many(call, op, arg.value.span, bound)
             param = next((p for p in free if p.kind == "value" or p.is_live), None)
         if param is None or not (param.kind == "value" or param.is_live):
             if param is None and arg.name is not None:
@@ -152,16 +155,19 @@ class Binder:
         self._put(op, param, None, arg.value.span, bound)
         return True
 
-    def _too_many(self, op: Op, given: Constant, bound: Bound) -> Refused:
+    def _too_many(self, call: tree.Call, op: Op, span: Span, bound: Bound) -> Refused:
         message = f"`{op.name}` has no place for this argument"
         first = bound.spans.get("size")
         help_text = None
-        if first and given.kind == "int":
-            sides = f"h={given.span.text}, w={first.text}"
+        places = [a.value.span for a in call.args or () if a.name is None]
+        named = [p.name for p in op.params if p.is_named and p.name not in bound.spans]
+        if op.kind == "python" and named:
+            message = f"`{op.name}` takes `{named[0]}` by name"
+            help_text = f"{named[0]}={span.text}"
+        elif first and places[1:2] == [span] and span.text.isdecimal():
+            sides = f"h={span.text}, w={first.text}"
             help_text = f"name the sides so they cannot be swapped: {op.name}({sides})"
-        return refuse(
-            "too-many-arguments", message, given.span, help=help_text, note=_signature(op)
-        )
+        return refuse("too-many-arguments", message, span, help=help_text, note=_signature(op))
 
     def _put(self, op: Op, param: Param, value: Any, span: Span, bound: Bound) -> None:
         if param.name in bound.spans:
@@ -243,7 +249,9 @@ class Binder:
             return self._in_bounds(op, param, given)
         if param.kind == "str" and kind == "str":
             return value
-        if param.kind in ("file", "model") and kind == "str":
+        if param.kind == "file" and kind == "str":
+            return find_text(given, self.folder)
+        if param.kind == "model" and kind == "str":
             return find_file(given, self.folder)
         if param.kind == "flag" and kind == "bool":
             return value
@@ -430,6 +438,21 @@ def find_file(given: Constant, folder: Path) -> Path:
         help=f'did you mean "{before}{slash}{like}"?' if like else None,
         note=note,
     )
+
+
+def find_text(given: Constant, folder: Path) -> Path:
+    """A word list named in the flow, which can be read. Raises Refused where it cannot."""
+    path = find_file(given, folder)
+    try:
+        read_lines(path)
+    except ValueError:
+        message = f"`{given.value}` is not text in UTF-8"
+        note = "names and characters stand in a text file, one a line; save it as UTF-8"
+        raise refuse("not-text", message, given.span, note=note) from None
+    except OSError as error:
+        message = f"`{given.value}` cannot be read: {error.strerror}"
+        raise refuse("missing-file", message, given.span) from None
+    return path
 
 
 def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:

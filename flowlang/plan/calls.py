@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowlang.diagnostics import Diagnostic, Label, Span
@@ -16,6 +17,8 @@ from flowlang.plan.arguments import Binder, Bound, did_you_mean
 from flowlang.plan.expression import is_known, widened
 from flowlang.plan.fitting import ModelFitter, Untold, called, mismatch, sight_before
 from flowlang.plan.graph import Live, Node
+from flowlang.plan.lines import read_lines
+from flowlang.plan.model import gives
 from flowlang.plan.module import Declared
 from flowlang.plan.onnx import Opener
 from flowlang.plan.ops import OPS, Op, Param
@@ -29,10 +32,13 @@ from flowlang.plan.types import (
     UNKNOWN,
     Image,
     Scalar,
+    Tensor,
     Type,
     Unknown,
     fits,
+    images_in_frame,
     in_frame,
+    is_undecided,
     without_null,
 )
 from flowlang.plan.values import LITERALS, Refused, evaluate
@@ -227,6 +233,8 @@ class Calls:
         """What a flow's parameter is given, wholly of its type."""
         value = self._known(expr, scope) or self._elaborator.operand(expr, item, scope)
         kind = declared.module.types.resolve(wanted.type)
+        if value.op == "unknown":
+            return value
         if fits(value.type, kind):
             return widened(value, kind)
         message = f"`{wanted.name}` of `{declared.flow.name}` is {kind}, not {value.type}"
@@ -304,6 +312,7 @@ class Calls:
                 f"wants {misfit.wants}",
             )
             return Node("unknown", {}, (item,), UNKNOWN, node.span, node.site)
+        self._check_lines(node)
         if op.name == "crop" and isinstance(node.params["image"], Live):
             return self._cut_out(node, kind)
         if op.name == "boxes":
@@ -311,8 +320,45 @@ class Calls:
         if op.function is not None:
             params = {**node.params, graph.FUNCTION: op.function}
             inputs = (widened(item, op.function.takes), *node.inputs[1:])
+            if is_undecided(item.type):
+                self._tell_undecided(node, op)
+            kind = images_in_frame(kind, object())  # what it has moved nobody knows
             return replace(node, op=graph.PYTHON, params=params, inputs=inputs, type=kind)
         return replace(node, type=kind)
+
+    def _check_lines(self, node: Node) -> None:
+        """A word list has a line for each class, where it is known how many there are."""
+        name = "keys" if node.op == "ctc" else "names"
+        path, kind = node.params.get(name), node.inputs[0].type
+        classes = kind.shape[-1] if isinstance(kind, Tensor) and kind.shape else None
+        if classes is None or node.op == "boxes" or not isinstance(path, Path):
+            return
+        lines = len(read_lines(path))
+        wanted = classes - 1 if node.op == "ctc" else classes  # its class 0 is none
+        if lines >= wanted:
+            return
+        self._report(
+            Diagnostic(
+                "too-few-lines",
+                f"`{path.name}` names {lines} of {wanted} classes",
+                Label(node.param_spans[name]),
+                (Label(node.inputs[0].span, f"gives {kind}"),),
+                severity="error" if node.op == "ctc" else "hint",
+            )
+        )
+
+    def _tell_undecided(self, node: Node, op: Op) -> None:
+        call = " ".join(node.span.text.split())
+        self._report(
+            Diagnostic(
+                "undecided-colour",
+                f"`{op.name}` gets channels in an order nobody decided",
+                Label(node.span),
+                (Label(node.inputs[0].span, gives(node.inputs[0].type)),),
+                help=f"rgb -> {call}" if isinstance(node.inputs[0].type, Image) else None,
+                severity="hint",
+            )
+        )
 
     def _with_live(self, node: Node, op: Op, bound: Bound, item: Node, scope: Scope) -> Node:
         """A node that also gets the values which each request brings for its parameters."""

@@ -6,9 +6,9 @@ Layer 2. All diagnostics of a program are collected in one run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flowlang.diagnostics import CompileError, Diagnostic, Source, Span, in_order
+from flowlang.diagnostics import CompileError, Diagnostic, Label, Source, Span, in_order
 from flowlang.plan import graph
 from flowlang.plan.arguments import did_you_mean
 from flowlang.plan.declare import NOTHING_OPEN, Choices, Declarations, Read
@@ -30,6 +30,7 @@ from flowlang.plan.types import (
     Record,
     Type,
     Unknown,
+    is_undecided,
 )
 from flowlang.plan.values import refuse
 from flowlang.syntax import tree
@@ -104,6 +105,10 @@ def inspect_source(
     found = in_order(checker.diagnostics)
     seen = checker.elaborator.seen if checker.elaborator is not None else []
     module = checker.module
+    if checker.is_cut:
+        last = found[-1]
+        more = f"checking stopped at {MAX_DIAGNOSTICS} messages; there may be more"
+        found[-1] = replace(last, note=f"{last.note}; {more}" if last.note else more)
     if any(d.severity == "error" for d in found) or checker.elaborator is None:
         return Inspection(None, found, seen, module)
     params = tuple(p for m in checker.declarations.modules for p in m.params.values())
@@ -123,6 +128,7 @@ class _Checker:
         self.source = source
         self.choices = choices
         self.diagnostics: list[Diagnostic] = []
+        self.is_cut = False
         self.declarations = Declarations(choices, self.report, read, texts)
         self.module: Module | None = None
         self.elaborator: Elaborator | None = None
@@ -135,6 +141,7 @@ class _Checker:
     def report(self, diagnostic: Diagnostic) -> None:
         self.diagnostics.append(diagnostic)
         if len(self.diagnostics) >= MAX_DIAGNOSTICS:
+            self.is_cut = True
             raise _Enough
 
     def run(self) -> tuple[FlowPlan, ...]:
@@ -256,8 +263,22 @@ class _Checker:
         output = elaborator.flow(declared, item, scope)
         if is_served and isinstance(kind, Unknown) and len(self.diagnostics) == before:
             self._check_input(declared, item, output)
+        if is_served and is_undecided(output.type) and len(self.diagnostics) == before:
+            self._tell_undecided(flow.name, output)
         return FlowPlan(
             flow.name, item, output, flow.name_span, flow.doc, is_served, tuple(parameters)
+        )
+
+    def _tell_undecided(self, name: str, output: Node) -> None:
+        text = " ".join(output.span.text.split())
+        self.report(
+            Diagnostic(
+                "undecided-colour",
+                f"`{name}` gives channels in an order nobody decided",
+                Label(output.span),
+                help=f"{text} -> rgb" if isinstance(output.type, Image) else None,
+                severity="hint",
+            )
         )
 
     def _parameters(

@@ -81,8 +81,9 @@ class Declarations:
 
     @property
     def files(self) -> list[str]:
-        """The files that have been read."""
-        return [*(m.source.name for m in self._modules.values()), *self._python]
+        """The files that have been read, and those that operators import."""
+        imports = [file for p in self._python.values() if p is not None for file in p.imports]
+        return [*(m.source.name for m in self._modules.values()), *self._python, *imports]
 
     def flows(self) -> dict[str, Declared]:
         """Every flow of every module, by its name in the program."""

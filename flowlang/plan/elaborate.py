@@ -265,6 +265,10 @@ class Elaborator:
             self._unsuited(
                 (expr.left, expr.right)[error.operand], sides[error.operand], error, expr
             )
+        right = sides[1]
+        if expr.operator == "/" and right.op == graph.LITERAL and right.params["value"] == 0:
+            place = Label(expr.right.span)
+            self.report(Diagnostic("out-of-range", "this divides by zero", place))
         params = {"operator": expr.operator}
         return Node(graph.BINARY, params, sides, kind, expr.span, scope.site(expr.span))
 

@@ -205,6 +205,13 @@ def is_plain(body: Body) -> bool:
     )
 
 
+def failure(error: Exception) -> str:
+    """Why something could not be computed, for whoever reads an answer."""
+    if isinstance(error, ZeroDivisionError):
+        return "division by zero"
+    return f"{type(error).__name__}: {error}"
+
+
 def function_of(body: Body) -> Callable[..., Any]:
     """A plain body as a function of its item and of the values it captures, in order."""
     order = topological(body.output)

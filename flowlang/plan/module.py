@@ -31,11 +31,15 @@ class ParamValue:
 
 @dataclass(frozen=True, slots=True)
 class PythonFile:
-    """A Python file's operators and record types by name, read without running it."""
+    """A Python file's operators and record types by name, read without running it.
+
+    `imports` are the files beside it that it imports.
+    """
 
     path: Path
     operators: dict[str, Op]
     types: dict[str, Type]
+    imports: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

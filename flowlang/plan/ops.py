@@ -100,6 +100,7 @@ SIDES = (
     Param("h", "int", "height in pixels", is_named=True, low=1, high=16384),
     Param("w", "int", "width in pixels", is_named=True, low=1, high=16384),
 )
+BOTH = (Param("size", "int", "both sides in pixels", low=1, high=16384), *SIDES[1:])
 LEVELS = (
     Param("mean", "numbers", "per channel, in levels 0..255", is_named=True),
     Param("std", "numbers", "per channel, in levels 0..255", is_named=True),
@@ -201,7 +202,7 @@ TABLE: tuple[Op, ...] = (
         rules.crop,
         (
             Param("image", "value", "the image that the arriving box or quad lies in"),
-            *SIDES,
+            *BOTH,
             Param("upright", "flag", "turn what is taller than wide by half, for text", False),
         ),
         tolerance="centre and boxes: exact; quads: 3 levels",
@@ -213,7 +214,7 @@ TABLE: tuple[Op, ...] = (
         Image(),
         rules.pad,
         (
-            *SIDES,
+            *BOTH,
             Param("multiple", "int", "to the next multiple of it", is_named=True, low=1, high=4096),
             Param("fill", "int", "level of the added rest", 114, is_named=True, low=0, high=255),
         ),
@@ -241,7 +242,7 @@ TABLE: tuple[Op, ...] = (
         "image",
         Image(),
         rules.rotate,
-        (Param("degrees", "int", "90, 180 or 270", is_required=True, low=90, high=270),),
+        (Param("degrees", "int", "90, 180 or 270", is_required=True),),
     ),
     Op(
         "cut",

@@ -88,6 +88,12 @@ class StagePlan:
         return next((n.model for n in self.nodes if n.model is not None), None)
 
     @property
+    def at_once(self) -> int:
+        """How many items are worked on at the same time. Without batches it is one an instance,
+        however many it takes in one go."""
+        return self.instances * (self.batch[2] if _batched(self.nodes) else 1)
+
+    @property
     def region(self) -> tuple[Node, ...]:
         """The image operators and the packing, in front of the model."""
         return tuple(n for n in self.nodes if kind_of(n) == "image")

@@ -28,6 +28,7 @@ from flowlang.plan.types import (
     Type,
     Unknown,
     optional,
+    shape_text,
     sized,
     without_null,
 )
@@ -123,6 +124,8 @@ def crop(given: Type, params: Params) -> Type:
     size, h, w = params["size"], params["h"], params["w"]
     h, w = (size, size) if size is not None else (h, w)
     image = image_of(given)
+    if any(a and b and a > b for a, b in ((h, image.height), (w, image.width))):
+        raise Mismatch(f"an image of at least {shape_text((h, w))}")
     return sized(image, h or image.height, w or image.width)
 
 
@@ -141,6 +144,8 @@ def pad(given: Type, params: Params) -> Type:
     step = params["multiple"]
     if step is not None:
         sides = tuple(None if s is None else -(-s // step) * step for s in sides)  # type: ignore[assignment]
+    if any(a and b and a < b for a, b in zip(sides, (image.height, image.width), strict=True)):
+        raise Mismatch(f"an image of at most {shape_text(sides)}")
     return sized(image, *sides)
 
 

@@ -51,11 +51,14 @@ TABLE: tuple[Setting, ...] = (
         ("low", "normal", "high"),
     ),
     Setting("slo", "duration", "flow", "deadline of each request", "50ms"),
-    Setting("queue", "int", "flow", "requests that may wait at the entrance", "256"),
+    Setting(
+        "queue", "int", "flow", "requests that may wait, besides those that are worked on", "256"
+    ),
 )
 SETTINGS: Mapping[str, Setting] = {s.name: s for s in TABLE}
 OF_REQUESTS = frozenset({"priority", "slo", "queue"})  # and not of the stages they go through
 PRIORITIES = {"high": 1, "normal": 2, "low": 3}  # the lowest number first, as in a request
+_ABOVE_ZERO = frozenset({"timeout", "slo"})  # of 0 they would let nothing through
 COPIES = "x"  # `x4`: not a word of the language, so it cannot collide with a setting
 
 
@@ -133,14 +136,23 @@ def _amount(setting: Setting, given: Constant, kind: str, unit: str) -> Any:
     """Seconds or bytes. Raises Refused, with a unit where only that is missing."""
     noun = {"bytes": "an amount of memory", "duration": "a duration"}[kind]
     text = given.span.text
+    if given.kind == kind and given.value == 0 and setting.name in _ABOVE_ZERO:
+        raise refuse(
+            "out-of-range",
+            f"`{setting.name}` is more than 0",
+            given.span,
+            help=f"{setting.name}={setting.example}",
+        )
     if given.kind == kind and given.value >= 0:
         return given.value
     if given.kind in ("int", "float") and given.value >= 0:
+        is_number = text[0].isdigit() and text[-1].isdigit()
         raise refuse(
             "missing-unit",
             f"`{setting.name}` is {noun}, and `{text}` has no unit",
             given.span,
-            help=f"{setting.name}={text}{unit}",
+            help=f"{setting.name}={text}{unit}" if is_number else None,
+            note=None if is_number else f"a param has its unit where it is declared: 2{unit}",
         )
     what = "negative" if given.kind in (kind, "int", "float") else given.noun
     raise refuse(

@@ -60,7 +60,7 @@ class Settler:
                         f"there is no flow named `{entry.path}` to schedule",
                         entry.path.span,
                         help=did_you_mean(str(entry.path), known),
-                        note=f"flows are {', '.join(known[:8])}",
+                        note=f"flows are {', '.join(known[:8])}" if known else None,
                     )
                 continue
             given = self._entry_settings(entry)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from flowlang.diagnostics import Diagnostic, Label, Source, Span
 from flowlang.plan.arguments import Report
+from flowlang.plan.imports import imported_files
 from flowlang.plan.module import Module, PythonFile
 from flowlang.plan.ops import Op, Param
 from flowlang.plan.rules import Mismatch
@@ -36,6 +38,10 @@ from flowlang.syntax.parse import parse_leniently
 SETTINGS = ("batch", "wait", "timeout")
 _PLAIN = {"int": "int", "float": "float", "str": "str", "bool": "bool", "bytes": "bytes"}
 _KINDS = {"int": "int", "float": "number", "str": "str", "bool": "flag"}  # of parameters
+_TYPES = (
+    "types are int, float, str, bool, bytes, list[...], X | None, np.ndarray, and a TypedDict, "
+    "NamedTuple or dataclass of the same file"
+)
 _ARRAYS = frozenset({"ndarray", "NDArray", "ArrayLike"})
 
 
@@ -43,8 +49,9 @@ _ARRAYS = frozenset({"ndarray", "NDArray", "ArrayLike"})
 class PythonFunction:
     """Which function an operator is. `fields` are the record's fields it takes one by one.
 
-    One that is `is_batched` takes a list of items and gives a list of results. `problem` is why it
-    cannot be an operator: that is told where it is mentioned, for not every function is one.
+    One that is `is_batched` takes a list of items and gives a list of results. `classes` are the
+    records of its file that are made objects of it; others are dicts. `problem` is why it cannot be
+    an operator: that is told where it is mentioned, for not every function is one.
     """
 
     path: Path
@@ -54,17 +61,25 @@ class PythonFunction:
     gives: Type
     is_batched: bool
     fields: tuple[str, ...] = ()
+    classes: frozenset[str] = frozenset()
     problem: Diagnostic | None = None
 
 
 class _Unreadable(Exception):
     """An annotation that says no type of the language."""
 
-    def __init__(self, node: ast.AST, message: str, help: str | None = None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        node: ast.AST,
+        message: str,
+        help: str | None = None,  # noqa: A002
+        note: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.node = node
         self.message = message
         self.help = help
+        self.note = note
 
 
 def read_python(
@@ -103,12 +118,14 @@ class _Reader:
         self.alias = alias
         self.report = report
         self.records: dict[str, ast.ClassDef] = {}
+        self.classes: frozenset[str] = frozenset()
         self.aliases: dict[str, ast.expr] = {}
         self.types: dict[str, Type] = {}
         self._resolving: set[str] = set()
 
     def read(self, parsed: ast.Module) -> PythonFile:
         self.records = {c.name: c for c in _records(parsed)}
+        self.classes = frozenset(self.records) - frozenset(_typed_dicts(parsed))
         self.aliases = dict(_aliases(parsed))
         operators: dict[str, Op] = {}
         for node in parsed.body:
@@ -123,7 +140,8 @@ class _Reader:
             with contextlib.suppress(_Unreadable):  # told where it is the type of an operator
                 self._record(name)
         gives = {name: op.function.gives for name, op in operators.items() if op.function}
-        return PythonFile(self.path, operators, {**gives, **self.types})
+        imports = imported_files(os.path.realpath(self.path), parsed)
+        return PythonFile(self.path, operators, {**gives, **self.types}, tuple(imports))
 
     def _span(self, node: ast.AST) -> Span:
         """The place of a piece of Python; of a function or class, its first line."""
@@ -139,7 +157,9 @@ class _Reader:
 
     def _unknown(self, node: ast.FunctionDef | ast.AsyncFunctionDef, error: _Unreadable) -> Op:
         place = Label(self._span(error.node))
-        problem = Diagnostic("bad-signature", error.message, place, help=error.help)
+        problem = Diagnostic(
+            "bad-signature", error.message, place, help=error.help, note=error.note
+        )
         function = PythonFunction(
             self.path,
             node.name,
@@ -167,7 +187,7 @@ class _Reader:
             raise _Unreadable(
                 node,
                 f"`{node.name}` does not say what it gives",
-                help=f"def {node.name}(...) -> str:",
+                help=f"def {node.name}({ast.unparse(args)}) -> str:",
             )
         is_batched = any(_name(d) == "batched" for d in node.decorator_list)
         bare = len(positional) - len(args.defaults)
@@ -178,7 +198,9 @@ class _Reader:
         gives = self._element(node.returns, gives) if is_batched else gives
         item = takes[0][1] if len(takes) == 1 else Record(tuple(takes))
         fields = tuple(name for name, _ in takes) if len(takes) > 1 else ()
-        function = PythonFunction(self.path, node.name, shown, item, gives, is_batched, fields)
+        function = PythonFunction(
+            self.path, node.name, shown, item, gives, is_batched, fields, self.classes
+        )
         defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
         params = [self._param(a, d) for a, d in zip(positional, defaults, strict=True) if a in rest]
         params += [
@@ -210,7 +232,9 @@ class _Reader:
 
     def _element(self, node: ast.AST, kind: Type) -> Type:
         if not isinstance(kind, ListOf):
-            raise _Unreadable(node, "a batched operator takes and gives lists", help="list[str]")
+            raise _Unreadable(
+                node, "a batched operator takes and gives lists", f"list[{_text(node)}]"
+            )
         return kind.item
 
     def _param(self, given: ast.arg, default: ast.expr | None, *, is_named: bool = False) -> Param:
@@ -261,11 +285,12 @@ class _Reader:
             return self._record(name)
         if name in self.aliases:
             return self._alias(node, name)
-        raise _Unreadable(
-            node,
-            f"`{ast.unparse(node)}` is no type of the language",
-            help='Annotated[np.ndarray, "tensor<f32, 512>"]',
-        )
+        message = f"`{ast.unparse(node)}` is no type of the language"
+        if name in ("list", "List", "Sequence", "tuple", "Tuple"):
+            raise _Unreadable(node, message, help="list[str]")
+        if name.lower().endswith(("array", "tensor", "image", "mat")):
+            raise _Unreadable(node, message, help='Annotated[np.ndarray, "tensor<f32, 512>"]')
+        raise _Unreadable(node, message, note=_TYPES)
 
     def _union(self, node: ast.BinOp) -> Type:
         sides = (node.left, node.right)
@@ -353,18 +378,32 @@ def _name(node: ast.AST | None) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def _text(node: ast.AST) -> str:
+    """An annotation as it is written, without the quotes of one that is a string."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    return ast.unparse(node)
+
+
 def _records(parsed: ast.Module) -> Iterator[ast.ClassDef]:
     """The classes that are records: TypedDict, NamedTuple and dataclasses."""
-    typed_dicts = {"TypedDict"}
+    typed_dicts = set(_typed_dicts(parsed))
     for node in parsed.body:
         if not isinstance(node, ast.ClassDef):
             continue
-        bases = {_name(b) for b in node.bases}
-        if bases & typed_dicts:
-            typed_dicts.add(node.name)
         is_dataclass = any(_name(d) == "dataclass" for d in node.decorator_list)
-        if is_dataclass or bases & {"NamedTuple", *typed_dicts}:
+        is_tuple = "NamedTuple" in map(_name, node.bases)
+        if is_dataclass or is_tuple or node.name in typed_dicts:
             yield node
+
+
+def _typed_dicts(parsed: ast.Module) -> Iterator[str]:
+    """The names of the classes that are TypedDicts, which are dicts at run time."""
+    found = {"TypedDict"}
+    for node in parsed.body:
+        if isinstance(node, ast.ClassDef) and found & {_name(b) for b in node.bases}:
+            found.add(node.name)
+            yield node.name
 
 
 def _aliases(parsed: ast.Module) -> Iterator[tuple[str, ast.expr]]:

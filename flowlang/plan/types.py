@@ -202,6 +202,37 @@ def in_frame(kind: Type, frame: object) -> Type:
     return kind
 
 
+def images_in_frame(kind: Type, frame: object) -> Type:
+    """The same type, its images known to be a picture by themselves."""
+    if isinstance(kind, Image):
+        return replace(kind, frame=frame)
+    if isinstance(kind, ListOf):
+        return ListOf(images_in_frame(kind.item, frame))
+    if isinstance(kind, Optional):
+        return Optional(images_in_frame(kind.item, frame))
+    if isinstance(kind, Record):
+        return Record(tuple((n, images_in_frame(t, frame)) for n, t in kind.fields), kind.name)
+    return kind
+
+
+def is_undecided(kind: Type) -> bool:
+    """Whether a type is an image whose order of colours is open, or holds one."""
+    if isinstance(kind, Record):
+        return any(is_undecided(part) for _, part in kind.fields)
+    if isinstance(kind, (ListOf, Optional)):
+        return is_undecided(kind.item)
+    return isinstance(kind, Image) and kind.colour is None
+
+
+def may_hold_images(kind: Type) -> bool:
+    """Whether values of a type may be images, or have some in them."""
+    if isinstance(kind, Record):
+        return any(may_hold_images(part) for _, part in kind.fields)
+    if isinstance(kind, (ListOf, Optional)):
+        return may_hold_images(kind.item)
+    return isinstance(kind, (Image, Unknown)) or kind == ANY_ARRAY
+
+
 def unify(one: Type, other: Type) -> Type | None:
     """The narrowest type that holds every value of both, or None where there is none.
 

@@ -65,6 +65,39 @@ def conforming(kind: Type) -> Conform:
     return _plain
 
 
+def building(kind: Type, names: Mapping[str, Any], classes: frozenset[str]) -> Conform | None:
+    """What makes records of `classes`, which stand among `names`, out of those that flows hold.
+
+    None where a type has none of them: its values are given as they are.
+    """
+    if isinstance(kind, Optional):
+        inner = building(kind.item, names, classes)
+        return _unless_null(inner) if inner else None
+    if isinstance(kind, ListOf):
+        inner = building(kind.item, names, classes)
+        return _each(inner) if inner else None
+    if not isinstance(kind, Record):
+        return None
+    parts = {name: building(part, names, classes) for name, part in kind.fields}
+    made = names.get(kind.name or "") if kind.name in classes else None
+    if made is None and not any(parts.values()):
+        return None
+    to = dict if made is None else made
+
+    def build(value: Any) -> Any:
+        return to(**{n: b(value.get(n)) if b else value.get(n) for n, b in parts.items()})
+
+    return build
+
+
+def _unless_null(build: Conform) -> Conform:
+    return lambda value: None if value is None else build(value)
+
+
+def _each(build: Conform) -> Conform:
+    return lambda value: [build(part) for part in value]
+
+
 def _plain(value: Any) -> Any:
     """A scalar of numpy as Python's own; anything else as it is."""
     return (

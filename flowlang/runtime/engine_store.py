@@ -354,15 +354,18 @@ def _unlock(lock: int) -> None:
     os.close(lock)
 
 
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+def write_whole(path: Path, pieces: Iterable[bytes], *, mode: int | None = None) -> None:
     """Write a file so that it has all its pieces or does not exist, even after a power failure.
 
-    An existing file is replaced at once. Raises OSError.
+    An existing file is replaced at once. `mode` is who may do what with it, where that is not left
+    to the user's umask. Raises OSError.
     """
     _clear_partial(path.parent)
     partial, file = _open_partial(path.parent)
     try:
         with file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             for piece in pieces:
                 file.write(piece)
             file.flush()

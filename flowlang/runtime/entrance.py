@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from flowlang.diagnostics import BadRequest
 from flowlang.plan.physical import FlowProgram, StagePlan
+from flowlang.plan.types import may_hold_images
 from flowlang.runtime.batcher import Batcher, Item
 from flowlang.runtime.metrics import FlowCounts, StageCounts
 from flowlang.runtime.request import Request, Wake
@@ -47,7 +48,8 @@ class Stage:
 class Entrance:
     """The door of a flow: its program made ready to run, and its bounded queue.
 
-    At most `limit` requests are inside. Of those, at most `width` are under way in the stages; the
+    At most `limit` requests are inside: those that wait, and as many as the stages can work on at
+    the same time. Of those, at most `width` are under way in the stages; the
     rest wait here as they came (compressed pictures are small, decoded ones are not).
     """
 
@@ -60,10 +62,12 @@ class Entrance:
         self.counts = FlowCounts()
         units = program.steps.units
         self.stages = [stages[s] for s in dict.fromkeys(program.steps.stages())]
-        room = sum(s.plan.instances * s.plan.batch[2] for s in self.stages)
-        self.limit = program.queue + room
-        self.width = 2 * room if room and len(units) > 1 else self.limit
+        self.limit = program.queue + sum(s.plan.at_once for s in self.stages)
+        # What instances may take in one go: more than that at hand makes no batch larger.
+        self.room = sum(s.plan.instances * s.plan.batch[2] for s in self.stages)
+        self.width = 2 * self.room if self.room and len(units) > 1 else self.limit
         self.track = Track(program.steps)
+        self.gives_images = may_hold_images(program.output)
         self.has_parameters = bool(program.plan.parameters)
         # The stage of a flow that is one stage, which most are: its requests are queued there at
         # once, without what only the others need.

@@ -213,6 +213,19 @@ def frame_of(array: Array) -> Frame:
     return Frame.of(*array.shape[:2]) if frame is None else frame
 
 
+def without_frames(value: Any) -> Any:
+    """A value for who knows no frames: its images are plain arrays of the same pixels."""
+    if isinstance(value, dict):
+        return {name: without_frames(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_frames(part) for part in value]
+    if getattr(value, "frame", None) is None:
+        return value
+    import numpy as np
+
+    return value.view(np.ndarray)
+
+
 # What the operators do to sizes
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from flowlang.diagnostics import BadRequest, EngineError, RequestError, StageFailed
 from flowlang.plan import graph
-from flowlang.plan.expression import Expression
+from flowlang.plan.expression import Expression, failure
 from flowlang.plan.graph import Live, Node
 from flowlang.plan.ops import OPS, Param
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS
@@ -36,7 +36,7 @@ from flowlang.runtime.frame import (
     with_frame,
 )
 from flowlang.runtime.picture import Picture, UnreadablePicture, plain_jpeg_size, read_picture
-from flowlang.runtime.results import read_lines
+from flowlang.runtime.results import lines_of
 from flowlang.runtime.row_ops import RowWork
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def work_of(node: Node, settings: Mapping[str, Any]) -> Work:
             error.stage, error.place = name, place
             raise
         except Exception as error:
-            message = f"{name} failed: {type(error).__name__}: {error}"
+            message = f"{name} failed: {failure(error)}"
             raise StageFailed(message, stage=name, place=place) from error
 
     return work
@@ -100,7 +100,7 @@ def _live_work(node: Node, settings: Mapping[str, Any], lives: Sequence[tuple[Pa
     """One inner work for each tuple of values, made when it first comes and kept for a while."""
     make = _MAKERS[node.op]
     # Files are read now: later they may be gone, and a request is not the time to read them.
-    known = {n: read_lines(v) if isinstance(v, Path) else v for n, v in node.params.items()}
+    known = {n: lines_of(v) if isinstance(v, Path) else v for n, v in node.params.items()}
     others = _others(node, lives)
 
     @functools.lru_cache(maxsize=MAX_WORKS)

@@ -6,8 +6,6 @@ goes to the log and never to a client. What it gives is held against its declare
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import logging
 import os
 import sys
@@ -22,51 +20,43 @@ from flowlang.plan import graph
 from flowlang.plan.graph import Live
 from flowlang.plan.physical import StagePlan
 from flowlang.plan.signature import PythonFunction
-from flowlang.runtime.conform import NotOfType, conforming
+from flowlang.runtime.conform import NotOfType, building, conforming
+from flowlang.runtime.modules import Folder
 
 log = logging.getLogger("flowlang.python")
 
 _FAILURES = (Exception, SystemExit)  # `sys.exit()` in an operator ends its item, not its lane
 _loading = threading.RLock()
-_modules: dict[tuple[str, int], ModuleType] = {}  # by path and time of change: each is run once
+_folders: dict[str, Folder] = {}  # by path, as they were when they were last asked for
 
 
-def function_of(wanted: PythonFunction) -> Callable[..., Any]:
-    """The function an operator is. Raises EngineError where its file cannot be run or lacks it."""
+def module_of(wanted: PythonFunction) -> ModuleType:
+    """The file an operator is in, run. Raises EngineError where it cannot be, or lacks it."""
     with _loading:
         module = _module_of(wanted.path)
-    function = getattr(module, wanted.name, None)
-    if not callable(function):
+    if not callable(getattr(module, wanted.name, None)):
         raise EngineError(f"`{wanted.path.name}` was run and has no function `{wanted.name}`")
-    found: Callable[..., Any] = function
-    return found
+    return module
 
 
 def _module_of(path: Path) -> ModuleType:
-    key = (os.path.realpath(path), path.stat().st_mtime_ns)
-    if key in _modules:
-        return _modules[key]
-    name = f"flowlang_{path.stem}_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, key[0])
-    if spec is None or spec.loader is None:
-        raise EngineError(f"`{path.name}` cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    folder = os.path.dirname(key[0])
-    if folder not in sys.path:
-        sys.path.append(folder)  # so that the file finds those beside it
-    sys.modules[name] = module  # dataclasses look themselves up there
+    real = os.path.realpath(path)
+    place = os.path.dirname(real)
+    folder = _folders.get(place)
+    if folder is None or not folder.is_current():
+        folder = _folders[place] = Folder(place)
+    if place not in sys.path:
+        sys.path.append(place)  # for names that come as text: those in pickles, plugins
     try:
-        spec.loader.exec_module(module)
+        return folder.module(real)
     except BaseException as error:
-        del sys.modules[name]
         if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
             raise
         log.error("`%s` cannot be imported", path.name, exc_info=error)
+        reason = str(error).replace(f"{folder.name}.", "")
         raise EngineError(
-            f"`{path.name}` cannot be imported: {type(error).__name__}: {error}"
+            f"`{path.name}` cannot be imported: {type(error).__name__}: {reason}"
         ) from error
-    _modules[key] = module
-    return module
 
 
 class PythonInstance:
@@ -75,7 +65,9 @@ class PythonInstance:
     def __init__(self, plan: StagePlan) -> None:
         node = plan.nodes[0]
         self._wanted: PythonFunction = node.params[graph.FUNCTION]
-        self._function = function_of(self._wanted)
+        module = module_of(self._wanted)
+        self._function: Callable[..., Any] = getattr(module, self._wanted.name)
+        self._build = building(self._wanted.takes, vars(module), self._wanted.classes) or _same
         self._place = str(node.span)
         self._fields = {"stage": self._wanted.shown, "place": self._place}  # of a line in the log
         self._conform = conforming(self._wanted.gives)
@@ -103,6 +95,7 @@ class PythonInstance:
     def _call(self, item: Any, given: Mapping[str, Any]) -> Any:
         item = _locked(item)
         try:
+            item = self._build(item)
             if self._wanted.fields:
                 return self._conform(
                     self._function(*(item[f] for f in self._wanted.fields), **given)
@@ -127,9 +120,10 @@ class PythonInstance:
                 outcomes[index] = result
         return outcomes
 
-    def _try_batch(self, items: list[Any], told: Mapping[str, Any]) -> list[Any]:
-        items = [_locked(item) for item in items]
+    def _try_batch(self, given: list[Any], told: Mapping[str, Any]) -> list[Any]:
+        items = [_locked(item) for item in given]
         try:
+            items = [self._build(item) for item in items]
             results = list(self._batch(items, told))
             if len(results) != len(items):
                 raise NotOfType(f"{len(items)} items gave {len(results)} results")
@@ -137,7 +131,7 @@ class PythonInstance:
         except _FAILURES as error:
             if len(items) == 1:
                 return [self._failure(error)]
-        return [self._try_batch([item], told)[0] for item in items]
+        return [self._try_batch([item], told)[0] for item in given]
 
     def _batch(self, items: list[Any], told: Mapping[str, Any]) -> Any:
         fields = self._wanted.fields
@@ -159,12 +153,23 @@ class PythonInstance:
         return StageFailed(message, stage=shown, place=self._place)
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 def _locked(value: Any) -> Any:
-    """An item whose arrays cannot be written to: other branches of the flow see the same ones."""
+    """An item whose arrays cannot be written to: other branches of the flow see the same ones.
+
+    They are plain arrays, whatever flowlang knows of them.
+    """
     if isinstance(value, dict):
         return {name: _locked(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_locked(part) for part in value]
     if not hasattr(value, "setflags"):
         return value
-    view = value[...]
+    import numpy as np
+
+    view = value.view(np.ndarray) if isinstance(value, np.ndarray) else value[...]
     view.setflags(write=False)
     return view

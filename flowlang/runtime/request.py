@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from flowlang.runtime.frame import without_frames
+
 if TYPE_CHECKING:
     from flowlang.runtime.entrance import Entrance
 
@@ -90,6 +92,8 @@ def deliver(settled: Iterable[Request]) -> None:
     """Hand answers to those who asked, with one wake-up for each of them."""
     wakes: dict[Wake, None] = {}
     for request in settled:
+        if request.entrance.gives_images:
+            request.outcome = without_frames(request.outcome)
         wake = request.reply.settle(request)
         if wake is not None:
             wakes[wake] = None

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from flowlang.diagnostics import StageFailed
+from flowlang.diagnostics import EngineError, StageFailed
 from flowlang.plan.graph import Node
+from flowlang.plan.lines import read_lines
 from flowlang.runtime import boxes
 from flowlang.runtime.frame import Frame, through
 
@@ -25,16 +26,14 @@ Work: TypeAlias = Callable[..., Any]
 Maker: TypeAlias = Callable[[Node, Mapping[str, Any]], Work]
 
 
-def read_lines(path: Path | Sequence[str] | None) -> list[str] | None:
-    """The lines of a text file of names, without their line ends; names already known as they are.
-
-    Only line feeds end a line: a recogniser's characters include the other separators of Unicode.
-    """
-    if not isinstance(path, Path):
-        return None if path is None else list(path)
-    text = path.read_bytes().decode("utf-8-sig")
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if lines[-1] == "" else lines
+def lines_of(names: Path | Sequence[str] | None) -> list[str] | None:
+    """The lines of a word list; names already known as they are. Raises EngineError."""
+    if not isinstance(names, Path):
+        return None if names is None else list(names)
+    try:
+        return read_lines(names)
+    except (OSError, ValueError) as error:  # it has changed since it was checked
+        raise EngineError(f"`{names.name}` cannot be read: {error}") from error
 
 
 def _softmax(node: Node, settings: Mapping[str, Any]) -> Work:
@@ -106,7 +105,7 @@ def _top(node: Node, settings: Mapping[str, Any]) -> Work:
     of_list = _top_of_list(node)
     if node.params.get("by") is not None:
         return of_list
-    names = read_lines(node.params["names"])
+    names = lines_of(node.params["names"])
     k = node.params["k"]
 
     def work(values: Any) -> list[Any]:
@@ -140,7 +139,7 @@ def _top_of_list(node: Node) -> Work:
 def _labels(node: Node, settings: Mapping[str, Any]) -> Work:
     import numpy as np
 
-    names, least = read_lines(node.params["names"]), node.params["min"]
+    names, least = lines_of(node.params["names"]), node.params["min"]
 
     def work(values: Array) -> list[dict[str, Any]]:
         found = np.flatnonzero(values >= least)
@@ -151,7 +150,7 @@ def _labels(node: Node, settings: Mapping[str, Any]) -> Work:
 
 
 def _best(node: Node, settings: Mapping[str, Any]) -> Work:
-    names = read_lines(node.params["names"])
+    names = lines_of(node.params["names"])
 
     def work(values: Array) -> dict[str, Any]:
         index = int(ranked(values).argmax())
@@ -161,7 +160,7 @@ def _best(node: Node, settings: Mapping[str, Any]) -> Work:
 
 
 def _ctc(node: Node, settings: Mapping[str, Any]) -> Work:
-    keys = ["", *(read_lines(node.params["keys"]) or ())]
+    keys = ["", *(lines_of(node.params["keys"]) or ())]
     is_scored = node.params.get("scored", False)
 
     def work(steps: Array) -> Any:
@@ -196,7 +195,7 @@ def _join(node: Node, settings: Mapping[str, Any]) -> Work:
 
 def _boxes(node: Node, settings: Mapping[str, Any]) -> Work:
     params = node.params
-    head, iou, names = params["head"], params["iou"], read_lines(params.get("names"))
+    head, iou, names = params["head"], params["iou"], lines_of(params.get("names"))
     if head == "db":
         return _text_boxes(node)
     conf, most = _or(params["conf"], 0.25), _or(params["max"], 256)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowlang.plan.graph import Node
 from flowlang.runtime import results
-from flowlang.runtime.results import label, ranked, read_lines
+from flowlang.runtime.results import label, lines_of, ranked
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +27,7 @@ def _argmax(node: Node) -> RowWork:
 
 
 def _best(node: Node) -> RowWork:
-    names = read_lines(node.params["names"])
+    names = lines_of(node.params["names"])
 
     def work(rows: Array) -> list[Any] | None:
         import numpy as np
@@ -42,7 +42,7 @@ def _best(node: Node) -> RowWork:
 
 
 def _top(node: Node) -> RowWork:
-    names, k = read_lines(node.params["names"]), node.params["k"]
+    names, k = lines_of(node.params["names"]), node.params["k"]
 
     def work(rows: Array) -> list[Any] | None:
         import numpy as np

@@ -106,8 +106,7 @@ def read_key(
         return Key(secret, "the passphrase", is_passphrase=True)
     variable = f"set {environment_variable}, " if environment_variable else ""
     raise EngineError(
-        f"no key to seal or open with: {variable}give a key file, a passphrase or a key "
-        f"({_HOW_TO_MAKE})"
+        f"no key to seal or open with: {variable}give a key file or a key ({_HOW_TO_MAKE})"
     )
 
 

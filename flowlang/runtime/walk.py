@@ -12,7 +12,7 @@ from typing import Any
 
 from flowlang.diagnostics import RequestError, StageFailed
 from flowlang.plan import graph
-from flowlang.plan.expression import compute, function_of, is_plain
+from flowlang.plan.expression import compute, failure, function_of, is_plain
 from flowlang.plan.physical import Steps, Unit
 from flowlang.runtime.request import UNANSWERED, Request
 
@@ -187,7 +187,7 @@ def _take(walk: Walk, index: int, unit: Unit, values: list[Any], arrivals: _Arri
     except RequestError as error:
         arrivals.append((walk, -1, error))
     except Exception as error:
-        message = f"{_shown(unit)} failed: {type(error).__name__}: {error}"
+        message = f"{_shown(unit)} failed: {failure(error)}"
         place = str(unit.node.span)
         arrivals.append((walk, -1, StageFailed(message, stage=op, place=place)))
 

@@ -1,13 +1,14 @@
 """Forms and query strings: the item of a request and its parameters out of either.
 
 Layer 4, and the only file importing python_multipart. A form (multipart/form-data, RFC 7578) brings
-the item in a part of any name, and parameters in parts of theirs; a query string brings parameters.
+the item in a part of any name, or several in parts with files' names, and parameters in parts of
+theirs; a query string brings parameters.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -129,12 +130,15 @@ class ParameterReader:
         """The parameters as texts, read as their types say. Raises BadRequest."""
         unknown = texts.keys() - self._types.keys()
         if unknown:
-            known = ", ".join(f"`{n}`" for n in self._types) or "none"
-            raise BadRequest(f"this flow has no parameter `{min(unknown)}`; it has {known}")
+            raise BadRequest(self._unknown(min(unknown)))
         return {name: self._read(name, text.encode()) for name, text in texts.items()}
 
     def of_form(self, parts: Sequence[Part]) -> tuple[dict[str, Any], list[Part]]:
-        """The parameters of a form, and the parts that are none. Raises BadRequest."""
+        """The parameters of a form, and the parts that are its items. Raises BadRequest.
+
+        Where a form has parts of several names besides its parameters, each shows that it is an
+        item: it has a file's name or is called so. Others are parameters with misspelt names.
+        """
         found: dict[str, Any] = {}
         items: list[Part] = []
         for part in parts:
@@ -144,7 +148,21 @@ class ParameterReader:
                 raise BadRequest(f"`{part.name}` is given twice")
             else:
                 found[part.name] = self._read(part.name, part.content)
+        has_files = any(i.file_name is not None for i in items)
+        if has_files or (self._types and len({i.name for i in items}) > 1):
+            self._check_items(items)
         return found, items
+
+    def _check_items(self, items: Sequence[Part]) -> None:
+        item = item_name(self._types)
+        for part in items:
+            if part.file_name is None and part.name != item:
+                reason = f"an item is a part with a file's name, or named `{item}`"
+                raise BadRequest(f"{self._unknown(part.name)}; {reason}")
+
+    def _unknown(self, name: str) -> str:
+        known = ", ".join(f"`{n}`" for n in self._types) or "none"
+        return f"this flow has no parameter `{name}`; it has {known}"
 
     def _read(self, name: str, content: bytes) -> Any:
         """A value of a parameter's type. What does not fit is told when the request is let in."""
@@ -157,6 +175,14 @@ class ParameterReader:
         except BadRequest:
             shown = content[:40].decode("utf-8", "replace")
             raise BadRequest(f"`{name}` is {kind}, not `{shown}`") from None
+
+
+def item_name(parameters: Collection[str]) -> str:
+    """What a part with an item is called, where it has to be called something."""
+    name = "item"
+    while name in parameters:  # then it would be that parameter
+        name += "_"
+    return name
 
 
 def only_item(items: Sequence[Part], parameters: Mapping[str, Any]) -> bytes:

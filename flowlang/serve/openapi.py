@@ -34,7 +34,7 @@ from flowlang.plan.types import (
     without_null,
 )
 from flowlang.serve.answer import takes_bytes
-from flowlang.serve.form import MAX_PARTS
+from flowlang.serve.form import MAX_PARTS, item_name
 
 if TYPE_CHECKING:
     from flowlang.app import Flow
@@ -243,9 +243,7 @@ def _body(flow: Flow) -> Json:
 def _form(flow: Flow) -> Json:
     """A form: its parts are items, but for those with the names of parameters."""
     names = [p.name for p in flow.parameters]
-    item = "item"
-    while item in names:  # then it would be that parameter
-        item += "_"
+    item = item_name(names)
     is_plain = takes_bytes(flow.input)
     kinds = {item: _OCTETS if is_plain else "application/json"}
     kinds |= {p.name: _OCTETS for p in flow.parameters if _is_bytes(p)}
@@ -257,8 +255,8 @@ def _form(flow: Flow) -> Json:
             "items": items,
             "minItems": 1,
             "maxItems": most,
-            "description": "The item, or several, each answered for itself. Their parts may have "
-            "other names too, and the parameters of the query may be parts instead.",
+            "description": "The item, or several, each answered for itself. A part with a file's "
+            "name may have any name, and the parameters of the query may be parts instead.",
         },
         **{p.name: dict(_BYTES) for p in flow.parameters if _is_bytes(p)},
     }

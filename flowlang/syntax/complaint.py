@@ -376,6 +376,8 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         return None
     if found == "[" and before[1] == span.start and text[before[0]].isidentifier():
         return _swapped(span, "arguments stand in parentheses", "(")
+    if re.fullmatch("X[1-9][0-9]*", found):
+        return _swapped(span, "copies are written with a small x", found.lower())
     if found.startswith("x") and (said := _copies(span)):
         return said
     left = Span(span.source, *before)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flowlang.diagnostics import CompileError, Source, render
-from flowlang.plan.check import NO_CHOICES, Plan, check_source, compile_source
+from flowlang.plan.check import MAX_DIAGNOSTICS, NO_CHOICES, Plan, check_source, compile_source
 from flowlang.plan.declare import CALLERS, Choices
 from flowlang.plan.graph import Node
 from flowlang.plan.physical import Machine, PhysicalPlan, lower
@@ -112,6 +112,17 @@ def test_a_parameter_is_not_named_as_what_callers_say(name: str) -> None:
     """What whoever calls a flow can say besides its parameters is none of them."""
     text = f"export flow f({name}: int, k: int): bytes -> int {{ return {name} + k }}"
     assert slugs(text) == ["reserved-word"]
+
+
+def test_a_check_that_stops_says_so() -> None:
+    """So many errors help nobody; but that there may be more is told, in every form."""
+    many = "".join(f"flow a{i} = nope{i}\n" for i in range(MAX_DIAGNOSTICS + 50))
+    found = check_source(Source("app.flow", many))[1]
+    assert len(found) == MAX_DIAGNOSTICS
+    assert found[-1].note == f"checking stopped at {MAX_DIAGNOSTICS} messages; there may be more"
+    assert all(not d.note for d in found[:-1])
+    few = "".join(f"flow a{i} = nope{i}\n" for i in range(MAX_DIAGNOSTICS - 10))
+    assert all(not d.note for d in check_source(Source("app.flow", few))[1])
 
 
 def test_a_syntax_error_hides_no_other_declaration() -> None:

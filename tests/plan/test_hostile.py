@@ -143,8 +143,8 @@ FINE: dict[str, bytes] = {
     "byte-order mark": b"\xef\xbb\xbfdecode -> rgb",
     "Windows": b"decode\r\n  -> rgb\r\n",
     "long pipeline": fill("rgb -> ", "rgb")[: LONG // 3].rpartition(" ->")[0].encode(),
-    "many flows": lines("flow a{i} = rgb\n", 500).encode() + b"export flow main = decode",
-    "many zeros": b"decode -> resize(" + b"0" * 4400 + b"7)",
+    "many flows": lines("flow a{i} = rgb\n", 500).encode() + b"export flow main = decode -> rgb",
+    "many zeros": b"decode -> rgb -> resize(" + b"0" * 4400 + b"7)",
     "many patterns": b"decode -> match { "
     + b" | ".join(b".width == %d" % i for i in range(200))
     + b" => 1, else => 0 }",

@@ -103,10 +103,10 @@ def test_what_has_not_changed_is_not_read_again() -> None:
 
 def test_a_declaration_that_stands_twice_has_two_places() -> None:
     """The same text twice is two parts, and the second one is the one told about."""
-    draft = Reader("app.flow").read("export flow a = decode\nflow b = rgb\nflow b = rgb\n")
+    draft = Reader("app.flow").read("export flow a = decode -> gray\nflow b = rgb\nflow b = rgb\n")
     (found,) = inspect(draft).diagnostics
     assert found.slug == "duplicate-name"
-    assert draft.place(found.span) == (41, 42)
+    assert draft.place(found.span) == (49, 50)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

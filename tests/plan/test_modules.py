@@ -490,7 +490,7 @@ FITS = (
 MISFITS: dict[str, tuple[str, str]] = {
     "f(true)": ("wrong-kind", "`scale` of `p.f` is a number, and `true` is true or false"),
     "f(1, 3)": ("wrong-kind", "`sure` of `p.f` is true or false, and `3` is a number"),
-    "f(1, true, 2, 3)": ("too-many-arguments", "`p.f` has no place for this argument"),
+    "f(1, true, 2, 3)": ("too-many-arguments", "`p.f` takes `mode` by name"),
     'f(mode="a", mode="b")': ("given-twice", "`mode` of `p.f` is given twice"),
     "f(1, scale=2)": ("given-twice", "`scale` of `p.f` is given twice"),
     "f(mode=b)": ("wrong-kind", "`mode` of `p.f` is a string, and `b` is a word"),
@@ -508,7 +508,7 @@ MISFITS: dict[str, tuple[str, str]] = {
     "f(rows=[1])": ("wrong-kind", "`rows` of `p.f` is list<list<float>>, and `[1]` is a list"),
     "f(gpu=1)": ("unknown-parameter", "`p.f` has no parameter `gpu`"),
     "needs": ("missing-parameter", "`p.needs` needs its `side`"),
-    "needs(3)": ("too-many-arguments", "`p.needs` has no place for this argument"),
+    "needs(3)": ("too-many-arguments", "`p.needs` takes `side` by name"),
     "two": ("type-mismatch", "`p.two` cannot take what the flow's input gives"),
 }
 AROUND = 'use "p.py" as p\nexport flow a(k: int = 2): int -> int {{ return in -> p.{} }}'
@@ -589,3 +589,24 @@ def test_python_files_are_read_beside_their_flow(write: Write) -> None:
     text = 'use "lib/ops.flow" as lib\nuse "lib/ops.py" as ops\nexport flow a = lib.ops.f -> ops.f'
     assert kind(text) == "int -> int"
     assert kind('use "lib/ops.flow" as lib\nexport flow a = lib.h -> lib.h') == "int -> int"
+
+
+# What Python files import
+
+
+def test_files_that_a_python_file_imports_are_files_of_the_plan(write: Write) -> None:
+    """All that would be run, of its folder: packages on the way too, and circles end."""
+    write(
+        "lib/ops.py",
+        "import os, near\ndef f(x: int) -> int:\n    from pack import leaf\n    return x\n",
+    )
+    write("lib/near.py", "import ops\nfrom pack.deep.down import x\nimport broken, missing\n")
+    write("lib/broken.py", "def\n")
+    (write("lib/notes.txt", "").parent / "pack" / "deep").mkdir(parents=True, exist_ok=True)
+    for name in ("__init__", "leaf", "side", "deep/down"):
+        write(f"lib/pack/{name}.py", "")
+    write("lib/pack/leaf.py", "from . import side\nfrom .deep import down\n")
+    files = plan('use "lib/ops.py" as ops\nexport flow f = ops.f\n').files
+    folder = Path("lib").resolve()
+    names = ("near", "broken", "pack/__init__", "pack/leaf", "pack/side", "pack/deep/down")
+    assert {str(folder / f"{name}.py") for name in (*names, "ops")} == {*files} - {"app.flow"}

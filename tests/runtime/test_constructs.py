@@ -139,7 +139,8 @@ PROGRAMS: dict[str, tuple[str, Any, Any]] = {
         ITEMS, [1, 2, 0],
     ),
     "fallback of a failure": (
-        EACH + "list<float> = map(.v / (.v - 5) ?? .v / 0 ?? 0.5)", ITEMS, [-0.25, 0.5, -1.5],
+        EACH + "list<float> = map(.v / (.v - 5) ?? .v / (.v - .v) ?? 0.5)",
+        ITEMS, [-0.25, 0.5, -1.5],
     ),
     "fallback of everything": (E + "export flow f: e -> int? = .w ?? .w", FIRST, None),
     "null is not equal": (EACH + "list<bool> = map(.w == 0)", ITEMS, [False, False, True]),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import cv2
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+import flowlang
 from flowlang.diagnostics import BadRequest, InternalError
 from flowlang.plan.graph import Node
 from flowlang.runtime.frame import (
@@ -30,7 +33,7 @@ from flowlang.runtime.frame import (
 )
 from flowlang.runtime.host import work_of
 from tests.nodes import image_node, made
-from tests.pictures import good
+from tests.pictures import encode, good
 
 Array: TypeAlias = NDArray[Any]
 PROPERTY = settings(max_examples=150, deadline=None)
@@ -363,3 +366,32 @@ def test_a_chain_may_begin_with_a_box() -> None:
     np.testing.assert_allclose(frame_of(part).to_decoded([[0, 64], [64, 0]]), [[40, 30], [72, 62]])
     places = frame_of(part).to_decoded(centres(64, 64)).reshape(64, 64, 2)[1:-1, 1:-1]
     assert np.abs(np.asarray(part)[1:-1, 1:-1, :2] - (places - 0.5)).max() <= 0.8
+
+
+# Images as others get them
+
+
+def test_who_knows_no_frames_gets_plain_arrays(tmp_path: Path) -> None:
+    """What leaves an app, alone or inside of something, and what operators in Python are given."""
+    (tmp_path / "ops.py").write_text(
+        "import numpy as np\n"
+        "def kind(image: np.ndarray) -> str: return type(image).__name__\n"
+        "def kinds(images: list[np.ndarray]) -> str:\n"
+        "    return ' '.join(f'{type(i).__name__} {i.flags.writeable}' for i in images)\n"
+    )
+    (tmp_path / "app.flow").write_text(
+        'use "ops.py" as ops\n'
+        "flow small = decode -> rgb -> resize(8)\n"
+        "export flow one = small\n"
+        "export flow many = small -> { one: cut(h=4), two: { three: crop(4) } }\n"
+        "export flow kind = small -> { one: ops.kind, all: cut(h=4) -> ops.kinds }\n"
+    )
+    picture = encode(Image.fromarray(ramp(37, 53)), "PNG")
+    with flowlang.load(tmp_path / "app.flow", device="cpu") as app:
+        many = app["many"](picture)
+        images = [app["one"](picture), *many["one"], many["two"]["three"]]
+        images += app["one"].map([picture])
+        assert {type(image) for image in images} == {np.ndarray}
+        assert np.array_equal(pickle.loads(pickle.dumps(images[0])), images[0])
+        given = {"one": "ndarray", "all": "ndarray False ndarray False"}
+        assert app["kind"](picture) == given

@@ -681,7 +681,7 @@ def test_files_of_live_operators_are_read_when_they_are_made(tmp_path: Path) -> 
     work = live("top", "k", names=path)
     path.unlink()
     assert work(np.asarray([0.1, 0.9]), 1)[0]["label"] == "dog"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(EngineError, match="No such file"):
         live("top", "k", names=path)
 
 

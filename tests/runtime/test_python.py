@@ -176,6 +176,50 @@ def test_results_are_made_plain(load: Load, name: str, answer: Any) -> None:
     assert type(got) is type(answer)
 
 
+RECORDS = """
+class Point(NamedTuple):
+    x: int
+    y: float = 0.5
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    points: list[Point]
+    first: Point | None
+    image: np.ndarray
+    def __post_init__(self):
+        if not self.points: raise flowlang.BadRequest("a shape has points")
+class Loose(TypedDict):
+    shape: Shape
+def point(p: Point) -> float: return p.x + p.y
+def shape(s: Shape) -> str: return f"{s.points} {s.first} {s.image.flags.writeable}"
+def loose(s: Loose) -> str: return f"{type(s).__name__} {s['shape'].points[0].x}"
+def two(a: Point, b: Point | None) -> str: return f"{a.x} {b}"
+@batched
+def many(shapes: list[Shape]) -> list[int]: return [s.points[0].x for s in shapes]
+def make(x: int) -> Point: return Point(x, x)
+"""
+
+
+def test_records_arrive_as_their_classes(load: Load) -> None:
+    """Named tuples and dataclasses, also inside lists and others; a TypedDict is a dict."""
+    app = load(
+        RECORDS,
+        "export flow point = p.point\nexport flow shape = p.shape\nexport flow loose = p.loose\n"
+        "export flow two = p.two\nexport flow many = p.many\n"
+        "export flow made = p.make -> p.point",
+    )
+    image = np.zeros((2, 2))
+    shape = {"points": [{"x": 1, "y": 2.0}], "first": None, "image": image}
+    assert app["point"]({"x": 1, "y": 2}) == 3.0
+    assert app["shape"](shape) == "[Point(x=1, y=2.0)] None False"
+    assert app["loose"]({"shape": shape}) == "dict 1"
+    assert app["two"]({"a": {"x": 1, "y": 2}}) == "1 None"
+    assert app["many"](shape) == 1
+    assert app["made"](2) == 4.0
+    for name in ("shape", "many"):
+        with pytest.raises(flowlang.BadRequest, match="a shape has points"):
+            app[name]({**shape, "points": []})
+
+
 def test_pictures_pass_through(load: Load) -> None:
     """An image reaches Python as an array, and an array is an image to what follows."""
     app = load(

@@ -423,11 +423,21 @@ def test_an_item_out_of_time_fails_its_request(scenario: Scenario) -> None:
                 assert isinstance(outcomes[item.request], RequestError)
 
 
-def room(entrance: Entrance) -> int:
-    """How many items the instances of a flow's stages can work on at once."""
+def stages_of(entrance: Entrance) -> list[StagePlan]:
     used = set(entrance.program.steps.stages())
-    stages = [s for s in plan(entrance.program.plan.span.source.text).stages if s.index in used]
-    return sum(s.instances * s.batch[2] for s in stages)
+    stages = plan(entrance.program.plan.span.source.text).stages
+    return [s for s in stages if s.index in used]
+
+
+def room(entrance: Entrance) -> int:
+    """How many items the instances of a flow's stages can take in one go."""
+    return sum(s.instances * s.batch[2] for s in stages_of(entrance))
+
+
+def most_inside(entrance: Entrance) -> int:
+    """How many requests may be unanswered: those that wait, and those that are worked on."""
+    at_work = (s.instances * (s.batch[2] if s.model else 1) for s in stages_of(entrance))
+    return entrance.program.queue + sum(at_work)
 
 
 @FEW
@@ -470,9 +480,9 @@ def test_a_request_is_refused_exactly_when_its_queue_is_full(scenario: Scenario)
         try:
             request = submit(entrance, *rest)
         except Overloaded:
-            assert inside == entrance.program.queue + room(entrance)
+            assert inside == most_inside(entrance)
             raise
-        assert inside < entrance.program.queue + room(entrance)
+        assert inside < most_inside(entrance)
         return request
 
     scheduler.submit = watched  # type: ignore[method-assign, assignment]
@@ -613,6 +623,26 @@ def test_the_one_flow_is_served_before_the_other() -> None:
     simulation.run()
     places = [asked.index(answer.request) for answer in simulation.answers]
     assert places == [2, 4, 0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("flow", "at_work"),
+    [
+        ("pass", 1),
+        ("softmax", 1),
+        ("decode x2", 2),
+        ('trt("net.onnx", batch=1..1) x2', 2),
+        ('trt("net.onnx", batch=1..8) x2', 16),
+    ],
+)
+def test_a_full_queue_is_what_waits(flow: str, at_work: int) -> None:
+    """Besides those that wait, as many are let in as can be worked on at the same time."""
+    simulation = simulated(f"export flow f = {flow}\nschedule {{ f(queue=3) }}")
+    entrance = simulation.scheduler.entrances["f"]
+    assert entrance.limit == 3 + at_work
+    simulation.scheduler.submit_many(entrance, deque(["picture"] * 200), simulation)
+    with pytest.raises(Overloaded):
+        simulation.scheduler.submit(entrance, "picture", simulation)
 
 
 def test_a_backlog_lets_the_first_in_first() -> None:

@@ -113,5 +113,5 @@ def test_a_flow_that_thrift_cannot_mean(folder: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "there is no flow `other`" in done.stderr

@@ -39,12 +39,13 @@ export flow show(
   ops.show(k=k, scale=scale, name=name, sure=sure, tags=tags, more=more, where=where)
 export flow needs(k: int): bytes -> int = k
 export flow side(least: int = 0) = decode -> { side: ops.side, least: least }
-  -> if .side < .least then (.side / 0) else (.side / 1)
+  -> if .side < .least then (.side / (.least - .least)) else (.side / 1)
 export flow twin(other: bytes): bytes -> list<int> {
   return [(in -> decode -> .width), (other -> decode -> .width)]
 }
 export flow pair: { a: int, b: int } -> int = .a - .b
 export flow echo = pass
+export flow named(item: int = 1, self: int = 1): bytes -> int = item * 10 + self
 """
 
 
@@ -121,7 +122,7 @@ def test_a_query_may_hold_raw_text() -> None:
         ("show", "?k=0.5", "`k`: this flow takes int, not float"),
         ("show", "?k=true", "`k`: this flow takes int, not bool"),
         ("show", '?k="3"', "`k`: this flow takes int, not str"),
-        ("show", "?k=[1]", "`k`: this flow takes int, not list"),
+        ("show", "?k=[1]", "`k`: this flow takes int, not a list"),
         ("show", "?k=" + "9" * 5000, "`k` is int, not `" + "9" * 40 + "`"),
         ("show", "?k=" + "[" * 5000, "`k` is int, not `" + "[" * 40 + "`"),
         ("show", "?k=%FF%FE", "`k` is int, not"),
@@ -129,7 +130,7 @@ def test_a_query_may_hold_raw_text() -> None:
         ("show", "?sure=True", "`sure` is bool, not `True`"),
         ("show", "?scale=" + "9" * 400, "`scale`: this flow takes float, and this number is too"),
         ("show", "?tags=a", "`tags` is list<str>, not `a`"),
-        ("show", "?tags=[1]", "`tags`: this flow takes str, not int"),
+        ("show", "?tags=[1]", "`tags`: element 0: this flow takes str, not int"),
         ("show", "?k=1&k=2", "`k` is given twice"),
         ("show", "?q=1", "this flow has no parameter `q`; it has `k`, `scale`"),
         ("show", "?deadline_s=1", "this flow has no parameter `deadline_s`; it has"),
@@ -141,6 +142,13 @@ def test_a_query_may_hold_raw_text() -> None:
 def test_a_query_that_does_not_fit(server: Server, flow: str, query: str, words: str) -> None:
     """The parameter is named with what it should be; nothing of it reaches the flow."""
     assert words in refusal(server.client.post(f"/flows/{flow}{query}", content=b"abc"))
+
+
+def test_parameters_may_be_named_as_python_names_its_own(server: Server) -> None:
+    """`item` and `self` are what a method takes first."""
+    assert server.client.post("/flows/named?item=2&self=3", content=b"").json() == 23
+    parts = {"item": (None, b"4"), "it": ("it", b"")}
+    assert server.client.post("/flows/named", files=parts).json() == 41
 
 
 def test_parameters_and_the_item_are_apart(server: Server) -> None:
@@ -204,10 +212,37 @@ def test_several_pictures_in_a_form(server: Server) -> None:
 
 
 def test_parts_without_a_file_are_items_too(server: Server) -> None:
-    """A part's own name tells it where it has no file's."""
-    response = server.client.post("/flows/show", files={"a": (None, b"12"), "b": (None, b"123")})
-    results = response.json()["results"]
-    assert [(r["name"], eval(r["result"])[0]) for r in results] == [("a", 2), ("b", 3)]
+    """A part's own name tells it where it has no file's; beside parameters that is `item`."""
+    response = server.client.post(
+        "/flows/pair", files={"a": (None, b'{"a": 1, "b": 2}'), "b": (None, b'{"a": 2, "b": 1}')}
+    )
+    assert [(r["name"], r["result"]) for r in response.json()["results"]] == [("a", -1), ("b", 1)]
+    items = [("item", (None, b"12")), ("item", (None, b"123")), ("k", (None, b"5"))]
+    results = server.client.post("/flows/show", files=items).json()["results"]
+    assert [eval(r["result"])[:2] for r in results] == [(2, 5), (3, 5)]
+    items = [("item_", (None, b"1")), ("item_", (None, b"")), ("item", (None, b"4"))]
+    results = server.client.post("/flows/named", files=items).json()["results"]
+    assert [r["result"] for r in results] == [41, 41]
+
+
+@pytest.mark.parametrize(
+    ("flow", "files", "words"),
+    [
+        (
+            "side",
+            {"a": ("a.png", b""), "leest": (None, b"9")},
+            "no parameter `leest`; it has `least`",
+        ),
+        ("side", {"a": (None, b""), "leest": (None, b"9")}, "no parameter `a`; it has `least`"),
+        ("echo", {"k": (None, b"5"), "a": ("a", b"")}, "no parameter `k`; it has none"),
+        ("side", {"leest": (None, b"9"), "item": (None, b"")}, "or named `item`"),
+    ],
+)
+def test_a_misspelt_parameter_is_no_item(
+    server: Server, flow: str, files: dict[str, tuple[str | None, bytes]], words: str
+) -> None:
+    """It has no file's name, and stands beside what is the item: nothing is done without it."""
+    assert words in refusal(server.client.post(f"/flows/{flow}", files=files))
 
 
 def test_a_part_may_hold_anything(server: Server) -> None:

@@ -256,5 +256,5 @@ def test_thrift_and_a_token_exclude_each_other(folder: Path) -> None:
     """Thrift has no place for a token, so that its port would be a way around it."""
     options = ["--token-file", str(folder / "token"), "--thrift-port", "0"]
     status, told = refused(*options, str(folder / "echo.flow"))
-    assert status == 1
+    assert status == 2
     assert "Thrift has no place for a token" in told

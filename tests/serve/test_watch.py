@@ -119,6 +119,22 @@ def test_a_stop_waits_for_no_reload(server: Server, tmp_path: Path) -> None:
     assert server.errors == ""
 
 
+def test_a_change_of_a_file_that_operators_import_counts(tmp_path: Path) -> None:
+    """A helper, also one that is imported when it is needed, and one of a helper's."""
+    (tmp_path / "post.py").write_text(
+        "def tell(item: bytes) -> int:\n    import first\n    return first.second.K\n"
+    )
+    (tmp_path / "first.py").write_text("import second\n")
+    (tmp_path / "second.py").write_text("K = 1\n")
+    flow = tmp_path / "tell.flow"
+    flow.write_text('use "post.py" as post\nexport flow tell = post.tell\n')
+    with serving(tmp_path, str(flow), "--device", "cpu", "--watch") as server:
+        server.wait_ready()
+        assert server.client.post("/", content=b"").json() == 1
+        (tmp_path / "second.py").write_text("K = 2\n")
+        wait_until(lambda: server.client.post("/", content=b"").json() == 2)
+
+
 def test_a_change_while_flows_are_loaded_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
