@@ -23,7 +23,7 @@ class Item:
     `taken_s` is when its batch was taken, which is kept for an observer only.
     """
 
-    __slots__ = ("arrived_s", "is_over", "request", "taken_s", "unit", "value", "walk")
+    __slots__ = ("arrived_s", "is_settled", "request", "taken_s", "unit", "value", "walk")
 
     taken_s: float
 
@@ -40,7 +40,7 @@ class Item:
         self.value = value
         self.arrived_s = arrived_s
         self.walk = walk
-        self.is_over = False  # finished, or past the stage's timeout
+        self.is_settled = False  # has come back, or is past the stage's timeout
 
     @property
     def rank(self) -> int:
@@ -49,7 +49,7 @@ class Item:
     @property
     def is_wanted(self) -> bool:
         """Whether anybody still waits for its outcome."""
-        if self.is_over or self.request.outcome is not UNANSWERED:
+        if self.is_settled or self.request.outcome is not UNANSWERED:
             return False
         walk = self.walk
         return walk is None or not walk.is_given_up
@@ -119,7 +119,7 @@ class Batcher:
         while waiting and len(batch) < size:
             item = waiting.popleft()
             is_plain = item.walk is None and item.request.outcome is UNANSWERED
-            if (is_plain and not item.is_over) or item.is_wanted:
+            if (is_plain and not item.is_settled) or item.is_wanted:
                 batch.append(item)
         return batch
 
@@ -128,7 +128,7 @@ class Batcher:
         while waiting:
             first = waiting[0]
             # Most items are of one stage and wanted: that is told without a call.
-            if first.walk is None and not first.is_over and first.request.outcome is UNANSWERED:
+            if first.walk is None and not first.is_settled and first.request.outcome is UNANSWERED:
                 return
             if first.is_wanted:
                 return

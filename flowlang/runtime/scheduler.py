@@ -211,9 +211,9 @@ class Scheduler:
             for item, outcome in zip(items, outcomes, strict=True):
                 if item.walk is not None:
                     item.request.end_work(now)
-                if item.request.outcome is not UNANSWERED or item.is_over:
+                if item.request.outcome is not UNANSWERED or item.is_settled:
                     continue
-                item.is_over = True
+                item.is_settled = True
                 if isinstance(outcome, Exception):
                     stage = self._stage_of(item)
                     outcome = _as_request_error(outcome, stage.plan.name)
@@ -261,7 +261,7 @@ class Scheduler:
                     message = f"not answered within {(when - request.arrived_s) * 1e3:.0f} ms"
                     self._answer(request, DeadlineExceeded(message), now, after)
                     continue
-                item.is_over = True
+                item.is_settled = True
                 stage = self._stage_of(item)
                 message = f"stage `{stage.plan.name}` did not finish within its timeout"
                 error = DeadlineExceeded(message, stage=stage.plan.name)

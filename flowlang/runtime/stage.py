@@ -25,6 +25,7 @@ from flowlang.runtime.scheduler import Scheduler
 log = logging.getLogger("flowlang")
 
 MAX_ABANDONED = 16  # threads of one stage that never came back
+LONGEST_S = 3600.0  # that a thread waits at a time: it cannot be told to wait for centuries
 
 
 class Instance(Protocol):
@@ -124,7 +125,7 @@ class Lane(threading.Thread):
         plan, items = self.stage.plan, self.items
         if plan.nodes[0].op != graph.PYTHON or plan.timeout_s is None or not items:
             return None
-        return self._began_s + plan.timeout_s if all(item.is_over for item in items) else None
+        return None if any(i.is_wanted for i in items) else self._began_s + plan.timeout_s
 
     def _feed(self, instance: Instance) -> None:
         """Batch after batch, each done before the next is taken, until the scheduler is closed."""
@@ -250,7 +251,9 @@ class Lane(threading.Thread):
             items, due_s = self.scheduler.take(self.stage, ring)
             if items:
                 return items
-            patience_s = -1.0 if due_s is None else max(0.0, due_s - self.scheduler.clock())
+            patience_s = -1.0
+            if due_s is not None:
+                patience_s = min(max(0.0, due_s - self.scheduler.clock()), LONGEST_S)
             if self._bell.acquire(timeout=patience_s):
                 self.scheduler.arrived(self.stage)
             elif not self.scheduler.leave(self.stage, ring):
@@ -344,16 +347,15 @@ class Watch(threading.Thread):
         scheduler.on_expiry = self._moved.set
 
     def run(self) -> None:
-        look_s: float | None = None
         while not self.scheduler.is_closed:
-            times = [t for t in (self.scheduler.next_expiry_s(), look_s) if t is not None]
+            # In this order: what nobody waits for any more is no expiry, and is looked at instead.
+            times = [t for t in (self.scheduler.next_expiry_s(), self.look()) if t is not None]
             when_s = min(times, default=None)
             patience_s = None if when_s is None else when_s - self.scheduler.clock()
             if patience_s is None or patience_s > 0:
-                self._moved.wait(patience_s)
+                self._moved.wait(None if patience_s is None else min(patience_s, LONGEST_S))
                 self._moved.clear()
             self.scheduler.expire()
-            look_s = self.look()
 
     def stop(self) -> None:
         self._moved.set()

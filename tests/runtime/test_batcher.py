@@ -103,7 +103,7 @@ def test_answered_items_delay_and_complete_nothing() -> None:
     batcher = Batcher(1, 8, 0.5, 1)
     first, second, third = filled(batcher, 1.0, 1.125, 1.25)
     first.request.outcome = "cancelled"
-    second.is_over = True
+    second.is_settled = True
     assert batcher.due_s() == 1.75
     assert batcher.take(1.5, 1) == []
     assert batcher.take(1.75, 1) == [third]
@@ -133,7 +133,7 @@ def test_a_lower_rank_is_taken_first(priorities: list[int], high: int) -> None:
     assert [item.rank for item in items] == [priority or 2 for priority in priorities]
 
 
-def test_the_wait_of_what_is_overtaken_counts() -> None:
+def test_the_wait_of_what_is_settledtaken_counts() -> None:
     """A batch is due when any of its items has waited, and not only the one that is first in it."""
     batcher = Batcher(1, 3, 0.5, 1)
     batcher.is_ranked = True
@@ -156,7 +156,7 @@ class Oracle:
     waiting: list[Item] = field(default_factory=list)
 
     def live(self) -> list[Item]:
-        return [i for i in self.waiting if not i.request.is_answered and not i.is_over]
+        return [i for i in self.waiting if not i.request.is_answered and not i.is_settled]
 
 
 STEP = st.one_of(

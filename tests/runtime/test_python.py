@@ -441,6 +441,26 @@ def test_a_call_that_never_comes_back_is_answered(
     shared.gate.set()
 
 
+@pytest.mark.parametrize("end", ["deadline", "cancel"])
+def test_a_stuck_call_that_nobody_waits_for_loses_its_lane(
+    load: Load, shared: ModuleType, end: str
+) -> None:
+    """However its request came to its end, a new lane takes over at the timeout of its stage."""
+    app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=300ms)")
+    shared.gate.clear()
+    try:
+        stuck = app.submit(-1, deadline_s=0.1 if end == "deadline" else None)
+        assert shared.entered.acquire(timeout=LONG_S)
+        if end == "cancel":
+            assert stuck.cancel()
+        else:
+            assert isinstance(error_of(stuck), flowlang.DeadlineExceeded)
+        time.sleep(0.4)
+        assert list(app.map(range(5), deadline_s=LONG_S)) == list(range(5))
+    finally:
+        shared.gate.set()
+
+
 def test_a_late_result_is_nobodys(load: Load, shared: ModuleType) -> None:
     """What comes back after its timeout answers nothing, and its thread ends."""
     app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=100ms)")

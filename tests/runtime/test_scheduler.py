@@ -349,7 +349,7 @@ def test_a_request_is_queued_while_no_instance_is_at_work_on_it(scenario: Scenar
 
 
 def waiting(stage: Stage) -> list[Item]:
-    return [i for i in stage.batcher.waiting if not i.request.is_answered and not i.is_over]
+    return [i for i in stage.batcher.waiting if not i.request.is_answered and not i.is_settled]
 
 
 @FEW
