@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flowlang.diagnostics import (
+    BadRequest,
     Cancelled,
     DeadlineExceeded,
     Draining,
@@ -84,8 +85,10 @@ class Scheduler:
         """Take a request in. `deadline_s` is how long its answer may take, in seconds.
 
         Of those that wait, the lowest `priority` above 0 is taken first; 0 is that of the flow.
-        Raises Overloaded or Draining at once instead of letting it wait for nothing.
+        Raises Overloaded or Draining at once instead of letting it wait for nothing, and BadRequest
+        where a deadline or a priority is none.
         """
+        allowed_s = entrance.program.slo_s if deadline_s is None else _seconds(deadline_s)
         now = self.clock()
         request = Request(entrance, value, reply, token, now)
         if self.observer is not None and (trace := self.observer.current()) is not None:
@@ -93,7 +96,6 @@ class Scheduler:
         if priority:
             entrance.rank_by(priority)
             request.priority = priority
-        allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
         after = _Afterwards()
         with self._lock:
             self._admit(entrance)
@@ -114,15 +116,16 @@ class Scheduler:
     ) -> list[Request]:
         """Take in as many of the values as there is room for, and out of `values`.
 
-        As `submit` one by one, at a third of its cost. Raises Draining, but never Overloaded.
+        As `submit` one by one, at a third of its cost. Raises BadRequest or Draining, but never
+        Overloaded.
         """
         requests: list[Request] = []
         if not values:
             return requests
         if priority:
             entrance.rank_by(priority)
+        allowed_s = entrance.program.slo_s if deadline_s is None else _seconds(deadline_s)
         now = self.clock()
-        allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
         trace = None if self.observer is None else self.observer.current()
         after = _Afterwards()
         with self._lock:
@@ -451,6 +454,16 @@ class Scheduler:
                 self._start(entrance, following, now, after)
         if self._is_draining and self.outstanding == 0:
             self._quiet.notify_all()
+
+
+def _seconds(deadline_s: float) -> float:
+    """A deadline as a number that can be added and compared. Raises BadRequest."""
+    try:
+        if math.isfinite(deadline_s):
+            return float(deadline_s)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise BadRequest("a deadline is a finite number of seconds")
 
 
 def _is_awaited(request: Request, item: Item | None) -> bool:

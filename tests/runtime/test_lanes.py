@@ -414,6 +414,19 @@ def test_deadlines_are_kept_behind_a_stuck_lane(start: Start) -> None:
     assert far.result(LONG_S) == b"far"
 
 
+def test_a_deadline_in_centuries_keeps_no_other_from_its_own(start: Start) -> None:
+    """The watch cannot sleep for as long as that, and sleeps for as long as it can."""
+    gate = Gate()
+    app = start(NET.format(1), lambda: gate)
+    far = app.submit(b"far", deadline_s=1e12)
+    assert gate.entered.wait(LONG_S)
+    time.sleep(0.05)  # the watch goes to sleep
+    with pytest.raises(DeadlineExceeded):
+        app.submit(b"near", deadline_s=0.05).result(LONG_S)
+    gate.opened.set()
+    assert far.result(LONG_S) == b"far"
+
+
 def test_a_stage_out_of_time_is_named(start: Start) -> None:
     """A stage's timeout counts from when the item reached it, and the error names the stage."""
     text = """

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowlang.diagnostics import (
+    BadRequest,
     Cancelled,
     DeadlineExceeded,
     Draining,
@@ -748,6 +749,21 @@ def test_of_many_at_once_as_many_are_taken_in_as_have_room(
     values.append("late")
     with pytest.raises(Draining):
         scheduler.submit_many(entrance, values, simulation)
+
+
+@pytest.mark.parametrize("deadline_s", ["5", math.nan, math.inf, -math.inf, 10**400, [1.0]])
+def test_a_deadline_that_is_no_number_is_refused_before_it_counts(deadline_s: Any) -> None:
+    """It is the caller's fault, and takes no place in the queue that nobody would give back."""
+    simulation = simulated('export flow f = trt("net.onnx", batch=1)')
+    scheduler, entrance = simulation.scheduler, simulation.scheduler.entrances["f"]
+    values = deque(["one", "two"])
+    with pytest.raises(BadRequest, match="a finite number of seconds"):
+        simulation.submit("f", "one", deadline_s)
+    with pytest.raises(BadRequest, match="a finite number of seconds"):
+        scheduler.submit_many(entrance, values, simulation, deadline_s)
+    assert len(values) == 2
+    assert scheduler.outstanding == 0
+    assert scheduler.next_expiry_s() is None
 
 
 def inoue(rate: float, t0: float, a: float) -> float:
