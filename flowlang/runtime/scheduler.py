@@ -448,12 +448,24 @@ class Scheduler:
         entrance.counts.answer(code, now - request.arrived_s)
         entrance.outstanding -= 1
         entrance.under_way -= request.is_under_way
-        while entrance.backlog and entrance.under_way < entrance.width:
-            following = entrance.backlog.popleft()
-            if not following.is_answered:
-                self._start(entrance, following, now, after)
+        if entrance.backlog and not entrance.is_filling:
+            self._fill(entrance, now, after)
         if self._is_draining and self.outstanding == 0:
             self._quiet.notify_all()
+
+    def _fill(self, entrance: Entrance, now: float, after: _Afterwards) -> None:
+        """Let in what waits at an entrance, as far as there is room.
+
+        Those that end at once make room for the next, which is let in here and not within them.
+        """
+        entrance.is_filling = True
+        try:
+            while entrance.backlog and entrance.under_way < entrance.width:
+                following = entrance.backlog.popleft()
+                if not following.is_answered:
+                    self._start(entrance, following, now, after)
+        finally:
+            entrance.is_filling = False
 
 
 def _seconds(deadline_s: float) -> float:

@@ -678,6 +678,22 @@ def test_answered_requests_do_not_pile_up_until_their_deadlines() -> None:
     assert len(simulation.scheduler._expiries) < 10
 
 
+def test_a_backlog_of_requests_that_need_no_stage_empties_at_once() -> None:
+    """Thousands that end as soon as they are let in, behind one: each makes room for the next."""
+    simulation = simulated("""
+        flow net = trt("net.onnx", batch=1) x1
+        export flow f: list<tensor<f32, 4>> -> { a: list<tensor<f32, 4>>, b: list<tensor<f32, 4>> }
+          = { a: map(net, max=2), b: pass }
+        schedule { f(queue=5000) }""")
+    width = simulation.scheduler.entrances["f"].width
+    inside = [simulation.submit("f", [0, 1]) for _ in range(width)]
+    behind = [simulation.submit("f", [0, 1, 2]) for _ in range(5000 - width)]
+    simulation.run()
+    assert all(isinstance(request.outcome, dict) for request in inside)
+    assert all(isinstance(request.outcome, StageFailed) for request in behind)
+    assert simulation.scheduler.outstanding == 0
+
+
 def test_a_backlog_of_answered_requests_does_not_grow() -> None:
     """Requests that expire behind a stuck stage leave the backlog as others join it."""
     text = SHAPES["chain"].format("batch=1", 1, "batch=1", 1)
@@ -751,7 +767,16 @@ def test_of_many_at_once_as_many_are_taken_in_as_have_room(
         scheduler.submit_many(entrance, values, simulation)
 
 
-@pytest.mark.parametrize("deadline_s", ["5", math.nan, math.inf, -math.inf, 10**400, [1.0]])
+@pytest.mark.parametrize(
+    "deadline_s",
+    [
+        pytest.param("5", id="text"),
+        pytest.param(math.nan, id="nan"),
+        pytest.param(math.inf, id="infinite"),
+        pytest.param(10**400, id="too large"),
+        pytest.param([1.0], id="list"),
+    ],
+)
 def test_a_deadline_that_is_no_number_is_refused_before_it_counts(deadline_s: Any) -> None:
     """It is the caller's fault, and takes no place in the queue that nobody would give back."""
     simulation = simulated('export flow f = trt("net.onnx", batch=1)')
