@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowlang.plan import graph
 from flowlang.plan.chain import decodes_on_gpu
@@ -18,6 +19,7 @@ from flowlang.plan.physical import PhysicalPlan, StagePlan
 from flowlang.runtime.stage import Instance
 
 if TYPE_CHECKING:
+    from flowlang.plan.signature import PythonFunction
     from flowlang.runtime.gpu import GpuResources
     from flowlang.runtime.ort import Sessions
     from flowlang.runtime.seal import Key
@@ -41,6 +43,7 @@ class Instances:
         self._lock = threading.Lock()
         self._sessions: Sessions | None = None
         self._resources: dict[int, GpuResources] = {}
+        self._functions: dict[tuple[Path, str], Callable[..., Any]] = {}
 
     def make(self, stage: StagePlan, number: int) -> Instance:
         """The instance of a stage with this number (from 0). Raises EngineError."""
@@ -52,7 +55,7 @@ class Instances:
         if stage.nodes[0].op == graph.PYTHON:
             from flowlang.runtime.python import PythonInstance
 
-            return PythonInstance(stage)
+            return PythonInstance(stage, self._function_of(stage.nodes[0].params["function"]))
         from flowlang.runtime.cpu import CpuInstance
         from flowlang.runtime.ort import Sessions
 
@@ -60,6 +63,18 @@ class Instances:
             if self._sessions is None:
                 self._sessions = Sessions(self._plan.machine.cores, self._plan.stages)
         return CpuInstance(stage, self._sessions)
+
+    def _function_of(self, wanted: PythonFunction) -> Callable[..., Any]:
+        """The function an operator is, as it was when it was first asked for.
+
+        The file may change while the app runs, or go away, and an instance be made anew.
+        """
+        from flowlang.runtime.python import function_of
+
+        key = (wanted.path, wanted.name)
+        if key not in self._functions:
+            self._functions[key] = function_of(wanted)
+        return self._functions[key]
 
     def _resources_of(self, gpu: int) -> GpuResources:
         with self._lock:

@@ -25,7 +25,6 @@ from flowlang.runtime.conform import NotOfType, conforming
 
 log = logging.getLogger("flowlang.python")
 
-_FAILURES = (Exception, SystemExit)  # `sys.exit()` in an operator ends its item, not its lane
 _loading = threading.RLock()
 _modules: dict[tuple[str, int], ModuleType] = {}  # by path and time of change: each is run once
 
@@ -71,10 +70,10 @@ def _module_of(path: Path) -> ModuleType:
 class PythonInstance:
     """One lane that calls one function."""
 
-    def __init__(self, plan: StagePlan) -> None:
+    def __init__(self, plan: StagePlan, function: Callable[..., Any]) -> None:
         node = plan.nodes[0]
         self._wanted: PythonFunction = node.params["function"]
-        self._function = function_of(self._wanted)
+        self._function = function
         self._place = str(node.span)
         self._fields = {"stage": self._wanted.shown, "place": self._place}  # of a line in the log
         self._conform = conforming(self._wanted.gives)
@@ -108,7 +107,7 @@ class PythonInstance:
                     self._function(*(item[f] for f in self._wanted.fields), **given)
                 )
             return self._conform(self._function(item, **given))
-        except _FAILURES as error:
+        except BaseException as error:  # `sys.exit()` too ends an item, and not a lane
             return self._failure(error)
 
     def _call_batched(self, items: list[Any], given: list[Mapping[str, Any]]) -> list[Any]:
@@ -134,7 +133,7 @@ class PythonInstance:
             if len(results) != len(items):
                 raise NotOfType(f"{len(items)} items gave {len(results)} results")
             return [self._conform(r) for r in results]
-        except _FAILURES as error:
+        except BaseException as error:
             if len(items) == 1:
                 return [self._failure(error)]
         return [self._try_batch([item], told)[0] for item in items]

@@ -7,6 +7,7 @@ for a whole batch of answers, so that a thousand requests of one event loop cost
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import weakref
 from collections import deque
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from flowlang.runtime.entrance import Entrance
+
+log = logging.getLogger("flowlang")
 
 Wake: TypeAlias = Callable[[], object]
 
@@ -89,12 +92,21 @@ class Request:
 def deliver(settled: Iterable[Request]) -> None:
     """Hand answers to those who asked, with one wake-up for each of them."""
     wakes: dict[Wake, None] = {}
+    interrupt: KeyboardInterrupt | None = None
     for request in settled:
-        wake = request.reply.settle(request)
-        if wake is not None:
-            wakes[wake] = None
+        try:
+            wake = request.reply.settle(request)
+        except KeyboardInterrupt as error:
+            interrupt = error  # for whoever is interrupted, once all the others have their answers
+        except BaseException:
+            log.exception("what is called with an answer failed")
+        else:
+            if wake is not None:
+                wakes[wake] = None
     for wake in wakes:
         wake()
+    if interrupt is not None:
+        raise interrupt
 
 
 class Waiter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import math
 import threading
 from collections import deque
@@ -32,21 +33,28 @@ from flowlang.runtime.observer import Observer
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
 from flowlang.runtime.walk import Ended, Work, arrive, begin
 
+log = logging.getLogger("flowlang")
+
 
 class _Afterwards:
-    """What is left to do once the lock is released: bells to ring, answers to hand over."""
+    """What is left to do once the lock is released: bells to ring, answers to hand over, errors
+    to log.
+    """
 
-    __slots__ = ("bells", "settled")
+    __slots__ = ("bells", "settled", "unexpected")
 
     def __init__(self) -> None:
         self.bells: list[Wake] = []
         self.settled: list[Request] = []
+        self.unexpected: list[Exception] = []
 
     def run(self) -> None:
         for bell in self.bells:
             bell()
         if self.settled:
             deliver(self.settled)
+        for error in self.unexpected:
+            log.error("a request failed as nobody expected", exc_info=error)
 
 
 class Scheduler:
@@ -408,27 +416,37 @@ class Scheduler:
         request.at_work, request.queued_s, request.idle_since_s = 0, 0.0, request.arrived_s
         given, request.value = request.value, None
         values = given if entrance.has_parameters else (given,)
-        self._go_on(begin(request, entrance.track, values), now, after)
+        self._go_on(request, begin(request, entrance.track, values), now, after)
 
     def _settle(self, item: Item, outcome: Any, now: float, after: _Afterwards) -> None:
         """A stage's outcome, which may be an error, reaches the request it is for."""
         if item.walk is None:
             self._answer(item.request, outcome, now, after)
         else:
-            self._go_on(arrive(item.walk, item.unit, outcome), now, after)
+            self._go_on(item.request, arrive(item.walk, item.unit, outcome), now, after)
 
-    def _go_on(self, steps: Iterator[Work | Ended], now: float, after: _Afterwards) -> None:
-        """Queue what can be worked on now, and answer what has come to its end."""
-        for step in steps:
-            if isinstance(step, Ended):
-                if not step.request.is_answered:
-                    self._answer(step.request, step.outcome, now, after)
-            elif self._is_closed:  # nobody would take it any more
-                error = Draining("the app stopped before this was done")
-                self._answer(step.walk.request, error, now, after)
-                return
-            else:
-                self._queue(step, now, after)
+    def _go_on(
+        self, request: Request, steps: Iterator[Work | Ended], now: float, after: _Afterwards
+    ) -> None:
+        """Queue what can be worked on now, and answer what has come to its end.
+
+        A request that fails at this as nobody expected takes neither a lane nor others along.
+        """
+        try:
+            for step in steps:
+                if isinstance(step, Ended):
+                    if not request.is_answered:
+                        self._answer(request, step.outcome, now, after)
+                elif self._is_closed:  # nobody would take it any more
+                    error = Draining("the app stopped before this was done")
+                    self._answer(request, error, now, after)
+                    return
+                else:
+                    self._queue(step, now, after)
+        except Exception as error:
+            after.unexpected.append(error)
+            if not request.is_answered:
+                self._answer(request, _as_request_error(error), now, after)
 
     def _queue(self, work: Work, now: float, after: _Afterwards) -> None:
         item = Item(work.walk.request, work.unit, work.value, now, work.walk)
@@ -483,7 +501,7 @@ def _is_awaited(request: Request, item: Item | None) -> bool:
     return not request.is_answered if item is None else item.is_wanted
 
 
-def _as_request_error(error: Exception, stage: str) -> RequestError:
+def _as_request_error(error: Exception, stage: str | None = None) -> RequestError:
     if isinstance(error, RequestError):
         return error
     return StageFailed(f"{type(error).__name__}: {error}", stage=stage)

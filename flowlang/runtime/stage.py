@@ -76,13 +76,16 @@ class Lane(threading.Thread):
         stage: Stage,
         number: int,
         make: Callable[[], Instance],
+        *,
+        is_replacement: bool = False,
     ) -> None:
         super().__init__(name=f"flowlang-{stage.plan.name}-{number}", daemon=True)
         self.scheduler = scheduler
         self.stage = stage
         self.make = make
+        self.is_replacement = is_replacement  # of a lane that is stuck: its app has long started
         self.is_ready = threading.Event()
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self.items: list[Item] = []  # the batch being worked on
         self.number = number
         self.is_abandoned = False  # nobody waits for it any more: another lane has its place
@@ -93,8 +96,8 @@ class Lane(threading.Thread):
 
     def run(self) -> None:
         try:
-            instance = self._new_instance()
-        except Exception as error:
+            instance = self._replacement() if self.is_replacement else self._new_instance()
+        except BaseException as error:
             self.failure = error
             self.is_ready.set()
             return
@@ -106,16 +109,27 @@ class Lane(threading.Thread):
                 else:
                     self._feed(instance)
                 break
-            except InstanceLost as error:
-                name = self.stage.plan.name
-                log.error("an instance of stage `%s` is lost: %s", name, error, extra=self.fields)
-                items, self.items = self.items, []
-                outcomes = [self._lost(error) for _ in items]
-                self.scheduler.finish(items, outcomes)
-                self._observe(items, outcomes)
+            except BaseException as error:
+                self._give_up(error)
+                if self.is_abandoned:
+                    break
                 self._close(instance)
                 instance = self._replacement()
         self._close(instance)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Answer what an instance was at work on that is lost, or that nobody can say the state of
+        because of an error that nobody expected.
+        """
+        name = self.stage.plan.name
+        if isinstance(error, InstanceLost):
+            log.error("an instance of stage `%s` is lost: %s", name, error, extra=self.fields)
+        else:
+            log.error("stage `%s` gives up an instance", name, exc_info=error, extra=self.fields)
+        items, self.items = self.items, []
+        outcomes = [self._lost(error) for _ in items]
+        self.scheduler.finish(items, outcomes)
+        self._observe(items, outcomes)
 
     @property
     def stuck_at_s(self) -> float | None:
@@ -192,7 +206,11 @@ class Lane(threading.Thread):
             error = InternalError(f"{len(items)} items gave {len(outcomes)} outcomes")
             outcomes = self._all_failed(items, error)
         self.items = self.items[len(items) :]
-        self.scheduler.finish(items, outcomes, busy_s)
+        try:
+            self.scheduler.finish(items, outcomes, busy_s)
+        except BaseException:
+            self.items = items + self.items  # to be answered with the error
+            raise
         if self.scheduler.observer is not None:
             self._observe(items, outcomes)
 
@@ -206,8 +224,9 @@ class Lane(threading.Thread):
         except Exception:
             log.exception("a batch could not be observed", extra=self.fields)
 
-    def _lost(self, error: Exception) -> StageFailed:
-        return StageFailed(f"an instance was lost: {error}", stage=self.stage.plan.name)
+    def _lost(self, error: BaseException) -> StageFailed:
+        reason = str(error) if isinstance(error, (InstanceLost, EngineError)) else _told(error)
+        return StageFailed(f"an instance was lost: {reason}", stage=self.stage.plan.name)
 
     def _new_instance(self) -> Instance:
         instance = self.make()
@@ -222,7 +241,7 @@ class Lane(threading.Thread):
         """Close an instance. A lost one may well fail at it, and its lane goes on."""
         try:
             instance.close()
-        except Exception:
+        except BaseException:
             name = self.stage.plan.name
             log.exception("an instance of stage `%s` did not close", name, extra=self.fields)
 
@@ -233,7 +252,7 @@ class Lane(threading.Thread):
         while not self.scheduler.is_closed:
             try:
                 instance = self._new_instance()
-            except Exception as error:
+            except BaseException as error:
                 name = self.stage.plan.name
                 log.error("no new instance of stage `%s` yet: %s", name, error, extra=self.fields)
                 self.scheduler.fail_if_lost(self.stage, self._lost(error).message)
@@ -271,6 +290,10 @@ class _Failed:
         self.outcomes = outcomes
 
 
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _another(error: Exception) -> Exception:
     """The same error for another request: each is raised in a thread of its own."""
     return copy.copy(error) if isinstance(error, RequestError) else error
@@ -301,9 +324,9 @@ class Lanes:
             for number in range(stage.plan.instances)
         ]
 
-    def _lane(self, stage: Stage, number: int) -> Lane:
+    def _lane(self, stage: Stage, number: int, *, is_replacement: bool = False) -> Lane:
         make = functools.partial(self._make, stage.plan, number)
-        return Lane(self._scheduler, stage, number, make)
+        return Lane(self._scheduler, stage, number, make, is_replacement=is_replacement)
 
     def replace_stuck(self) -> float | None:
         """Give the place of each stuck lane to a new one. Returns when the next one may be.
@@ -327,7 +350,7 @@ class Lanes:
             message = "stage `%s`: a call does not come back, and is left to itself"
             log.error(message, name, extra=lane.fields)
             lane.is_abandoned = True
-            replacement = self._lane(lane.stage, lane.number)
+            replacement = self._lane(lane.stage, lane.number, is_replacement=True)
             self.all.append(replacement)
             replacement.start()
         return following_s

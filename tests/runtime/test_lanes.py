@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import gc
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -32,6 +33,7 @@ from flowlang.diagnostics import (
 )
 from flowlang.plan.check import compile_source
 from flowlang.plan.physical import Machine, StagePlan, lower
+from flowlang.runtime.batcher import Item
 from flowlang.runtime.instances import Instances
 from flowlang.runtime.stage import Instance, InstanceLost
 from tests.simulation import write_models
@@ -65,6 +67,10 @@ class Worker:
 
     def close(self) -> None:
         self.is_closed = True
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt, and not one."""
 
 
 class Gate:
@@ -245,6 +251,59 @@ def test_a_failing_batch_fails_each_of_its_requests(start: Start, error: Excepti
     assert len({id(e) for e in raised}) == 4
     expected = type(error) if isinstance(error, BadRequest) else StageFailed
     assert all(type(e) is expected and str(error) in str(e) for e in raised)
+
+
+@pytest.mark.parametrize("where", ["the instance", "the scheduler"])
+def test_an_error_that_nobody_expects_does_not_take_its_lane_along(
+    start: Start, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its items are answered, the log has it, and the lane goes on with a new instance."""
+    workers: list[Worker] = []
+
+    def work(values: Sequence[Any]) -> list[Any]:
+        if b"bad" in values:
+            raise Interrupted("bad luck")
+        return list(values)
+
+    def make() -> Worker:
+        workers.append(Worker(work if where == "the instance" else list))
+        return workers[-1]
+
+    app = start(NET.format(1), make)
+    assert app(b"good") == b"good"
+    finish = app.scheduler.finish
+
+    def broken(items: Sequence[Item], outcomes: Sequence[Any], busy_s: float = 0.0) -> None:
+        if b"bad" in outcomes:
+            raise ZeroDivisionError("bad luck")
+        finish(items, outcomes, busy_s)
+
+    if where == "the scheduler":
+        monkeypatch.setattr(app.scheduler, "finish", broken)
+    with pytest.raises(StageFailed, match=r"an instance was lost: .*: bad luck"):
+        app.submit(b"bad").result(LONG_S)
+    assert app(b"good") == b"good"
+    assert [w.is_closed for w in workers] == [True, False]
+    assert "gives up an instance" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_a_callback_does_not_take_a_lane_along(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What users have called with an answer may end in `sys.exit`; all others get their answers."""
+    gate = Gate()
+    app = start(NET.format(1), lambda: gate)
+    first = app.submit(b"first")
+    assert gate.entered.wait(LONG_S)
+    batch = [app.submit(name(number)) for number in range(4)]
+    for future in (first, batch[0]):
+        future.add_done_callback(lambda _: sys.exit("enough"))
+    gate.opened.set()
+    assert [future.result(LONG_S) for future in batch] == [name(number) for number in range(4)]
+    assert app(b"last") == b"last"
+    assert app._lanes[0].is_alive()
+    assert "what is called with an answer failed" in caplog.text
 
 
 def test_what_a_stuck_lane_holds_is_answered_at_close(start: Start) -> None:
@@ -494,10 +553,6 @@ def test_event_loops_are_forgotten(start: Start) -> None:
     assert len(app["f"]._loops) == 0
 
 
-class Interrupted(BaseException):
-    """Like KeyboardInterrupt, and not one."""
-
-
 def test_an_interrupted_caller_takes_its_request_back(start: Start) -> None:
     """Ctrl-C in a thread that waits for an answer cancels the request, and it never runs."""
     worker = Worker(Gate())
@@ -621,9 +676,11 @@ def test_a_batch_is_begun_while_another_is_under_way(start: Start) -> None:
         assert steps.index(("collect", name(number))) < steps.index(("launch", name(number + 1)))
 
 
-@pytest.mark.parametrize("error", [ValueError("bad luck"), InstanceLost("bad luck")])
+@pytest.mark.parametrize(
+    "error", [ValueError("bad luck"), InstanceLost("bad luck"), Interrupted("bad luck")]
+)
 @pytest.mark.parametrize("where", ["begin", "launch", "collect"])
-def test_a_failing_step_fails_what_it_must(start: Start, where: str, error: Exception) -> None:
+def test_a_failing_step_fails_what_it_must(start: Start, where: str, error: BaseException) -> None:
     """A step that fails takes its batch along; a lost instance takes all that is in it."""
     arrived = threading.Event()
     workers: list[Overlapped] = []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +32,7 @@ from flowlang.runtime.batcher import Item
 from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.request import Request
 from flowlang.runtime.scheduler import Scheduler
+from flowlang.runtime.walk import Ended, Walk, Work, arrive
 from tests.simulation import Batch, Simulation, expected, plan_of, write_models
 
 UNIT_S = 1 / 1024  # all made-up times are multiples of it, so that sums of them are exact
@@ -676,6 +678,34 @@ def test_answered_requests_do_not_pile_up_until_their_deadlines() -> None:
     simulation.run(100.0)
     assert len(simulation.answers) == 200
     assert len(simulation.scheduler._expiries) < 10
+
+
+def test_a_request_that_fails_as_nobody_expects_is_answered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes no other along, keeps no place in the queue, and is in the log."""
+
+    def broken(walk: Walk, unit: int, outcome: Any) -> Iterator[Work | Ended]:
+        yield from arrive(walk, unit, outcome)
+        if walk.request.token == "bad":
+            raise RecursionError("too deep")
+
+    monkeypatch.setattr("flowlang.runtime.scheduler.arrive", broken)
+    text = 'flow net = trt("net.onnx", batch=1..4)\nexport flow f = net -> { a: net, b: softmax }'
+    simulation = simulated(text)
+    entrance = simulation.scheduler.entrances["f"]
+    asked = [
+        simulation.scheduler.submit(entrance, np.ones(4), simulation, token)
+        for token in ("good", "bad", "good")
+    ]
+    simulation.work = lambda stage, item: item.value
+    simulation.run()
+    good, bad, other = (request.outcome for request in asked)
+    assert good.keys() == other.keys() == {"a", "b"}
+    assert isinstance(bad, StageFailed)
+    assert "RecursionError: too deep" in str(bad)
+    assert simulation.scheduler.outstanding == 0
+    assert "a request failed as nobody expected" in caplog.text
 
 
 def test_a_backlog_of_requests_that_need_no_stage_empties_at_once() -> None:
