@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from flowlang.diagnostics import FlowError
+from flowlang.diagnostics import BadRequest, FlowError
 from flowlang.items import Arguments, acceptor
 from flowlang.plan.files import PathLike, compile_files
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
@@ -162,7 +162,10 @@ class Flow:
 
         With errors="return" an item that fails gives its exception in place of an answer.
         """
-        ahead = ahead or max(1, self._entrance.limit - self._entrance.program.queue) * 2
+        if ahead is None:
+            ahead = max(1, self._entrance.limit - self._entrance.program.queue) * 2
+        if ahead < 1:
+            raise BadRequest(f"`ahead` is 1 or more, not {ahead}")
         accept = self._accept
         if parameters or self.parameters:
             accept = partial(self._accept_beside, parameters)

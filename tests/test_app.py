@@ -32,6 +32,8 @@ from flowlang import (
     StageFailed,
     load,
 )
+from flowlang.runtime.request import Request, Wake
+from flowlang.window import LotReply
 
 Array: TypeAlias = NDArray[Any]
 
@@ -275,6 +277,39 @@ def test_map_gives_errors_in_place_where_asked_to(app: App) -> None:
     assert len(next(answers)) == 3
     with pytest.raises(BadRequest, match="decode failed"):
         next(answers)
+
+
+def test_map_goes_on_where_an_answer_is_seen_before_it_is_told(
+    open_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lane may be put aside between the two: what is left has its turn when it goes on."""
+    app = open_app("export flow f = decode -> resize(16)")
+    gate = threading.Event()
+    settle, submit_many = LotReply.settle, app.scheduler.submit_many
+
+    def settle_late(self: LotReply, request: Request) -> Wake:
+        assert gate.wait(20.0)
+        return settle(self, request)
+
+    def submit_and_wait(*args: Any) -> list[Request]:
+        requests = submit_many(*args)
+        while not all(request.is_answered for request in requests):
+            time.sleep(0.001)
+        return requests
+
+    monkeypatch.setattr(LotReply, "settle", settle_late)
+    monkeypatch.setattr(app.scheduler, "submit_many", submit_and_wait)
+    answers = app.map(iter(PICTURES[:4]), ahead=1)
+    next(answers)
+    threading.Timer(0.1, gate.set).start()
+    assert len(list(answers)) == 3
+
+
+@pytest.mark.parametrize("ahead", [0, -1])
+def test_map_needs_something_under_way(app: App, ahead: int) -> None:
+    """To look ahead no further than nothing would give no answers."""
+    with pytest.raises(BadRequest, match=f"`ahead` is 1 or more, not {ahead}"):
+        list(app["classify"].map(PICTURES, ahead=ahead))
 
 
 def test_map_takes_turns_where_the_queue_is_full(open_app: Callable[..., App]) -> None:
