@@ -94,8 +94,7 @@ class Window:
                     self._window.popleft()
                     yield first
                 if not self._submit():
-                    # An answer can be seen before the news of it is here, which makes room for
-                    # the next item.
+                    # An answer can be seen before the news of it, which makes room for the next.
                     if not (self._window or self._values or self._has_more):
                         return
                     self._wait()

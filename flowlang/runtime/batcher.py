@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from flowlang.runtime.walk import Walk
 
 
+# Queues are swept of what nobody waits for once they have doubled, and hold as many entries more:
+# so each entry is looked at about once.
+SPARE = 32
+
+
 class Item:
     """One unit of a request's work, waiting for a stage.
 
@@ -89,9 +94,12 @@ class Batcher:
         self.is_shared = is_shared
         self.is_ranked = False
         self.waiting: deque[Item] = deque()
+        self._swept_at = SPARE
 
     def put(self, item: Item) -> None:
         self._drop_unwanted()  # or they would pile up in front of a stuck stage
+        if len(self.waiting) >= self._swept_at:
+            self._sweep()
         if self.is_ranked:
             place(self.waiting, item)
         else:
@@ -133,3 +141,8 @@ class Batcher:
             if first.is_wanted:
                 return
             waiting.popleft()
+
+    def _sweep(self) -> None:
+        """Let go of what nobody waits for behind an item that is wanted."""
+        self.waiting = deque(item for item in self.waiting if item.is_wanted)
+        self._swept_at = 2 * len(self.waiting) + SPARE

@@ -27,7 +27,7 @@ from flowlang.diagnostics import (
     StageFailed,
 )
 from flowlang.plan.physical import PhysicalPlan
-from flowlang.runtime.batcher import Item, first_of, place
+from flowlang.runtime.batcher import SPARE, Item, first_of, place
 from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.observer import Observer
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
@@ -73,6 +73,7 @@ class Scheduler:
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._expiries: list[tuple[float, int, Request, Item | None]] = []
+        self._swept_at = SPARE  # entries there may be until those answered are looked for
         self._order = itertools.count()
         self._alarm_s = math.inf  # when whoever calls `expire` means to do so next
         self._is_draining = False
@@ -349,6 +350,8 @@ class Scheduler:
             backlog = entrance.backlog
             while backlog and backlog[0].is_answered:
                 backlog.popleft()
+            if len(backlog) > 2 * entrance.limit:  # of which at most `limit` are not answered
+                backlog = entrance.backlog = deque(r for r in backlog if not r.is_answered)
             if entrance.is_ranked:
                 place(backlog, request)
             else:
@@ -373,6 +376,8 @@ class Scheduler:
         self, when_s: float, request: Request, item: Item | None, after: _Afterwards
     ) -> None:
         self._drop_expiries()
+        if len(self._expiries) >= self._swept_at:
+            self._sweep_expiries()
         heapq.heappush(self._expiries, (when_s, next(self._order), request, item))
         if when_s < self._alarm_s:
             self._alarm_s = when_s
@@ -383,6 +388,12 @@ class Scheduler:
         heap = self._expiries
         while heap and not _is_awaited(heap[0][2], heap[0][3]):
             heapq.heappop(heap)
+
+    def _sweep_expiries(self) -> None:
+        """Let go of what was answered behind an entry that still matters."""
+        self._expiries[:] = [e for e in self._expiries if _is_awaited(e[2], e[3])]
+        heapq.heapify(self._expiries)
+        self._swept_at = 2 * len(self._expiries) + SPARE
 
     def _take(self, stage: Stage, free: int) -> list[Item]:
         now = self.clock()

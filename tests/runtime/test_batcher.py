@@ -118,6 +118,22 @@ def test_answered_items_do_not_pile_up_while_no_instance_asks() -> None:
     assert len(batcher.waiting) == 1
 
 
+@pytest.mark.parametrize("is_ranked", [False, True])
+def test_answered_items_do_not_pile_up_behind_one_that_is_wanted(is_ranked: bool) -> None:
+    """The queue holds little besides those somebody waits for, and those in their order."""
+    batcher = Batcher(1, 8, 0.0, 1)
+    batcher.is_ranked = is_ranked
+    wanted = filled(batcher, 0.0)
+    for number in range(1, 5000):
+        (item,) = filled(batcher, float(number))
+        if number % 100:
+            item.request.outcome = "cancelled"
+        else:
+            wanted.append(item)
+        assert len(batcher.waiting) <= 2 * len(wanted) + 100
+    assert [item for item in batcher.waiting if item.is_wanted] == wanted
+
+
 @given(st.lists(st.integers(0, 5), max_size=20), st.integers(1, 4))
 def test_a_lower_rank_is_taken_first(priorities: list[int], high: int) -> None:
     """Batches hold items by rank, equals as they came; those without a priority are of rank 2."""

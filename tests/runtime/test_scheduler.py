@@ -680,6 +680,57 @@ def test_answered_requests_do_not_pile_up_until_their_deadlines() -> None:
     assert len(simulation.scheduler._expiries) < 10
 
 
+def test_answered_requests_do_not_pile_up_behind_one_that_waits() -> None:
+    """One deadline that is still to come does not keep the answers to all later requests."""
+    simulation = simulated("""
+        flow net = trt("net.onnx", batch=1)
+        flow other = trt("four.onnx", timeout=900s)
+        export flow f = net
+        export flow g = other
+        export flow h = other -> softmax
+        schedule { g(slo=1000s, queue=2000) }""")
+    simulation.service_s = lambda stage, items: 1e4 if "net" in stage.name else 0.001
+    simulation.submit("f", deadline_s=500.0)
+    for number in range(2000):
+        simulation.at(number * 0.01, lambda: simulation.submit("g"))
+        simulation.at(number * 0.01, lambda: simulation.submit("h", np.ones(4)))
+    simulation.run(400.0)
+    assert len(simulation.answers) == 4000
+    assert len(simulation.scheduler._expiries) < 100
+
+
+def test_a_crowd_of_deadlines_is_kept_to_the_instant() -> None:
+    """However many requests are given up meanwhile, each of the others has its deadline."""
+    simulation = simulated("""
+        export flow f = trt("net.onnx", batch=1, timeout=50s)
+        schedule { f(queue=5000) }""")
+    simulation.service_s = lambda stage, items: 1e6
+    dice = random.Random(7)
+    asked = []
+    for number in range(2000):
+        deadline_s = dice.randrange(1, 64) * 1.0
+        request = simulation.submit("f", deadline_s=deadline_s)
+        if number % 3:
+            simulation.scheduler.cancel(request)
+        else:
+            asked.append((request, min(deadline_s, 50.0)))
+    simulation.run(100.0)
+    at_s = {answer.request: answer.at_s for answer in simulation.answers}
+    assert [at_s[request] for request, _ in asked] == [deadline_s for _, deadline_s in asked]
+
+
+def test_cancelled_requests_do_not_pile_up_at_an_entrance() -> None:
+    """Behind one that waits in front of full stages, those given up are let go of."""
+    simulation = simulated(SHAPES["chain"].format("batch=1", 1, "batch=1", 1))
+    simulation.service_s = lambda stage, items: 1e6
+    entrance = simulation.scheduler.entrances["f"]
+    for _ in range(entrance.width + 1):
+        simulation.submit("f")
+    for _ in range(5000):
+        simulation.scheduler.cancel(simulation.submit("f"))
+    assert len(entrance.backlog) <= 2 * entrance.limit + 1
+
+
 def test_a_request_that_fails_as_nobody_expects_is_answered(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
