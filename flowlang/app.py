@@ -125,6 +125,8 @@ class Flow:
         except asyncio.CancelledError:
             self.cancel(request)
             raise
+        finally:
+            del future, request  # or an error, through its traceback, would hold itself
 
     async def atimed(
         self, item: Any, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
@@ -138,6 +140,8 @@ class Flow:
         except asyncio.CancelledError:
             self.cancel(request)
             raise
+        finally:
+            del future, request  # as in `acall`
 
     def _reply_of(self, loop: asyncio.AbstractEventLoop) -> LoopReply:
         """The reply of an event loop; the last one used is found without a look-up."""

@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from flowlang.runtime.entrance import Entrance
@@ -87,6 +87,19 @@ class Request:
     def rank(self) -> int:
         """The lowest is taken first: its own priority, or that of its flow."""
         return getattr(self, "priority", self.entrance.program.priority)
+
+
+AnyError = TypeVar("AnyError", bound=BaseException)
+
+
+def strip(error: AnyError) -> AnyError:
+    """An error without the way it came by.
+
+    That leads through the frames of operators, which hold the pictures they were at work on, and
+    those of their lane, which hold the error: all of it would stay until the garbage is collected.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 def deliver(settled: Iterable[Request]) -> None:

@@ -30,7 +30,7 @@ from flowlang.plan.physical import PhysicalPlan
 from flowlang.runtime.batcher import SPARE, Item, first_of, place
 from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.observer import Observer
-from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
+from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver, strip
 from flowlang.runtime.walk import Ended, Work, arrive, begin
 
 log = logging.getLogger("flowlang")
@@ -55,6 +55,8 @@ class _Afterwards:
             deliver(self.settled)
         for error in self.unexpected:
             log.error("a request failed as nobody expected", exc_info=error)
+        for error in self.unexpected:
+            strip(error)
 
 
 class Scheduler:
@@ -223,12 +225,14 @@ class Scheduler:
             for item, outcome in zip(items, outcomes, strict=True):
                 if item.walk is not None:
                     item.request.end_work(now)
+                is_failure = isinstance(outcome, Exception)
+                if is_failure:
+                    stage = self._stage_of(item)
+                    outcome = self._error_of(outcome, stage.plan.name, after)
                 if item.request.outcome is not UNANSWERED or item.is_settled:
                     continue
                 item.is_settled = True
-                if isinstance(outcome, Exception):
-                    stage = self._stage_of(item)
-                    outcome = _as_request_error(outcome, stage.plan.name)
+                if is_failure:
                     stage.counts.count_failure(outcome.code)
                 self._settle(item, outcome, now, after)
         after.run()
@@ -455,9 +459,17 @@ class Scheduler:
                 else:
                     self._queue(step, now, after)
         except Exception as error:
-            after.unexpected.append(error)
+            failure = self._error_of(error, None, after)
             if not request.is_answered:
-                self._answer(request, _as_request_error(error), now, after)
+                self._answer(request, failure, now, after)
+
+    def _error_of(self, error: Exception, stage: str | None, after: _Afterwards) -> RequestError:
+        """An error as its request has it. What is no RequestError was expected by nobody."""
+        if isinstance(error, RequestError):
+            return strip(error)
+        if error not in after.unexpected:  # which several items may have failed with
+            after.unexpected.append(error)
+        return StageFailed(f"{type(error).__name__}: {error}", stage=stage)
 
     def _queue(self, work: Work, now: float, after: _Afterwards) -> None:
         item = Item(work.walk.request, work.unit, work.value, now, work.walk)
@@ -510,9 +522,3 @@ def _seconds(deadline_s: float) -> float:
 def _is_awaited(request: Request, item: Item | None) -> bool:
     """Whether a deadline still matters to anybody."""
     return not request.is_answered if item is None else item.is_wanted
-
-
-def _as_request_error(error: Exception, stage: str | None = None) -> RequestError:
-    if isinstance(error, RequestError):
-        return error
-    return StageFailed(f"{type(error).__name__}: {error}", stage=stage)

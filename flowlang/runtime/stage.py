@@ -197,7 +197,13 @@ class Lane(threading.Thread):
 
     def _all_failed(self, items: list[Item], error: Exception) -> list[Any]:
         log.exception("stage `%s` failed a batch", self.stage.plan.name, extra=self.fields)
-        return [_another(error) for _ in items]
+        return [self._another(error) for _ in items]
+
+    def _another(self, error: Exception) -> RequestError:
+        """The same error for another request: each is raised in a thread of its own."""
+        if isinstance(error, RequestError):
+            return copy.copy(error)
+        return StageFailed(_told(error), stage=self.stage.plan.name)
 
     def _finish(self, items: list[Item], outcomes: Any, busy_s: float) -> None:
         if isinstance(outcomes, _Failed):
@@ -292,11 +298,6 @@ class _Failed:
 
 def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _another(error: Exception) -> Exception:
-    """The same error for another request: each is raised in a thread of its own."""
-    return copy.copy(error) if isinstance(error, RequestError) else error
 
 
 class _Nothing:

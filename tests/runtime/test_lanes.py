@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import io
+import logging
 import signal
 import sys
 import threading
@@ -595,6 +597,69 @@ def test_an_idle_lane_holds_no_item(start: Start) -> None:
             assert eventually(lambda seen=seen: seen() is None)  # type: ignore[misc]
     finally:
         gc.enable()
+
+
+def test_an_error_holds_nothing_but_its_words(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a failing operator had in hand is freed with the answer, whoever keeps the error; the
+    log has the traceback of one that nobody expected.
+    """
+    written = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("flowlang"), "handlers", [logging.StreamHandler(written)])
+    monkeypatch.setattr(logging.getLogger("flowlang"), "propagate", False)  # pytest keeps records
+    seen: list[weakref.ref[Any]] = []
+
+    def fail(value: Any, kind: type[Exception]) -> None:
+        picture = row(1)
+        seen.append(weakref.ref(picture))
+        try:
+            raise OSError("no such level")
+        except OSError as error:
+            raise kind("too dark") from error
+
+    def work(values: Sequence[Any]) -> list[Any]:
+        outcomes: list[Any] = []
+        for value in values:
+            try:
+                fail(value, ValueError if value[0] else BadRequest)
+            except Exception as error:  # as chains of operators do
+                outcomes.append(error)
+        return outcomes
+
+    app = start('export flow f = trt("net.onnx", batch=1..4) x1', lambda: work)
+
+    async def call(road: Callable[[Any], Any], item: Any) -> None:
+        """Not around the loop, whose own frames hold a task that failed."""
+        try:
+            await road(item)
+        except (BadRequest, StageFailed) as error:
+            seen.append(weakref.ref(error))
+
+    roads: list[Callable[[Any], Any]] = [
+        app,
+        lambda item: app.submit(item).result(LONG_S),
+        lambda item: asyncio.run(call(app.acall, item)),
+        lambda item: asyncio.run(call(app["f"].atimed, item)),
+        lambda item: list(app.map([item])),
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        kept = list(app.map([row(n % 2) for n in range(20)], errors="return"))
+        assert {type(error) for error in kept} == {BadRequest, StageFailed}
+        assert eventually(lambda: all(s() is None for s in seen))
+        for road in roads:
+            for number in (0, 1):
+                try:
+                    road(row(number))
+                except (BadRequest, StageFailed) as error:
+                    seen.append(weakref.ref(error))
+                assert eventually(lambda: all(s() is None for s in seen))
+        assert len(seen) == len(kept) + 2 * 2 * len(roads)
+    finally:
+        gc.enable()
+    assert 'raise kind("too dark") from error' in written.getvalue()
 
 
 def test_answered_futures_are_freed(start: Start) -> None:
