@@ -11,7 +11,9 @@ import heapq
 import itertools
 import logging
 import math
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from flowlang.diagnostics import (
     Cancelled,
     DeadlineExceeded,
     Draining,
+    FlowError,
     InternalError,
     Overloaded,
     RequestError,
@@ -32,6 +35,8 @@ from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.observer import Observer
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver, strip
 from flowlang.runtime.walk import Ended, Work, arrive, begin
+
+_all: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 log = logging.getLogger("flowlang")
 
@@ -80,7 +85,9 @@ class Scheduler:
         self._alarm_s = math.inf  # when whoever calls `expire` means to do so next
         self._is_draining = False
         self._is_closed = False
+        self.is_forked = False
         self.on_expiry: Callable[[], object] = lambda: None  # rung when the next expiry moved up
+        _all.add(self)
 
     # Asking
 
@@ -322,6 +329,15 @@ class Scheduler:
         """Answer items whose instance did not come back in time."""
         self.finish(items, [Draining("the app stopped before this was done") for _ in items])
 
+    def become_forked(self) -> None:
+        """Be the copy in a child process: it has no lane, and its lock may never be released."""
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)
+        self.is_forked = self._is_draining = self._is_closed = True
+        for entrance in self.entrances.values():
+            entrance.backlog.clear()
+            entrance.outstanding = 0
+
     @property
     def is_closed(self) -> bool:
         return self._is_closed
@@ -330,6 +346,11 @@ class Scheduler:
 
     def _admit(self, entrance: Entrance) -> None:
         """Count a request in. Raises where there is no place for it."""
+        if self.is_forked:
+            raise FlowError(
+                "this process was forked from the one that loaded the flows, and has not its "
+                "threads: load them in this process, or start it by `spawn`"
+            )
         if self._is_draining:
             entrance.counts.fail(Draining.code)
             raise Draining("the app is stopping and takes no more requests")
@@ -507,6 +528,15 @@ class Scheduler:
                     self._start(entrance, following, now, after)
         finally:
             entrance.is_filling = False
+
+
+def _after_fork() -> None:
+    for scheduler in list(_all):
+        scheduler.become_forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _seconds(deadline_s: float) -> float:

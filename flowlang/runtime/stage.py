@@ -6,6 +6,7 @@ needs; it is made, warmed, used and closed in one thread, so it needs no lock.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -358,28 +359,46 @@ class Lanes:
 
 
 class Watch(threading.Thread):
-    """The thread that answers requests at their deadline.
+    """The thread that answers requests at their deadline, and ends an app that nobody has any more.
 
-    `look` is called each time, and says when it wants to be called again.
+    `look` is called each time, and says when it wants to be called again. `on_left` is called once
+    the app has been left, as the last that this thread does.
     """
 
     def __init__(self, scheduler: Scheduler, look: Callable[[], float | None]) -> None:
         super().__init__(name="flowlang-deadlines", daemon=True)
         self.scheduler = scheduler
         self.look = look
-        self._moved = threading.Event()
-        scheduler.on_expiry = self._moved.set
+        self.on_left: Callable[[], object] = lambda: None
+        self._is_left = False
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        scheduler.on_expiry = self._ring
 
     def run(self) -> None:
-        while not self.scheduler.is_closed:
+        while not (self._is_left or self.scheduler.is_closed):
             # In this order: what nobody waits for any more is no expiry, and is looked at instead.
             times = [t for t in (self.scheduler.next_expiry_s(), self.look()) if t is not None]
             when_s = min(times, default=None)
             patience_s = None if when_s is None else when_s - self.scheduler.clock()
             if patience_s is None or patience_s > 0:
-                self._moved.wait(None if patience_s is None else min(patience_s, LONGEST_S))
-                self._moved.clear()
+                self._bell.acquire(timeout=-1 if patience_s is None else min(patience_s, LONGEST_S))
             self.scheduler.expire()
+        if self._is_left:
+            self.on_left()
 
     def stop(self) -> None:
-        self._moved.set()
+        """To be called once the scheduler is closed."""
+        self._ring()
+
+    def leave(self) -> None:
+        """End the app, and let nobody wait for that.
+
+        The garbage collector calls this wherever it runs, under whatever locks: it takes none.
+        """
+        self._is_left = True
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # rung already, and not heard yet
+            self._bell.release()

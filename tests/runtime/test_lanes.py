@@ -321,6 +321,8 @@ def test_what_a_stuck_lane_holds_is_answered_at_close(start: Start) -> None:
     with pytest.raises(Draining):
         app(b"5")
     gate.opened.set()
+    app._watch.join(LONG_S)  # which ends the rest as soon as the lane comes back
+    assert not any(thread.is_alive() for thread in (*app._lanes, app._watch))
 
 
 def test_closing_in_time_answers_everything(start: Start) -> None:
