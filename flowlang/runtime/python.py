@@ -158,10 +158,18 @@ class PythonInstance:
         return StageFailed(message, stage=shown, place=self._place)
 
 
+_PLAIN = frozenset({int, float, str, bool, bytes})
+
+
 def _locked(value: Any) -> Any:
-    """An item whose arrays cannot be written to: other branches of the flow see the same ones."""
+    """An item whose arrays cannot be written to: other branches of the flow see the same ones.
+
+    Its lists and records are the operator's own, to change as it likes.
+    """
     if isinstance(value, dict):
         return {name: _locked(part) for name, part in value.items()}
+    if isinstance(value, list):  # perhaps a long one, of numbers
+        return [part if type(part) in _PLAIN else _locked(part) for part in value]
     if not hasattr(value, "setflags"):
         return value
     view = value[...]

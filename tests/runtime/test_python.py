@@ -294,6 +294,13 @@ LIES: dict[str, tuple[str, str]] = {
     "Found": ("{'a': 1}", "it has the fields a, not a, b"),
     "list[Found]": ("[{'a': 1, 'b': 'x'}]", "element 0: `b`: a str is not int"),
     "Vector": ("np.zeros(3)", "an array of shape 3 is not tensor<f32, 4>"),
+    "'tensor<i32>'": (
+        "np.array([1, 3_000_000_000])",
+        "with the number 3000000000 is not tensor<i32>",
+    ),
+    "'tensor<i8>'": ("np.array([-129, 0], np.int16)", "with the number -129 is not tensor<i8>"),
+    "'tensor<f16>'": ("np.array([70_000])", "a number too large is not tensor<f16>"),
+    "'tensor<f32>'": ("np.array([1.0, 1e39])", "a number too large is not tensor<f32>"),
     "'tensor<i64>'": ("np.zeros(3)", "an array of float64 is not tensor<i64>"),
     "'image<rgb>'": ("np.zeros((4, 4), np.uint8)", "an array of shape 4x4 is not image<rgb"),
 }
@@ -579,6 +586,27 @@ def test_what_an_operator_writes_into_is_not_anothers(load: Load) -> None:
     answer = app(photographs(1)[0])
     assert answer["spoilt"] == 1.0
     assert answer["mean"] > 1
+
+
+def test_a_list_that_an_operator_changes_is_not_anothers(load: Load) -> None:
+    """Arrays in lists cannot be written to either, and each operator has a list of its own."""
+    app = load(
+        """def parts(x: int) -> list[Annotated[np.ndarray, "tensor<f32, 2>"]]:
+    return [np.ones(2, np.float32) for _ in range(x)]
+def spoil(parts: list[Annotated[np.ndarray, "tensor<f32, 2>"]]) -> float:
+    parts.append(parts[0])
+    parts[0][:] = 99
+    return 0.0
+def total(parts: list[Annotated[np.ndarray, "tensor<f32, 2>"]]) -> float:
+    time.sleep(0.1)
+    return float(sum(part.sum() for part in parts))
+""",
+        """export flow f: int -> { spoilt: float, total: float } {
+          let parts = in -> p.parts
+          return { spoilt: parts -> (p.spoil ?? 1.0), total: parts -> p.total }
+        }""",
+    )
+    assert app(2) == {"spoilt": 1.0, "total": 4.0}
 
 
 def test_a_call_that_waited_long_keeps_its_lane(load: Load) -> None:
