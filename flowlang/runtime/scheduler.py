@@ -51,17 +51,18 @@ class _Afterwards:
     def __init__(self) -> None:
         self.bells: list[Wake] = []
         self.settled: list[Request] = []
-        self.unexpected: list[Exception] = []
+        self.unexpected: list[Exception] | None = None  # mostly
 
     def run(self) -> None:
         for bell in self.bells:
             bell()
         if self.settled:
             deliver(self.settled)
-        for error in self.unexpected:
-            log.error("a request failed as nobody expected", exc_info=error)
-        for error in self.unexpected:
-            strip(error)
+        if self.unexpected is not None:
+            for error in self.unexpected:
+                log.error("a request failed as nobody expected", exc_info=error)
+            for error in self.unexpected:
+                strip(error)
 
 
 class Scheduler:
@@ -346,12 +347,12 @@ class Scheduler:
 
     def _admit(self, entrance: Entrance) -> None:
         """Count a request in. Raises where there is no place for it."""
-        if self.is_forked:
-            raise FlowError(
-                "this process was forked from the one that loaded the flows, and has not its "
-                "threads: load them in this process, or start it by `spawn`"
-            )
         if self._is_draining:
+            if self.is_forked:
+                raise FlowError(
+                    "this process was forked from the one that loaded the flows, and has not its "
+                    "threads: load them in this process, or start it by `spawn`"
+                )
             entrance.counts.fail(Draining.code)
             raise Draining("the app is stopping and takes no more requests")
         if entrance.outstanding >= entrance.limit:
@@ -488,8 +489,9 @@ class Scheduler:
         """An error as its request has it. What is no RequestError was expected by nobody."""
         if isinstance(error, RequestError):
             return strip(error)
-        if error not in after.unexpected:  # which several items may have failed with
-            after.unexpected.append(error)
+        known = after.unexpected = after.unexpected or []
+        if error not in known:  # which several items may have failed with
+            known.append(error)
         return StageFailed(f"{type(error).__name__}: {error}", stage=stage)
 
     def _queue(self, work: Work, now: float, after: _Afterwards) -> None:
