@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from flowlang.diagnostics import FlowError, RequestError
+from flowlang.diagnostics import BadRequest, FlowError, RequestError
 from flowlang.items import Arguments, acceptor
 from flowlang.plan.files import PathLike, compile_files
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
@@ -125,6 +125,8 @@ class Flow:
         except asyncio.CancelledError:
             self.cancel(request)
             raise
+        finally:
+            del future, request  # or an error, through its traceback, would hold itself
 
     async def atimed(
         self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
@@ -138,6 +140,8 @@ class Flow:
         except asyncio.CancelledError:
             self.cancel(request)
             raise
+        finally:
+            del future, request  # as in `acall`
 
     def _reply_of(self, loop: asyncio.AbstractEventLoop) -> LoopReply:
         """The reply of an event loop; the last one used is found without a look-up."""
@@ -162,7 +166,10 @@ class Flow:
 
         With errors="return" an item that fails gives its exception in place of an answer.
         """
-        ahead = ahead or 2 * max(1, self._entrance.room)
+        if ahead is None:
+            ahead = 2 * max(1, self._entrance.room)
+        if ahead < 1:
+            raise BadRequest(f"`ahead` is 1 or more, not {ahead}")
         accept = self._accept
         if parameters or self.parameters:
             accept = partial(self._accept_beside, parameters)
@@ -239,11 +246,14 @@ class App:
         lanes = Lanes(self.scheduler, self._instances.make)
         self._watch = Watch(self.scheduler, lanes.replace_stuck)
         self._lanes = lanes.all
-        # Also for an app that nobody closes: a thread inside ONNX Runtime when the interpreter ends
-        # would take the process down with it.
+        # At the latest when the interpreter ends: a thread inside ONNX Runtime would take the
+        # process down with it. An app that is dropped before that is ended by its watch, for the
+        # collector may drop it in one of its lanes, under the lock that the end needs.
         self._end = weakref.finalize(
-            self, _end, self.scheduler, self._watch, self._lanes, self._instances
+            self.scheduler, _end, self.scheduler, self._watch, self._lanes, self._instances
         )
+        self._watch.on_left = partial(_end_left, self._end)
+        weakref.finalize(self, self._watch.leave).atexit = False
         self._start()
 
     def _start(self) -> None:
@@ -322,12 +332,15 @@ class App:
         """
         in_time = self.scheduler.drain(grace_s)
         self.scheduler.close()
+        caller = threading.current_thread()
         for lane in self._lanes:
-            if lane.is_alive() and not lane.is_abandoned:
+            if lane.is_alive() and not lane.is_abandoned and lane is not caller:
                 lane.join(5.0 if in_time else 0.2)
         self.scheduler.abandon([item for lane in self._lanes for item in lane.items])
-        if in_time:
+        if in_time and caller is not self._watch and caller not in self._lanes:
             self._end()
+        else:  # a lane is still at work: on an item, or on what it calls with an answer, like this
+            self._watch.leave()
         return in_time
 
     def __enter__(self) -> App:
@@ -344,9 +357,22 @@ class App:
 
 def _end(scheduler: Scheduler, watch: Watch, lanes: list[Lane], instances: Instances) -> None:
     """Let the threads of an app come to their end. What still waits is answered with Draining."""
+    if scheduler.is_forked:
+        return  # they are another process's
     scheduler.close()
     watch.stop()
-    for thread in (*(lane for lane in lanes if not lane.is_abandoned), watch):
-        if thread.is_alive() and thread is not threading.current_thread():
+    threads = [*(lane for lane in lanes if not lane.is_abandoned), watch]
+    others = [thread for thread in threads if thread is not threading.current_thread()]
+    for thread in others:
+        if thread.is_alive():
             thread.join(END_S)
-    instances.close()
+    if not any(thread.is_alive() for thread in others):  # or it would lose what it works with
+        instances.close()
+
+
+def _end_left(end: weakref.finalize[..., Any]) -> None:
+    """What `end` does, which counts as done only then: the interpreter may end meanwhile."""
+    left = end.peek()
+    if left is not None:
+        _end(*left[2])
+        end.detach()

@@ -94,7 +94,8 @@ class Window:
                     self._window.popleft()
                     yield first
                 if not self._submit():
-                    if not self._window and not self._values:
+                    # An answer can be seen before the news of it, which makes room for the next.
+                    if not (self._window or self._values or self._has_more):
                         return
                     self._wait()
         finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -32,6 +34,8 @@ from flowlang import (
     StageFailed,
     load,
 )
+from flowlang.runtime.request import Request, Wake
+from flowlang.window import LotReply
 
 Array: TypeAlias = NDArray[Any]
 
@@ -277,6 +281,39 @@ def test_map_gives_errors_in_place_where_asked_to(app: App) -> None:
         next(answers)
 
 
+def test_map_goes_on_where_an_answer_is_seen_before_it_is_told(
+    open_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lane may be put aside between the two: what is left has its turn when it goes on."""
+    app = open_app("export flow f = decode -> resize(16)")
+    gate = threading.Event()
+    settle, submit_many = LotReply.settle, app.scheduler.submit_many
+
+    def settle_late(self: LotReply, request: Request) -> Wake:
+        assert gate.wait(20.0)
+        return settle(self, request)
+
+    def submit_and_wait(*args: Any) -> list[Request]:
+        requests = submit_many(*args)
+        while not all(request.is_answered for request in requests):
+            time.sleep(0.001)
+        return requests
+
+    monkeypatch.setattr(LotReply, "settle", settle_late)
+    monkeypatch.setattr(app.scheduler, "submit_many", submit_and_wait)
+    answers = app.map(iter(PICTURES[:4]), ahead=1)
+    next(answers)
+    threading.Timer(0.1, gate.set).start()
+    assert len(list(answers)) == 3
+
+
+@pytest.mark.parametrize("ahead", [0, -1])
+def test_map_needs_something_under_way(app: App, ahead: int) -> None:
+    """To look ahead no further than nothing would give no answers."""
+    with pytest.raises(BadRequest, match=f"`ahead` is 1 or more, not {ahead}"):
+        list(app["classify"].map(PICTURES, ahead=ahead))
+
+
 def test_map_takes_turns_where_the_queue_is_full(open_app: Callable[..., App]) -> None:
     """More items ahead than a flow may hold are not an error: map waits for its own answers."""
     app = open_app(f"export flow f = {CLASSIFY}\nschedule {{ f(queue=1) }}")
@@ -487,6 +524,73 @@ def test_leaving_the_block_closes_the_app(folder: Path) -> None:
         raise ZeroDivisionError
     with pytest.raises(Draining):
         app(PICTURES[0])
+
+
+def test_an_app_that_is_dropped_ends_wherever_the_collector_runs(folder: Path) -> None:
+    """Also in a lane that has the lock of the scheduler, and without anybody waiting for it."""
+    path = folder / "dropped.flow"
+    path.write_text(CLASSIFY, "utf-8")
+    apps = [load(path, device="cpu")]
+    scheduler, threads = apps[0].scheduler, [*apps[0]._lanes, apps[0]._watch]
+    assert len(apps[0](PICTURES[0])) == 10
+
+    def drop() -> None:
+        with scheduler._lock:
+            apps.clear()
+            gc.collect()
+
+    dropping = threading.Thread(target=drop, daemon=True)
+    dropping.start()
+    dropping.join(20.0)
+    assert not dropping.is_alive()
+    for thread in threads:
+        thread.join(20.0)
+        assert not thread.is_alive()
+
+
+def test_a_callback_may_close_the_app(open_app: Callable[..., App]) -> None:
+    """It runs in a lane, or in the watch where the deadline has passed, which cannot end itself."""
+    for deadline_s, flow in ((None, CLASSIFY), (0.05, PATIENT)):
+        app = open_app(flow)
+        closed: Future[bool] = Future()
+        answer = app.submit(PICTURES[0], deadline_s=deadline_s)
+        answer.add_done_callback(lambda _, app=app, to=closed: to.set_result(app.close(20.0)))  # type: ignore[misc]
+        assert closed.result(30.0) is True
+        for thread in (*app._lanes, app._watch):
+            thread.join(20.0)
+            assert not thread.is_alive()
+        assert app.close() is True
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process cannot be forked here")
+def test_a_fork_is_told_that_it_has_no_lanes(folder: Path) -> None:
+    """Nobody would answer in a child process: it says so at once, and the parent goes on."""
+    path = folder / "forked.flow"
+    path.write_text(CLASSIFY, "utf-8")
+    code = f"""
+import os, sys
+import flowlang
+def refused(call):
+    try:
+        call()
+    except flowlang.FlowError as error:
+        return "load them in this process" in str(error)
+app = flowlang.load({str(path)!r}, device="cpu")
+picture = {PICTURES[0]!r}
+app(picture)
+app.scheduler._lock.acquire()
+child = os.fork()
+if not child:
+    calls = (lambda: app(picture), lambda: app.submit(picture), lambda: list(app.map([picture])))
+    os._exit(0 if all(map(refused, calls)) and app.close() else 3)  # as multiprocessing does
+app.scheduler._lock.release()
+_, status = os.waitpid(child, 0)
+assert len(app(picture)) == 10
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_app_that_cannot_start_leaves_nothing_behind(

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from flowlang.runtime.walk import Walk
 
 
+# Queues are swept of what nobody waits for once they have doubled, and hold as many entries more:
+# so each entry is looked at about once.
+SPARE = 32
+
+
 class Item:
     """One unit of a request's work, waiting for a stage.
 
@@ -23,7 +28,7 @@ class Item:
     `taken_s` is when its batch was taken, which is kept for an observer only.
     """
 
-    __slots__ = ("arrived_s", "is_over", "request", "taken_s", "unit", "value", "walk")
+    __slots__ = ("arrived_s", "is_settled", "request", "taken_s", "unit", "value", "walk")
 
     taken_s: float
 
@@ -40,7 +45,7 @@ class Item:
         self.value = value
         self.arrived_s = arrived_s
         self.walk = walk
-        self.is_over = False  # finished, or past the stage's timeout
+        self.is_settled = False  # has come back, or is past the stage's timeout
 
     @property
     def rank(self) -> int:
@@ -49,7 +54,7 @@ class Item:
     @property
     def is_wanted(self) -> bool:
         """Whether anybody still waits for its outcome."""
-        if self.is_over or self.request.outcome is not UNANSWERED:
+        if self.is_settled or self.request.outcome is not UNANSWERED:
             return False
         walk = self.walk
         return walk is None or not walk.is_given_up
@@ -89,9 +94,12 @@ class Batcher:
         self.is_shared = is_shared
         self.is_ranked = False
         self.waiting: deque[Item] = deque()
+        self._swept_at = SPARE
 
     def put(self, item: Item) -> None:
         self._drop_unwanted()  # or they would pile up in front of a stuck stage
+        if len(self.waiting) >= self._swept_at:
+            self._sweep()
         if self.is_ranked:
             place(self.waiting, item)
         else:
@@ -119,7 +127,7 @@ class Batcher:
         while waiting and len(batch) < size:
             item = waiting.popleft()
             is_plain = item.walk is None and item.request.outcome is UNANSWERED
-            if (is_plain and not item.is_over) or item.is_wanted:
+            if (is_plain and not item.is_settled) or item.is_wanted:
                 batch.append(item)
         return batch
 
@@ -128,8 +136,13 @@ class Batcher:
         while waiting:
             first = waiting[0]
             # Most items are of one stage and wanted: that is told without a call.
-            if first.walk is None and not first.is_over and first.request.outcome is UNANSWERED:
+            if first.walk is None and not first.is_settled and first.request.outcome is UNANSWERED:
                 return
             if first.is_wanted:
                 return
             waiting.popleft()
+
+    def _sweep(self) -> None:
+        """Let go of what nobody waits for behind an item that is wanted."""
+        self.waiting = deque(item for item in self.waiting if item.is_wanted)
+        self._swept_at = 2 * len(self.waiting) + SPARE

@@ -216,9 +216,26 @@ def _array(kind: Tensor | Image) -> Conform:
             or any(w not in (None, s) for w, s in zip(shape, array.shape, strict=True))
         ):
             raise NotOfType(f"an array of shape {shape_text(array.shape)} is not {kind}")
-        return array.astype(dtype, copy=False)
+        return _converted(array, dtype, kind)
 
     return conform
+
+
+def _converted(array: Any, dtype: Any, kind: Tensor | Image) -> Any:
+    """An array with another data type. Raises NotOfType where its numbers have no place in it."""
+    import numpy as np
+
+    is_narrower = not np.can_cast(array.dtype, dtype)
+    if is_narrower and np.issubdtype(dtype, np.integer) and array.size:
+        limits = np.iinfo(dtype)
+        for number in (int(array.min()), int(array.max())):
+            if not limits.min <= number <= limits.max:
+                raise NotOfType(f"an array with the number {number} is not {kind}")
+    try:
+        with np.errstate(over="raise"):
+            return array.astype(dtype, copy=False)
+    except FloatingPointError:
+        raise NotOfType(f"an array with a number too large is not {kind}") from None
 
 
 def _called(value: Any) -> str:

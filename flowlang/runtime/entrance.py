@@ -58,6 +58,7 @@ class Entrance:
         self.outstanding = 0
         self.under_way = 0
         self.backlog: deque[Request] = deque()
+        self.is_filling = False  # those of the backlog are being let in
         self.is_ranked = False  # whether a request has come that has a priority of its own
         self.counts = FlowCounts()
         units = program.steps.units

@@ -10,6 +10,7 @@ import logging
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from flowlang.plan import graph
@@ -18,6 +19,7 @@ from flowlang.plan.physical import PhysicalPlan, StagePlan
 from flowlang.runtime.stage import Instance
 
 if TYPE_CHECKING:
+    from flowlang.plan.signature import PythonFunction
     from flowlang.runtime.gpu import GpuResources
     from flowlang.runtime.ort import Sessions
     from flowlang.runtime.seal import Key
@@ -41,6 +43,7 @@ class Instances:
         self._lock = threading.Lock()
         self._sessions: Sessions | None = None
         self._resources: dict[int, GpuResources] = {}
+        self._modules: dict[tuple[Path, str], ModuleType] = {}  # by the operator in it
 
     def make(self, stage: StagePlan, number: int) -> Instance:
         """The instance of a stage with this number (from 0). Raises EngineError."""
@@ -52,7 +55,7 @@ class Instances:
         if stage.nodes[0].op == graph.PYTHON:
             from flowlang.runtime.python import PythonInstance
 
-            return PythonInstance(stage)
+            return PythonInstance(stage, self._module_of(stage.nodes[0].params[graph.FUNCTION]))
         from flowlang.runtime.cpu import CpuInstance
         from flowlang.runtime.ort import Sessions
 
@@ -60,6 +63,18 @@ class Instances:
             if self._sessions is None:
                 self._sessions = Sessions(self._plan.machine.cores, self._plan.stages)
         return CpuInstance(stage, self._sessions)
+
+    def _module_of(self, wanted: PythonFunction) -> ModuleType:
+        """The file an operator is in, as it was when the operator was first asked for.
+
+        It may change while the app runs, or go away, and an instance be made anew.
+        """
+        from flowlang.runtime.python import module_of
+
+        key = (wanted.path, wanted.name)
+        if key not in self._modules:
+            self._modules[key] = module_of(wanted)
+        return self._modules[key]
 
     def _resources_of(self, gpu: int) -> GpuResources:
         with self._lock:

@@ -25,7 +25,6 @@ from flowlang.runtime.modules import Folder
 
 log = logging.getLogger("flowlang.python")
 
-_FAILURES = (Exception, SystemExit)  # `sys.exit()` in an operator ends its item, not its lane
 _loading = threading.RLock()
 _folders: dict[str, Folder] = {}  # by path, as they were when they were last asked for
 
@@ -62,10 +61,9 @@ def _module_of(path: Path) -> ModuleType:
 class PythonInstance:
     """One lane that calls one function."""
 
-    def __init__(self, plan: StagePlan) -> None:
+    def __init__(self, plan: StagePlan, module: ModuleType) -> None:
         node = plan.nodes[0]
         self._wanted: PythonFunction = node.params[graph.FUNCTION]
-        module = module_of(self._wanted)
         self._function: Callable[..., Any] = getattr(module, self._wanted.name)
         self._build = building(self._wanted.takes, vars(module), self._wanted.classes) or _same
         self._place = str(node.span)
@@ -101,7 +99,7 @@ class PythonInstance:
                     self._function(*(item[f] for f in self._wanted.fields), **given)
                 )
             return self._conform(self._function(item, **given))
-        except _FAILURES as error:
+        except BaseException as error:  # `sys.exit()` too ends an item, and not a lane
             return self._failure(error)
 
     def _call_batched(self, items: list[Any], given: list[Mapping[str, Any]]) -> list[Any]:
@@ -128,7 +126,7 @@ class PythonInstance:
             if len(results) != len(items):
                 raise NotOfType(f"{len(items)} items gave {len(results)} results")
             return [self._conform(r) for r in results]
-        except _FAILURES as error:
+        except BaseException as error:
             if len(items) == 1:
                 return [self._failure(error)]
         return [self._try_batch([item], told)[0] for item in given]
@@ -157,15 +155,19 @@ def _same(value: Any) -> Any:
     return value
 
 
+_PLAIN = frozenset({int, float, str, bool, bytes})
+
+
 def _locked(value: Any) -> Any:
     """An item whose arrays cannot be written to: other branches of the flow see the same ones.
 
-    They are plain arrays, whatever flowlang knows of them.
+    They are plain arrays, whatever flowlang knows of them. Its lists and records are the operator's
+    own, to change as it likes.
     """
     if isinstance(value, dict):
         return {name: _locked(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_locked(part) for part in value]
+    if isinstance(value, list):  # perhaps a long one, of numbers
+        return [part if type(part) in _PLAIN else _locked(part) for part in value]
     if not hasattr(value, "setflags"):
         return value
     import numpy as np

@@ -7,17 +7,20 @@ for a whole batch of answers, so that a thousand requests of one event loop cost
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from flowlang.runtime.frame import without_frames
 
 if TYPE_CHECKING:
     from flowlang.runtime.entrance import Entrance
+
+log = logging.getLogger("flowlang")
 
 Wake: TypeAlias = Callable[[], object]
 
@@ -88,17 +91,39 @@ class Request:
         return getattr(self, "priority", self.entrance.program.priority)
 
 
+AnyError = TypeVar("AnyError", bound=BaseException)
+
+
+def strip(error: AnyError) -> AnyError:
+    """An error without the way it came by.
+
+    That leads through the frames of operators, which hold the pictures they were at work on, and
+    those of their lane, which hold the error: all of it would stay until the garbage is collected.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
+
+
 def deliver(settled: Iterable[Request]) -> None:
     """Hand answers to those who asked, with one wake-up for each of them."""
     wakes: dict[Wake, None] = {}
+    interrupt: KeyboardInterrupt | None = None
     for request in settled:
-        if request.entrance.gives_images:
-            request.outcome = without_frames(request.outcome)
-        wake = request.reply.settle(request)
-        if wake is not None:
-            wakes[wake] = None
+        try:
+            if request.entrance.gives_images:
+                request.outcome = without_frames(request.outcome)
+            wake = request.reply.settle(request)
+        except KeyboardInterrupt as error:
+            interrupt = error  # for whoever is interrupted, once all the others have their answers
+        except BaseException:
+            log.exception("what is called with an answer failed")
+        else:
+            if wake is not None:
+                wakes[wake] = None
     for wake in wakes:
         wake()
+    if interrupt is not None:
+        raise interrupt
 
 
 class Waiter:

@@ -9,43 +9,60 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import math
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flowlang.diagnostics import (
+    BadRequest,
     Cancelled,
     DeadlineExceeded,
     Draining,
+    FlowError,
     InternalError,
     Overloaded,
     RequestError,
     StageFailed,
 )
 from flowlang.plan.physical import PhysicalPlan
-from flowlang.runtime.batcher import Item, first_of, place
+from flowlang.runtime.batcher import SPARE, Item, first_of, place
 from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.observer import Observer
-from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver
+from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver, strip
 from flowlang.runtime.walk import Ended, Work, arrive, begin
+
+_all: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+log = logging.getLogger("flowlang")
 
 
 class _Afterwards:
-    """What is left to do once the lock is released: bells to ring, answers to hand over."""
+    """What is left to do once the lock is released: bells to ring, answers to hand over, errors
+    to log.
+    """
 
-    __slots__ = ("bells", "settled")
+    __slots__ = ("bells", "settled", "unexpected")
 
     def __init__(self) -> None:
         self.bells: list[Wake] = []
         self.settled: list[Request] = []
+        self.unexpected: list[Exception] | None = None  # mostly
 
     def run(self) -> None:
         for bell in self.bells:
             bell()
         if self.settled:
             deliver(self.settled)
+        if self.unexpected is not None:
+            for error in self.unexpected:
+                log.error("a request failed as nobody expected", exc_info=error)
+            for error in self.unexpected:
+                strip(error)
 
 
 class Scheduler:
@@ -64,11 +81,14 @@ class Scheduler:
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._expiries: list[tuple[float, int, Request, Item | None]] = []
+        self._swept_at = SPARE  # entries there may be until those answered are looked for
         self._order = itertools.count()
         self._alarm_s = math.inf  # when whoever calls `expire` means to do so next
         self._is_draining = False
         self._is_closed = False
+        self.is_forked = False
         self.on_expiry: Callable[[], object] = lambda: None  # rung when the next expiry moved up
+        _all.add(self)
 
     # Asking
 
@@ -86,8 +106,10 @@ class Scheduler:
         arrived: now, or when the clock said `arrived_s`.
 
         Of those that wait, the lowest `priority` above 0 is taken first; 0 is that of the flow.
-        Raises Overloaded or Draining at once instead of letting it wait for nothing.
+        Raises Overloaded or Draining at once instead of letting it wait for nothing, and BadRequest
+        where a deadline or a priority is none.
         """
+        allowed_s = entrance.program.slo_s if deadline_s is None else _seconds(deadline_s)
         now = self.clock()
         request = Request(entrance, value, reply, token, now if arrived_s is None else arrived_s)
         if self.observer is not None and (trace := self.observer.current()) is not None:
@@ -95,7 +117,6 @@ class Scheduler:
         if priority:
             entrance.rank_by(priority)
             request.priority = priority
-        allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
         after = _Afterwards()
         with self._lock:
             self._admit(entrance)
@@ -116,15 +137,16 @@ class Scheduler:
     ) -> list[Request]:
         """Take in as many of the values as there is room for, and out of `values`.
 
-        As `submit` one by one, at a third of its cost. Raises Draining, but never Overloaded.
+        As `submit` one by one, at a third of its cost. Raises BadRequest or Draining, but never
+        Overloaded.
         """
         requests: list[Request] = []
         if not values:
             return requests
         if priority:
             entrance.rank_by(priority)
+        allowed_s = entrance.program.slo_s if deadline_s is None else _seconds(deadline_s)
         now = self.clock()
-        allowed_s = deadline_s if deadline_s is not None else entrance.program.slo_s
         trace = None if self.observer is None else self.observer.current()
         after = _Afterwards()
         with self._lock:
@@ -218,12 +240,14 @@ class Scheduler:
             for item, outcome in zip(items, outcomes, strict=True):
                 if item.walk is not None:
                     item.request.end_work(now)
-                if item.request.outcome is not UNANSWERED or item.is_over:
-                    continue
-                item.is_over = True
-                if isinstance(outcome, Exception):
+                is_failure = isinstance(outcome, Exception)
+                if is_failure:
                     stage = self._stage_of(item)
-                    outcome = _as_request_error(outcome, stage.plan.name)
+                    outcome = self._error_of(outcome, stage.plan.name, after)
+                if item.request.outcome is not UNANSWERED or item.is_settled:
+                    continue
+                item.is_settled = True
+                if is_failure:
                     stage.counts.count_failure(outcome.code)
                 self._settle(item, outcome, now, after)
         after.run()
@@ -267,7 +291,7 @@ class Scheduler:
                 if item is None:
                     self._answer(request, DeadlineExceeded(), now, after)
                     continue
-                item.is_over = True
+                item.is_settled = True
                 stage = self._stage_of(item)
                 message = f"stage `{stage.plan.name}` did not finish within its timeout"
                 error = DeadlineExceeded(message, stage=stage.plan.name)
@@ -312,6 +336,15 @@ class Scheduler:
         """Answer items whose instance did not come back in time."""
         self.finish(items, [Draining("the app stopped before this was done") for _ in items])
 
+    def become_forked(self) -> None:
+        """Be the copy in a child process: it has no lane, and its lock may never be released."""
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)
+        self.is_forked = self._is_draining = self._is_closed = True
+        for entrance in self.entrances.values():
+            entrance.backlog.clear()
+            entrance.outstanding = 0
+
     @property
     def is_closed(self) -> bool:
         return self._is_closed
@@ -321,6 +354,11 @@ class Scheduler:
     def _admit(self, entrance: Entrance) -> None:
         """Count a request in. Raises where there is no place for it."""
         if self._is_draining:
+            if self.is_forked:
+                raise FlowError(
+                    "this process was forked from the one that loaded the flows, and has not its "
+                    "threads: load them in this process, or start it by `spawn`"
+                )
             entrance.counts.fail(Draining.code)
             raise Draining("the app is stopping and takes no more requests")
         if entrance.outstanding >= entrance.limit:
@@ -344,6 +382,8 @@ class Scheduler:
             backlog = entrance.backlog
             while backlog and backlog[0].is_answered:
                 backlog.popleft()
+            if len(backlog) > 2 * entrance.limit:  # of which at most `limit` are not answered
+                backlog = entrance.backlog = deque(r for r in backlog if not r.is_answered)
             if entrance.is_ranked:
                 place(backlog, request)
             else:
@@ -368,6 +408,8 @@ class Scheduler:
         self, when_s: float, request: Request, item: Item | None, after: _Afterwards
     ) -> None:
         self._drop_expiries()
+        if len(self._expiries) >= self._swept_at:
+            self._sweep_expiries()
         heapq.heappush(self._expiries, (when_s, next(self._order), request, item))
         if when_s < self._alarm_s:
             self._alarm_s = when_s
@@ -378,6 +420,12 @@ class Scheduler:
         heap = self._expiries
         while heap and not _is_awaited(heap[0][2], heap[0][3]):
             heapq.heappop(heap)
+
+    def _sweep_expiries(self) -> None:
+        """Let go of what was answered behind an entry that still matters."""
+        self._expiries[:] = [e for e in self._expiries if _is_awaited(e[2], e[3])]
+        heapq.heapify(self._expiries)
+        self._swept_at = 2 * len(self._expiries) + SPARE
 
     def _take(self, stage: Stage, free: int) -> list[Item]:
         now = self.clock()
@@ -411,27 +459,46 @@ class Scheduler:
         request.at_work, request.queued_s, request.idle_since_s = 0, 0.0, request.arrived_s
         given, request.value = request.value, None
         values = given if entrance.has_parameters else (given,)
-        self._go_on(begin(request, entrance.track, values), now, after)
+        self._go_on(request, begin(request, entrance.track, values), now, after)
 
     def _settle(self, item: Item, outcome: Any, now: float, after: _Afterwards) -> None:
         """A stage's outcome, which may be an error, reaches the request it is for."""
         if item.walk is None:
             self._answer(item.request, outcome, now, after)
         else:
-            self._go_on(arrive(item.walk, item.unit, outcome), now, after)
+            self._go_on(item.request, arrive(item.walk, item.unit, outcome), now, after)
 
-    def _go_on(self, steps: Iterator[Work | Ended], now: float, after: _Afterwards) -> None:
-        """Queue what can be worked on now, and answer what has come to its end."""
-        for step in steps:
-            if isinstance(step, Ended):
-                if not step.request.is_answered:
-                    self._answer(step.request, step.outcome, now, after)
-            elif self._is_closed:  # nobody would take it any more
-                error = Draining("the app stopped before this was done")
-                self._answer(step.walk.request, error, now, after)
-                return
-            else:
-                self._queue(step, now, after)
+    def _go_on(
+        self, request: Request, steps: Iterator[Work | Ended], now: float, after: _Afterwards
+    ) -> None:
+        """Queue what can be worked on now, and answer what has come to its end.
+
+        A request that fails at this as nobody expected takes neither a lane nor others along.
+        """
+        try:
+            for step in steps:
+                if isinstance(step, Ended):
+                    if not request.is_answered:
+                        self._answer(request, step.outcome, now, after)
+                elif self._is_closed:  # nobody would take it any more
+                    error = Draining("the app stopped before this was done")
+                    self._answer(request, error, now, after)
+                    return
+                else:
+                    self._queue(step, now, after)
+        except Exception as error:
+            failure = self._error_of(error, None, after)
+            if not request.is_answered:
+                self._answer(request, failure, now, after)
+
+    def _error_of(self, error: Exception, stage: str | None, after: _Afterwards) -> RequestError:
+        """An error as its request has it. What is no RequestError was expected by nobody."""
+        if isinstance(error, RequestError):
+            return strip(error)
+        known = after.unexpected = after.unexpected or []
+        if error not in known:  # which several items may have failed with
+            known.append(error)
+        return StageFailed(f"{type(error).__name__}: {error}", stage=stage)
 
     def _queue(self, work: Work, now: float, after: _Afterwards) -> None:
         item = Item(work.walk.request, work.unit, work.value, now, work.walk)
@@ -451,20 +518,45 @@ class Scheduler:
         entrance.counts.answer(code, now - request.arrived_s)
         entrance.outstanding -= 1
         entrance.under_way -= request.is_under_way
-        while entrance.backlog and entrance.under_way < entrance.width:
-            following = entrance.backlog.popleft()
-            if not following.is_answered:
-                self._start(entrance, following, now, after)
+        if entrance.backlog and not entrance.is_filling:
+            self._fill(entrance, now, after)
         if self._is_draining and self.outstanding == 0:
             self._quiet.notify_all()
+
+    def _fill(self, entrance: Entrance, now: float, after: _Afterwards) -> None:
+        """Let in what waits at an entrance, as far as there is room.
+
+        Those that end at once make room for the next, which is let in here and not within them.
+        """
+        entrance.is_filling = True
+        try:
+            while entrance.backlog and entrance.under_way < entrance.width:
+                following = entrance.backlog.popleft()
+                if not following.is_answered:
+                    self._start(entrance, following, now, after)
+        finally:
+            entrance.is_filling = False
+
+
+def _after_fork() -> None:
+    for scheduler in list(_all):
+        scheduler.become_forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _seconds(deadline_s: float) -> float:
+    """A deadline as a number that can be added and compared. Raises BadRequest."""
+    try:
+        if math.isfinite(deadline_s):
+            return float(deadline_s)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise BadRequest("a deadline is a finite number of seconds")
 
 
 def _is_awaited(request: Request, item: Item | None) -> bool:
     """Whether a deadline still matters to anybody."""
     return not request.is_answered if item is None else item.is_wanted
-
-
-def _as_request_error(error: Exception, stage: str) -> RequestError:
-    if isinstance(error, RequestError):
-        return error
-    return StageFailed(f"{type(error).__name__}: {error}", stage=stage)

@@ -6,6 +6,7 @@ needs; it is made, warmed, used and closed in one thread, so it needs no lock.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -25,6 +26,7 @@ from flowlang.runtime.scheduler import Scheduler
 log = logging.getLogger("flowlang")
 
 MAX_ABANDONED = 16  # threads of one stage that never came back
+LONGEST_S = 3600.0  # that a thread waits at a time: it cannot be told to wait for centuries
 
 
 class Instance(Protocol):
@@ -75,13 +77,16 @@ class Lane(threading.Thread):
         stage: Stage,
         number: int,
         make: Callable[[], Instance],
+        *,
+        is_replacement: bool = False,
     ) -> None:
         super().__init__(name=f"flowlang-{stage.plan.name}-{number}", daemon=True)
         self.scheduler = scheduler
         self.stage = stage
         self.make = make
+        self.is_replacement = is_replacement  # of a lane that is stuck: its app has long started
         self.is_ready = threading.Event()
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self.items: list[Item] = []  # the batch being worked on
         self.number = number
         self.is_abandoned = False  # nobody waits for it any more: another lane has its place
@@ -92,8 +97,8 @@ class Lane(threading.Thread):
 
     def run(self) -> None:
         try:
-            instance = self._new_instance()
-        except Exception as error:
+            instance = self._replacement() if self.is_replacement else self._new_instance()
+        except BaseException as error:
             self.failure = error
             self.is_ready.set()
             return
@@ -105,16 +110,27 @@ class Lane(threading.Thread):
                 else:
                     self._feed(instance)
                 break
-            except InstanceLost as error:
-                name = self.stage.plan.name
-                log.error("an instance of stage `%s` is lost: %s", name, error, extra=self.fields)
-                items, self.items = self.items, []
-                outcomes = [self._lost(error) for _ in items]
-                self.scheduler.finish(items, outcomes)
-                self._observe(items, outcomes)
+            except BaseException as error:
+                self._give_up(error)
+                if self.is_abandoned:
+                    break
                 self._close(instance)
                 instance = self._replacement()
         self._close(instance)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Answer what an instance was at work on that is lost, or that nobody can say the state of
+        because of an error that nobody expected.
+        """
+        name = self.stage.plan.name
+        if isinstance(error, InstanceLost):
+            log.error("an instance of stage `%s` is lost: %s", name, error, extra=self.fields)
+        else:
+            log.error("stage `%s` gives up an instance", name, exc_info=error, extra=self.fields)
+        items, self.items = self.items, []
+        outcomes = [self._lost(error) for _ in items]
+        self.scheduler.finish(items, outcomes)
+        self._observe(items, outcomes)
 
     @property
     def stuck_at_s(self) -> float | None:
@@ -124,7 +140,7 @@ class Lane(threading.Thread):
         plan, items = self.stage.plan, self.items
         if plan.nodes[0].op != graph.PYTHON or plan.timeout_s is None or not items:
             return None
-        return self._began_s + plan.timeout_s if all(item.is_over for item in items) else None
+        return None if any(i.is_wanted for i in items) else self._began_s + plan.timeout_s
 
     def _feed(self, instance: Instance) -> None:
         """Batch after batch, each done before the next is taken, until the scheduler is closed."""
@@ -182,7 +198,13 @@ class Lane(threading.Thread):
 
     def _all_failed(self, items: list[Item], error: Exception) -> list[Any]:
         log.exception("stage `%s` failed a batch", self.stage.plan.name, extra=self.fields)
-        return [_another(error) for _ in items]
+        return [self._another(error) for _ in items]
+
+    def _another(self, error: Exception) -> RequestError:
+        """The same error for another request: each is raised in a thread of its own."""
+        if isinstance(error, RequestError):
+            return copy.copy(error)
+        return StageFailed(_told(error), stage=self.stage.plan.name)
 
     def _finish(self, items: list[Item], outcomes: Any, busy_s: float) -> None:
         if isinstance(outcomes, _Failed):
@@ -191,7 +213,11 @@ class Lane(threading.Thread):
             error = InternalError(f"{len(items)} items gave {len(outcomes)} outcomes")
             outcomes = self._all_failed(items, error)
         self.items = self.items[len(items) :]
-        self.scheduler.finish(items, outcomes, busy_s)
+        try:
+            self.scheduler.finish(items, outcomes, busy_s)
+        except BaseException:
+            self.items = items + self.items  # to be answered with the error
+            raise
         if self.scheduler.observer is not None:
             self._observe(items, outcomes)
 
@@ -205,8 +231,9 @@ class Lane(threading.Thread):
         except Exception:
             log.exception("a batch could not be observed", extra=self.fields)
 
-    def _lost(self, error: Exception) -> StageFailed:
-        return StageFailed(f"an instance was lost: {error}", stage=self.stage.plan.name)
+    def _lost(self, error: BaseException) -> StageFailed:
+        reason = str(error) if isinstance(error, (InstanceLost, EngineError)) else _told(error)
+        return StageFailed(f"an instance was lost: {reason}", stage=self.stage.plan.name)
 
     def _new_instance(self) -> Instance:
         instance = self.make()
@@ -221,7 +248,7 @@ class Lane(threading.Thread):
         """Close an instance. A lost one may well fail at it, and its lane goes on."""
         try:
             instance.close()
-        except Exception:
+        except BaseException:
             name = self.stage.plan.name
             log.exception("an instance of stage `%s` did not close", name, extra=self.fields)
 
@@ -232,7 +259,7 @@ class Lane(threading.Thread):
         while not self.scheduler.is_closed:
             try:
                 instance = self._new_instance()
-            except Exception as error:
+            except BaseException as error:
                 name = self.stage.plan.name
                 log.error("no new instance of stage `%s` yet: %s", name, error, extra=self.fields)
                 self.scheduler.fail_if_lost(self.stage, self._lost(error).message)
@@ -250,7 +277,9 @@ class Lane(threading.Thread):
             items, due_s = self.scheduler.take(self.stage, ring)
             if items:
                 return items
-            patience_s = -1.0 if due_s is None else max(0.0, due_s - self.scheduler.clock())
+            patience_s = -1.0
+            if due_s is not None:
+                patience_s = min(max(0.0, due_s - self.scheduler.clock()), LONGEST_S)
             if self._bell.acquire(timeout=patience_s):
                 self.scheduler.arrived(self.stage)
             elif not self.scheduler.leave(self.stage, ring):
@@ -268,9 +297,8 @@ class _Failed:
         self.outcomes = outcomes
 
 
-def _another(error: Exception) -> Exception:
-    """The same error for another request: each is raised in a thread of its own."""
-    return copy.copy(error) if isinstance(error, RequestError) else error
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 class _Nothing:
@@ -298,9 +326,9 @@ class Lanes:
             for number in range(stage.plan.instances)
         ]
 
-    def _lane(self, stage: Stage, number: int) -> Lane:
+    def _lane(self, stage: Stage, number: int, *, is_replacement: bool = False) -> Lane:
         make = functools.partial(self._make, stage.plan, number)
-        return Lane(self._scheduler, stage, number, make)
+        return Lane(self._scheduler, stage, number, make, is_replacement=is_replacement)
 
     def replace_stuck(self) -> float | None:
         """Give the place of each stuck lane to a new one. Returns when the next one may be.
@@ -324,36 +352,53 @@ class Lanes:
             message = "stage `%s`: a call does not come back, and is left to itself"
             log.error(message, name, extra=lane.fields)
             lane.is_abandoned = True
-            replacement = self._lane(lane.stage, lane.number)
+            replacement = self._lane(lane.stage, lane.number, is_replacement=True)
             self.all.append(replacement)
             replacement.start()
         return following_s
 
 
 class Watch(threading.Thread):
-    """The thread that answers requests at their deadline.
+    """The thread that answers requests at their deadline, and ends an app that nobody has any more.
 
-    `look` is called each time, and says when it wants to be called again.
+    `look` is called each time, and says when it wants to be called again. `on_left` is called once
+    the app has been left, as the last that this thread does.
     """
 
     def __init__(self, scheduler: Scheduler, look: Callable[[], float | None]) -> None:
         super().__init__(name="flowlang-deadlines", daemon=True)
         self.scheduler = scheduler
         self.look = look
-        self._moved = threading.Event()
-        scheduler.on_expiry = self._moved.set
+        self.on_left: Callable[[], object] = lambda: None
+        self._is_left = False
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        scheduler.on_expiry = self._ring
 
     def run(self) -> None:
-        look_s: float | None = None
-        while not self.scheduler.is_closed:
-            times = [t for t in (self.scheduler.next_expiry_s(), look_s) if t is not None]
+        while not (self._is_left or self.scheduler.is_closed):
+            # In this order: what nobody waits for any more is no expiry, and is looked at instead.
+            times = [t for t in (self.scheduler.next_expiry_s(), self.look()) if t is not None]
             when_s = min(times, default=None)
             patience_s = None if when_s is None else when_s - self.scheduler.clock()
             if patience_s is None or patience_s > 0:
-                self._moved.wait(patience_s)
-                self._moved.clear()
+                self._bell.acquire(timeout=-1 if patience_s is None else min(patience_s, LONGEST_S))
             self.scheduler.expire()
-            look_s = self.look()
+        if self._is_left:
+            self.on_left()
 
     def stop(self) -> None:
-        self._moved.set()
+        """To be called once the scheduler is closed."""
+        self._ring()
+
+    def leave(self) -> None:
+        """End the app, and let nobody wait for that.
+
+        The garbage collector calls this wherever it runs, under whatever locks: it takes none.
+        """
+        self._is_left = True
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # rung already, and not heard yet
+            self._bell.release()

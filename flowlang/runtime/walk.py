@@ -14,7 +14,7 @@ from flowlang.diagnostics import RequestError, StageFailed
 from flowlang.plan import graph
 from flowlang.plan.expression import compute, failure, function_of, is_plain
 from flowlang.plan.physical import Steps, Unit
-from flowlang.runtime.request import UNANSWERED, Request
+from flowlang.runtime.request import UNANSWERED, Request, strip
 
 
 class Track:
@@ -185,7 +185,7 @@ def _take(walk: Walk, index: int, unit: Unit, values: list[Any], arrivals: _Arri
         else:
             arrivals.append((walk, unit.output, compute(unit.node, values)))
     except RequestError as error:
-        arrivals.append((walk, -1, error))
+        arrivals.append((walk, -1, strip(error)))
     except Exception as error:
         message = f"{_shown(unit)} failed: {failure(error)}"
         place = str(unit.node.span)

@@ -43,6 +43,7 @@ RESERVED = frozenset(
     )
 )
 RESERVED_START = "triton_"
+LARGEST = 2**64 - 1  # of a whole number that the protocol gives a meaning: over gRPC it has 64 bits
 _PLAIN = frozenset(Scalar(name) for name in PLAIN)
 
 State: TypeAlias = Literal["loading", "ready", "draining"]
@@ -309,6 +310,8 @@ def _whole(parameters: Mapping[str, Any], name: str, what: str) -> int:
         return 0
     if not isinstance(given, int) or isinstance(given, bool) or given < 0:
         raise BadRequest(f"parameters.{name}: a whole {what} is wanted")
+    if given > LARGEST:
+        raise BadRequest(f"parameters.{name}: it is above {LARGEST}, the most that it can be")
     return given
 
 

@@ -103,7 +103,7 @@ def test_answered_items_delay_and_complete_nothing() -> None:
     batcher = Batcher(1, 8, 0.5, 1)
     first, second, third = filled(batcher, 1.0, 1.125, 1.25)
     first.request.outcome = "cancelled"
-    second.is_over = True
+    second.is_settled = True
     assert batcher.due_s() == 1.75
     assert batcher.take(1.5, 1) == []
     assert batcher.take(1.75, 1) == [third]
@@ -116,6 +116,22 @@ def test_answered_items_do_not_pile_up_while_no_instance_asks() -> None:
         for item in filled(batcher, float(number)):
             item.request.outcome = "expired"
     assert len(batcher.waiting) == 1
+
+
+@pytest.mark.parametrize("is_ranked", [False, True])
+def test_answered_items_do_not_pile_up_behind_one_that_is_wanted(is_ranked: bool) -> None:
+    """The queue holds little besides those somebody waits for, and those in their order."""
+    batcher = Batcher(1, 8, 0.0, 1)
+    batcher.is_ranked = is_ranked
+    wanted = filled(batcher, 0.0)
+    for number in range(1, 5000):
+        (item,) = filled(batcher, float(number))
+        if number % 100:
+            item.request.outcome = "cancelled"
+        else:
+            wanted.append(item)
+        assert len(batcher.waiting) <= 2 * len(wanted) + 100
+    assert [item for item in batcher.waiting if item.is_wanted] == wanted
 
 
 @given(st.lists(st.integers(0, 5), max_size=20), st.integers(1, 4))
@@ -133,7 +149,7 @@ def test_a_lower_rank_is_taken_first(priorities: list[int], high: int) -> None:
     assert [item.rank for item in items] == [priority or 2 for priority in priorities]
 
 
-def test_the_wait_of_what_is_overtaken_counts() -> None:
+def test_the_wait_of_what_is_settledtaken_counts() -> None:
     """A batch is due when any of its items has waited, and not only the one that is first in it."""
     batcher = Batcher(1, 3, 0.5, 1)
     batcher.is_ranked = True
@@ -156,7 +172,7 @@ class Oracle:
     waiting: list[Item] = field(default_factory=list)
 
     def live(self) -> list[Item]:
-        return [i for i in self.waiting if not i.request.is_answered and not i.is_over]
+        return [i for i in self.waiting if not i.request.is_answered and not i.is_settled]
 
 
 STEP = st.one_of(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import io
+import logging
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -32,6 +35,7 @@ from flowlang.diagnostics import (
 )
 from flowlang.plan.check import compile_source
 from flowlang.plan.physical import Machine, StagePlan, lower
+from flowlang.runtime.batcher import Item
 from flowlang.runtime.instances import Instances
 from flowlang.runtime.stage import Instance, InstanceLost
 from tests.simulation import write_models
@@ -65,6 +69,10 @@ class Worker:
 
     def close(self) -> None:
         self.is_closed = True
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt, and not one."""
 
 
 class Gate:
@@ -247,6 +255,59 @@ def test_a_failing_batch_fails_each_of_its_requests(start: Start, error: Excepti
     assert all(type(e) is expected and str(error) in str(e) for e in raised)
 
 
+@pytest.mark.parametrize("where", ["the instance", "the scheduler"])
+def test_an_error_that_nobody_expects_does_not_take_its_lane_along(
+    start: Start, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its items are answered, the log has it, and the lane goes on with a new instance."""
+    workers: list[Worker] = []
+
+    def work(values: Sequence[Any]) -> list[Any]:
+        if b"bad" in values:
+            raise Interrupted("bad luck")
+        return list(values)
+
+    def make() -> Worker:
+        workers.append(Worker(work if where == "the instance" else list))
+        return workers[-1]
+
+    app = start(NET.format(1), make)
+    assert app(b"good") == b"good"
+    finish = app.scheduler.finish
+
+    def broken(items: Sequence[Item], outcomes: Sequence[Any], busy_s: float = 0.0) -> None:
+        if b"bad" in outcomes:
+            raise ZeroDivisionError("bad luck")
+        finish(items, outcomes, busy_s)
+
+    if where == "the scheduler":
+        monkeypatch.setattr(app.scheduler, "finish", broken)
+    with pytest.raises(StageFailed, match=r"an instance was lost: .*: bad luck"):
+        app.submit(b"bad").result(LONG_S)
+    assert app(b"good") == b"good"
+    assert [w.is_closed for w in workers] == [True, False]
+    assert "gives up an instance" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_a_callback_does_not_take_a_lane_along(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What users have called with an answer may end in `sys.exit`; all others get their answers."""
+    gate = Gate()
+    app = start(NET.format(1), lambda: gate)
+    first = app.submit(b"first")
+    assert gate.entered.wait(LONG_S)
+    batch = [app.submit(name(number)) for number in range(4)]
+    for future in (first, batch[0]):
+        future.add_done_callback(lambda _: sys.exit("enough"))
+    gate.opened.set()
+    assert [future.result(LONG_S) for future in batch] == [name(number) for number in range(4)]
+    assert app(b"last") == b"last"
+    assert app._lanes[0].is_alive()
+    assert "what is called with an answer failed" in caplog.text
+
+
 def test_what_a_stuck_lane_holds_is_answered_at_close(start: Start) -> None:
     """Running and waiting requests alike are told that the app stopped, and close returns."""
     gate = Gate()
@@ -260,6 +321,8 @@ def test_what_a_stuck_lane_holds_is_answered_at_close(start: Start) -> None:
     with pytest.raises(Draining):
         app(b"5")
     gate.opened.set()
+    app._watch.join(LONG_S)  # which ends the rest as soon as the lane comes back
+    assert not any(thread.is_alive() for thread in (*app._lanes, app._watch))
 
 
 def test_closing_in_time_answers_everything(start: Start) -> None:
@@ -412,6 +475,19 @@ def test_deadlines_are_kept_behind_a_stuck_lane(start: Start) -> None:
     assert far.result(LONG_S) == b"far"
 
 
+def test_a_deadline_in_centuries_keeps_no_other_from_its_own(start: Start) -> None:
+    """The watch cannot sleep for as long as that, and sleeps for as long as it can."""
+    gate = Gate()
+    app = start(NET.format(1), lambda: gate)
+    far = app.submit(b"far", deadline_s=1e12)
+    assert gate.entered.wait(LONG_S)
+    time.sleep(0.05)  # the watch goes to sleep
+    with pytest.raises(DeadlineExceeded):
+        app.submit(b"near", deadline_s=0.05).result(LONG_S)
+    gate.opened.set()
+    assert far.result(LONG_S) == b"far"
+
+
 def test_a_stage_out_of_time_is_named(start: Start) -> None:
     """A stage's timeout counts from when the item reached it, and the error names the stage."""
     text = """
@@ -479,10 +555,6 @@ def test_event_loops_are_forgotten(start: Start) -> None:
     assert len(app["f"]._loops) == 0
 
 
-class Interrupted(BaseException):
-    """Like KeyboardInterrupt, and not one."""
-
-
 def test_an_interrupted_caller_takes_its_request_back(start: Start) -> None:
     """Ctrl-C in a thread that waits for an answer cancels the request, and it never runs."""
     worker = Worker(Gate())
@@ -525,6 +597,69 @@ def test_an_idle_lane_holds_no_item(start: Start) -> None:
             assert eventually(lambda seen=seen: seen() is None)  # type: ignore[misc]
     finally:
         gc.enable()
+
+
+def test_an_error_holds_nothing_but_its_words(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a failing operator had in hand is freed with the answer, whoever keeps the error; the
+    log has the traceback of one that nobody expected.
+    """
+    written = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("flowlang"), "handlers", [logging.StreamHandler(written)])
+    monkeypatch.setattr(logging.getLogger("flowlang"), "propagate", False)  # pytest keeps records
+    seen: list[weakref.ref[Any]] = []
+
+    def fail(value: Any, kind: type[Exception]) -> None:
+        picture = row(1)
+        seen.append(weakref.ref(picture))
+        try:
+            raise OSError("no such level")
+        except OSError as error:
+            raise kind("too dark") from error
+
+    def work(values: Sequence[Any]) -> list[Any]:
+        outcomes: list[Any] = []
+        for value in values:
+            try:
+                fail(value, ValueError if value[0] else BadRequest)
+            except Exception as error:  # as chains of operators do
+                outcomes.append(error)
+        return outcomes
+
+    app = start('export flow f = trt("net.onnx", batch=1..4) x1', lambda: work)
+
+    async def call(road: Callable[[Any], Any], item: Any) -> None:
+        """Not around the loop, whose own frames hold a task that failed."""
+        try:
+            await road(item)
+        except (BadRequest, StageFailed) as error:
+            seen.append(weakref.ref(error))
+
+    roads: list[Callable[[Any], Any]] = [
+        app,
+        lambda item: app.submit(item).result(LONG_S),
+        lambda item: asyncio.run(call(app.acall, item)),
+        lambda item: asyncio.run(call(app["f"].atimed, item)),
+        lambda item: list(app.map([item])),
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        kept = list(app.map([row(n % 2) for n in range(20)], errors="return"))
+        assert {type(error) for error in kept} == {BadRequest, StageFailed}
+        assert eventually(lambda: all(s() is None for s in seen))
+        for road in roads:
+            for number in (0, 1):
+                try:
+                    road(row(number))
+                except (BadRequest, StageFailed) as error:
+                    seen.append(weakref.ref(error))
+                assert eventually(lambda: all(s() is None for s in seen))
+        assert len(seen) == len(kept) + 2 * 2 * len(roads)
+    finally:
+        gc.enable()
+    assert 'raise kind("too dark") from error' in written.getvalue()
 
 
 def test_answered_futures_are_freed(start: Start) -> None:
@@ -606,9 +741,11 @@ def test_a_batch_is_begun_while_another_is_under_way(start: Start) -> None:
         assert steps.index(("collect", name(number))) < steps.index(("launch", name(number + 1)))
 
 
-@pytest.mark.parametrize("error", [ValueError("bad luck"), InstanceLost("bad luck")])
+@pytest.mark.parametrize(
+    "error", [ValueError("bad luck"), InstanceLost("bad luck"), Interrupted("bad luck")]
+)
 @pytest.mark.parametrize("where", ["begin", "launch", "collect"])
-def test_a_failing_step_fails_what_it_must(start: Start, where: str, error: Exception) -> None:
+def test_a_failing_step_fails_what_it_must(start: Start, where: str, error: BaseException) -> None:
     """A step that fails takes its batch along; a lost instance takes all that is in it."""
     arrived = threading.Event()
     workers: list[Overlapped] = []

@@ -23,7 +23,7 @@ from tests.pictures import photographs
 LONG_S = 20.0  # far beyond what anything here takes
 HEAD = """
 from __future__ import annotations
-import dataclasses, sys, threading, time
+import asyncio, dataclasses, sys, threading, time
 from typing import Annotated, Any, NamedTuple, TypedDict
 import numpy as np
 import flowlang
@@ -353,6 +353,13 @@ LIES: dict[str, tuple[str, str]] = {
     "Found": ("{'a': 1}", "it has the fields a, not a, b"),
     "list[Found]": ("[{'a': 1, 'b': 'x'}]", "element 0: `b`: a str is not int"),
     "Vector": ("np.zeros(3)", "an array of shape 3 is not tensor<f32, 4>"),
+    "'tensor<i32>'": (
+        "np.array([1, 3_000_000_000])",
+        "with the number 3000000000 is not tensor<i32>",
+    ),
+    "'tensor<i8>'": ("np.array([-129, 0], np.int16)", "with the number -129 is not tensor<i8>"),
+    "'tensor<f16>'": ("np.array([70_000])", "a number too large is not tensor<f16>"),
+    "'tensor<f32>'": ("np.array([1.0, 1e39])", "a number too large is not tensor<f32>"),
     "'tensor<i64>'": ("np.zeros(3)", "an array of float64 is not tensor<i64>"),
     "'image<rgb>'": ("np.zeros((4, 4), np.uint8)", "an array of shape 4x4 is not image<rgb"),
 }
@@ -375,14 +382,27 @@ def test_a_lie_is_told_at_its_operator(load: Load, annotation: str) -> None:
         assert words in message
 
 
-@pytest.mark.parametrize("way", ["sys.exit(3)", "raise SystemExit", "threading.Thread(None).x"])
-def test_an_operator_cannot_end_its_lane(load: Load, way: str) -> None:
-    """`sys.exit` fails the item; the next one is answered."""
-    app = load(
-        f"def f(x: int) -> int:\n    if x == 0: {way}\n    return x\n", "export flow a = p.f"
-    )
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "sys.exit(3)",
+        "raise SystemExit",
+        "raise KeyboardInterrupt",
+        "raise asyncio.CancelledError",
+        "threading.Thread(None).x",
+    ],
+)
+def test_an_operator_cannot_end_its_lane(load: Load, way: str, batched: bool) -> None:
+    """`sys.exit` and the like fail the item; the next one is answered."""
+    text = f"def f(x: int) -> int:\n    if x == 0: {way}\n    return x\n"
+    if batched:
+        text = f"@batched\ndef f(x: list[int]) -> list[int]:\n    if 0 in x: {way}\n    return x\n"
+    app = load(text, "export flow a = p.f")
+    lanes = [lane.ident for lane in app._lanes]
     assert isinstance(error_of(app.submit(0)), flowlang.StageFailed)
     assert app(1) == 1
+    assert [lane.ident for lane in app._lanes if lane.is_alive()] == lanes
 
 
 def test_an_operator_gets_what_nobody_else_holds_when_asked_twice(load: Load) -> None:
@@ -500,6 +520,72 @@ def test_a_call_that_never_comes_back_is_answered(
     shared.gate.set()
 
 
+@pytest.mark.parametrize("end", ["deadline", "cancel"])
+def test_a_stuck_call_that_nobody_waits_for_loses_its_lane(
+    load: Load, shared: ModuleType, end: str
+) -> None:
+    """However its request came to its end, a new lane takes over at the timeout of its stage."""
+    app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=300ms)")
+    shared.gate.clear()
+    try:
+        stuck = app.submit(-1, deadline_s=0.1 if end == "deadline" else None)
+        assert shared.entered.acquire(timeout=LONG_S)
+        if end == "cancel":
+            assert stuck.cancel()
+        else:
+            assert isinstance(error_of(stuck), flowlang.DeadlineExceeded)
+        time.sleep(0.4)
+        assert list(app.map(range(5), deadline_s=LONG_S)) == list(range(5))
+    finally:
+        shared.gate.set()
+
+
+def test_a_lane_is_replaced_though_its_file_has_changed(
+    load: Load, shared: ModuleType, tmp_path: Path
+) -> None:
+    """The operators of a running app are those it was loaded with."""
+    app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=100ms)")
+    shared.gate.clear()
+    try:
+        for change in ("def f(x: int) -> int: return -x\n", None):
+            if change is not None:
+                (tmp_path / "p.py").write_text(change)
+            else:
+                (tmp_path / "p.py").unlink()
+            assert isinstance(error_of(app.submit(-1)), flowlang.DeadlineExceeded)
+            assert list(app.map(range(5), deadline_s=LONG_S)) == list(range(5))
+    finally:
+        shared.gate.set()
+
+
+def test_a_lane_is_replaced_as_soon_as_it_can_be(
+    load: Load,
+    shared: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """While no other instance can be made what comes in is answered, and the log says why."""
+    app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=300ms)")
+    shared.gate.clear()
+
+    def broken(*_: Any) -> None:
+        raise flowlang.EngineError("no memory")
+
+    try:
+        with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "flowlang"):
+            patch.setattr("flowlang.runtime.python.PythonInstance", broken)
+            assert isinstance(error_of(app.submit(-1)), flowlang.DeadlineExceeded)
+            time.sleep(0.1)
+            assert "an instance was lost: no memory" in str(error_of(app.submit(1)))
+        assert "no new instance of stage `p.f` yet: no memory" in caplog.text
+        end_s = time.monotonic() + LONG_S
+        while (answer := app.submit(1).exception()) is not None and time.monotonic() < end_s:
+            time.sleep(0.05)
+        assert answer is None
+    finally:
+        shared.gate.set()
+
+
 def test_a_late_result_is_nobodys(load: Load, shared: ModuleType) -> None:
     """What comes back after its timeout answers nothing, and its thread ends."""
     app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=100ms)")
@@ -559,6 +645,27 @@ def test_what_an_operator_writes_into_is_not_anothers(load: Load) -> None:
     answer = app(photographs(1)[0])
     assert answer["spoilt"] == 1.0
     assert answer["mean"] > 1
+
+
+def test_a_list_that_an_operator_changes_is_not_anothers(load: Load) -> None:
+    """Arrays in lists cannot be written to either, and each operator has a list of its own."""
+    app = load(
+        """def parts(x: int) -> list[Annotated[np.ndarray, "tensor<f32, 2>"]]:
+    return [np.ones(2, np.float32) for _ in range(x)]
+def spoil(parts: list[Annotated[np.ndarray, "tensor<f32, 2>"]]) -> float:
+    parts.append(parts[0])
+    parts[0][:] = 99
+    return 0.0
+def total(parts: list[Annotated[np.ndarray, "tensor<f32, 2>"]]) -> float:
+    time.sleep(0.1)
+    return float(sum(part.sum() for part in parts))
+""",
+        """export flow f: int -> { spoilt: float, total: float } {
+          let parts = in -> p.parts
+          return { spoilt: parts -> (p.spoil ?? 1.0), total: parts -> p.total }
+        }""",
+    )
+    assert app(2) == {"spoilt": 1.0, "total": 4.0}
 
 
 def test_a_call_that_waited_long_keeps_its_lane(load: Load) -> None:

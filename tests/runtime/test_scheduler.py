@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowlang.diagnostics import (
+    BadRequest,
     Cancelled,
     DeadlineExceeded,
     Draining,
@@ -30,6 +32,7 @@ from flowlang.runtime.batcher import Item
 from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.request import Request
 from flowlang.runtime.scheduler import Scheduler
+from flowlang.runtime.walk import Ended, Walk, Work, arrive
 from tests.simulation import Batch, Simulation, expected, plan_of, write_models
 
 UNIT_S = 1 / 1024  # all made-up times are multiples of it, so that sums of them are exact
@@ -349,7 +352,7 @@ def test_a_request_is_queued_while_no_instance_is_at_work_on_it(scenario: Scenar
 
 
 def waiting(stage: Stage) -> list[Item]:
-    return [i for i in stage.batcher.waiting if not i.request.is_answered and not i.is_over]
+    return [i for i in stage.batcher.waiting if not i.request.is_answered and not i.is_settled]
 
 
 @FEW
@@ -707,6 +710,101 @@ def test_answered_requests_do_not_pile_up_until_their_deadlines() -> None:
     assert len(simulation.scheduler._expiries) < 10
 
 
+def test_answered_requests_do_not_pile_up_behind_one_that_waits() -> None:
+    """One deadline that is still to come does not keep the answers to all later requests."""
+    simulation = simulated("""
+        flow net = trt("net.onnx", batch=1)
+        flow other = trt("four.onnx", timeout=900s)
+        export flow f = net
+        export flow g = other
+        export flow h = other -> softmax
+        schedule { g(slo=1000s, queue=2000) }""")
+    simulation.service_s = lambda stage, items: 1e4 if "net" in stage.name else 0.001
+    simulation.submit("f", deadline_s=500.0)
+    for number in range(2000):
+        simulation.at(number * 0.01, lambda: simulation.submit("g"))
+        simulation.at(number * 0.01, lambda: simulation.submit("h", np.ones(4)))
+    simulation.run(400.0)
+    assert len(simulation.answers) == 4000
+    assert len(simulation.scheduler._expiries) < 100
+
+
+def test_a_crowd_of_deadlines_is_kept_to_the_instant() -> None:
+    """However many requests are given up meanwhile, each of the others has its deadline."""
+    simulation = simulated("""
+        export flow f = trt("net.onnx", batch=1, timeout=50s)
+        schedule { f(queue=5000) }""")
+    simulation.service_s = lambda stage, items: 1e6
+    dice = random.Random(7)
+    asked = []
+    for number in range(2000):
+        deadline_s = dice.randrange(1, 64) * 1.0
+        request = simulation.submit("f", deadline_s=deadline_s)
+        if number % 3:
+            simulation.scheduler.cancel(request)
+        else:
+            asked.append((request, min(deadline_s, 50.0)))
+    simulation.run(100.0)
+    at_s = {answer.request: answer.at_s for answer in simulation.answers}
+    assert [at_s[request] for request, _ in asked] == [deadline_s for _, deadline_s in asked]
+
+
+def test_cancelled_requests_do_not_pile_up_at_an_entrance() -> None:
+    """Behind one that waits in front of full stages, those given up are let go of."""
+    simulation = simulated(SHAPES["chain"].format("batch=1", 1, "batch=1", 1))
+    simulation.service_s = lambda stage, items: 1e6
+    entrance = simulation.scheduler.entrances["f"]
+    for _ in range(entrance.width + 1):
+        simulation.submit("f")
+    for _ in range(5000):
+        simulation.scheduler.cancel(simulation.submit("f"))
+    assert len(entrance.backlog) <= 2 * entrance.limit + 1
+
+
+def test_a_request_that_fails_as_nobody_expects_is_answered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes no other along, keeps no place in the queue, and is in the log."""
+
+    def broken(walk: Walk, unit: int, outcome: Any) -> Iterator[Work | Ended]:
+        yield from arrive(walk, unit, outcome)
+        if walk.request.token == "bad":
+            raise RecursionError("too deep")
+
+    monkeypatch.setattr("flowlang.runtime.scheduler.arrive", broken)
+    text = 'flow net = trt("net.onnx", batch=1..4)\nexport flow f = net -> { a: net, b: softmax }'
+    simulation = simulated(text)
+    entrance = simulation.scheduler.entrances["f"]
+    asked = [
+        simulation.scheduler.submit(entrance, np.ones(4), simulation, token)
+        for token in ("good", "bad", "good")
+    ]
+    simulation.work = lambda stage, item: item.value
+    simulation.run()
+    good, bad, other = (request.outcome for request in asked)
+    assert good.keys() == other.keys() == {"a", "b"}
+    assert isinstance(bad, StageFailed)
+    assert "RecursionError: too deep" in str(bad)
+    assert simulation.scheduler.outstanding == 0
+    assert "a request failed as nobody expected" in caplog.text
+
+
+def test_a_backlog_of_requests_that_need_no_stage_empties_at_once() -> None:
+    """Thousands that end as soon as they are let in, behind one: each makes room for the next."""
+    simulation = simulated("""
+        flow net = trt("net.onnx", batch=1) x1
+        export flow f: list<tensor<f32, 4>> -> { a: list<tensor<f32, 4>>, b: list<tensor<f32, 4>> }
+          = { a: map(net, max=2), b: pass }
+        schedule { f(queue=5000) }""")
+    width = simulation.scheduler.entrances["f"].width
+    inside = [simulation.submit("f", [0, 1]) for _ in range(width)]
+    behind = [simulation.submit("f", [0, 1, 2]) for _ in range(5000 - width)]
+    simulation.run()
+    assert all(isinstance(request.outcome, dict) for request in inside)
+    assert all(isinstance(request.outcome, StageFailed) for request in behind)
+    assert simulation.scheduler.outstanding == 0
+
+
 def test_a_backlog_of_answered_requests_does_not_grow() -> None:
     """Requests that expire behind a stuck stage leave the backlog as others join it."""
     text = SHAPES["chain"].format("batch=1", 1, "batch=1", 1)
@@ -778,6 +876,30 @@ def test_of_many_at_once_as_many_are_taken_in_as_have_room(
     values.append("late")
     with pytest.raises(Draining):
         scheduler.submit_many(entrance, values, simulation)
+
+
+@pytest.mark.parametrize(
+    "deadline_s",
+    [
+        pytest.param("5", id="text"),
+        pytest.param(math.nan, id="nan"),
+        pytest.param(math.inf, id="infinite"),
+        pytest.param(10**400, id="too large"),
+        pytest.param([1.0], id="list"),
+    ],
+)
+def test_a_deadline_that_is_no_number_is_refused_before_it_counts(deadline_s: Any) -> None:
+    """It is the caller's fault, and takes no place in the queue that nobody would give back."""
+    simulation = simulated('export flow f = trt("net.onnx", batch=1)')
+    scheduler, entrance = simulation.scheduler, simulation.scheduler.entrances["f"]
+    values = deque(["one", "two"])
+    with pytest.raises(BadRequest, match="a finite number of seconds"):
+        simulation.submit("f", "one", deadline_s)
+    with pytest.raises(BadRequest, match="a finite number of seconds"):
+        scheduler.submit_many(entrance, values, simulation, deadline_s)
+    assert len(values) == 2
+    assert scheduler.outstanding == 0
+    assert scheduler.next_expiry_s() is None
 
 
 def inoue(rate: float, t0: float, a: float) -> float:

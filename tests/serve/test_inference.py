@@ -510,6 +510,8 @@ HOSTILE: list[tuple[str, Any, str]] = [
         "parameters.binary_data_output: true or false",
     ),
     ("same", {"inputs": [_tensor()], "parameters": {"timeout": -1}}, "parameters.timeout"),
+    ("same", {"inputs": [_tensor()], "parameters": {"timeout": 2**64}}, "parameters.timeout"),
+    ("same", {"inputs": [_tensor()], "parameters": {"timeout": 10**400}}, "parameters.timeout"),
     ("same", {"inputs": [_tensor()], "parameters": {"size": 3}}, "no parameter `size`"),
     ("same", {"inputs": [_tensor()], "parameters": 3}, "parameters: a JSON object"),
     ("same", {"inputs": [_tensor()], "id": 7}, "id: a string"),
@@ -738,6 +740,13 @@ def test_a_deadline_is_kept(server: Server, by: str) -> None:
     assert response.status_code == 504
     assert 0.05 <= time.monotonic() - start_s < 5
     server.wait_inside(0)
+
+
+def test_a_timeout_of_centuries_is_one(server: Server) -> None:
+    """The most that a client can say is granted, and those behind it keep their deadlines."""
+    body = {"inputs": [_tensor()], "parameters": {"timeout": 2**64 - 1}}
+    assert server.client.post("/v2/models/same/infer", json=body).status_code == 200
+    test_a_deadline_is_kept(server, "header")
 
 
 def test_a_full_queue_and_too_many_items(server: Server) -> None:
