@@ -614,8 +614,6 @@ def test_deadlines_and_full_queues_reach_the_caller(open_app: Callable[..., App]
         app(PICTURES[0])
     with pytest.raises(DeadlineExceeded, match="not answered by its deadline"):
         app(PICTURES[0], deadline_s=0.02)
-    with pytest.raises(DeadlineExceeded, match=r"not answered within 0\.2 ms"):
-        app(PICTURES[0], deadline_s=0.0002)
     waiting = [app.submit(PICTURES[0], deadline_s=100.0)]
     assert len(app.submit(PICTURES[1], deadline_s=100.0).result()) == 10
     assert len(waiting[0].result()) == 10
