@@ -132,11 +132,11 @@ def test_a_body_that_is_too_large_is_counted(server: Server) -> None:
 
 
 def test_a_late_request_is_counted_as_late(server: Server) -> None:
-    """A deadline that passes is an outcome of its own, and the latency is at least the deadline."""
+    """A deadline that passes is an outcome of its own; its time counts from the body's end."""
     held = {"flow": "held"}
     server.client.post("/flows/held", json=[1, 2, 3], headers={"X-Deadline-Ms": "60"})
     assert counted(server, "flowlang_requests_total", code="deadline-exceeded", **held) == 1
-    assert counted(server, "flowlang_request_seconds_sum", **held) >= 0.06
+    assert counted(server, "flowlang_request_seconds_sum", **held) >= 0.05
 
 
 def test_stages_tell_their_batches_and_their_work(server: Server) -> None:
