@@ -115,7 +115,8 @@ class Lane(threading.Thread):
                 if self.is_abandoned:
                     break
                 self._close(instance)
-                instance = self._replacement()
+            # Outside, where the error is gone, and with it the frames that hold its batch.
+            instance = self._replacement()
         self._close(instance)
 
     def _give_up(self, error: BaseException) -> None:
