@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 from onnx import TensorProto, helper, save_model
 
+from examples.models import IR_VERSION, OPSET
+
 Dims: TypeAlias = "Sequence[int | str | None] | None"
 Port: TypeAlias = "tuple[str, str, Dims]"
 
@@ -118,7 +120,9 @@ def write_model(path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> 
     nodes = [helper.make_node("Identity", [inputs[0][0]], [name]) for name, _, _ in outputs]
     graph = helper.make_graph(nodes, "standin", [*map(declare, inputs)], [*map(declare, outputs)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_model(helper.make_model(graph), path)
+    # Of a version that every ONNX Runtime we allow can read: onnx writes its newest.
+    opset = [helper.make_opsetid("", OPSET)]
+    save_model(helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opset), path)
     return path
 
 

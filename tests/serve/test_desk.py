@@ -211,8 +211,7 @@ def test_a_trace_is_told_where_it_is_of_use(
         assert told == (TRACE if is_told[1] else None)
         # What comes behind it is none of it.
         fresh = contextvars.Context()
-        asked = asyncio.get_running_loop().create_task(front.engine.ask("trace"), context=fresh)
-        assert await asked is None
+        assert await fresh.run(asyncio.ensure_future, front.engine.ask("trace")) is None
         await front.engine.close(PATIENCE_S)
         assert await desk.deserted(PATIENCE_S)
         desk.close()

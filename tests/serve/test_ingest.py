@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -580,6 +581,8 @@ def test_what_an_engine_does_not_read_is_refused(folder: Path) -> None:
         with stopped(found.engine):
             for number, connection in enumerate(connections):
                 connection.post("/flows/echo", bytes([number % 256]) * 1_000_000)
+            last = connections[-1].socket  # refused at once, as soon as the front has read it
+            wait_until(lambda: bool(select.select([last], [], [], 0)[0]))
             wait_until(lambda: server.health()["requests"] < 120)
             grown = memory_bytes(found.fronts[0]) - before
         answers = [connection.answer() for connection in connections]
