@@ -22,6 +22,7 @@ from flowlang.plan.physical import StagePlan
 from flowlang.plan.signature import PythonFunction
 from flowlang.runtime.conform import NotOfType, building, conforming
 from flowlang.runtime.modules import Folder
+from flowlang.runtime.request import in_words
 
 log = logging.getLogger("flowlang.python")
 
@@ -147,7 +148,7 @@ class PythonInstance:
             error.stage, error.place = error.stage or shown, error.place or self._place
             return error
         log.error("`%s` failed (%s)", shown, self._place, exc_info=error, extra=self._fields)
-        message = f"`{shown}` failed: {type(error).__name__}: {error}"
+        message = f"`{shown}` failed: {in_words(error)}"
         return StageFailed(message, stage=shown, place=self._place)
 
 

@@ -104,6 +104,11 @@ def strip(error: AnyError) -> AnyError:
     return error
 
 
+def in_words(error: BaseException) -> str:
+    """An error that nobody expected, in words: what kind it is, and what it says."""
+    return f"{type(error).__name__}: {error}"
+
+
 def deliver(settled: Iterable[Request]) -> None:
     """Hand answers to those who asked, with one wake-up for each of them."""
     wakes: dict[Wake, None] = {}

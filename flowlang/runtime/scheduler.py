@@ -33,7 +33,7 @@ from flowlang.plan.physical import PhysicalPlan
 from flowlang.runtime.batcher import SPARE, Item, first_of, place
 from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.observer import Observer
-from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver, strip
+from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver, in_words, strip
 from flowlang.runtime.walk import Ended, Work, arrive, begin
 
 _all: weakref.WeakSet[Scheduler] = weakref.WeakSet()
@@ -498,7 +498,7 @@ class Scheduler:
         known = after.unexpected = after.unexpected or []
         if error not in known:  # which several items may have failed with
             known.append(error)
-        return StageFailed(f"{type(error).__name__}: {error}", stage=stage)
+        return StageFailed(in_words(error), stage=stage)
 
     def _queue(self, work: Work, now: float, after: _Afterwards) -> None:
         item = Item(work.walk.request, work.unit, work.value, now, work.walk)
@@ -543,8 +543,7 @@ def _after_fork() -> None:
         scheduler.become_forked()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _seconds(deadline_s: float) -> float:

@@ -21,6 +21,7 @@ from flowlang.plan.physical import StagePlan
 from flowlang.runtime.batcher import Item
 from flowlang.runtime.entrance import Stage
 from flowlang.runtime.observer import Worked
+from flowlang.runtime.request import in_words
 from flowlang.runtime.scheduler import Scheduler
 
 log = logging.getLogger("flowlang")
@@ -205,7 +206,7 @@ class Lane(threading.Thread):
         """The same error for another request: each is raised in a thread of its own."""
         if isinstance(error, RequestError):
             return copy.copy(error)
-        return StageFailed(_told(error), stage=self.stage.plan.name)
+        return StageFailed(in_words(error), stage=self.stage.plan.name)
 
     def _finish(self, items: list[Item], outcomes: Any, busy_s: float) -> None:
         if isinstance(outcomes, _Failed):
@@ -233,7 +234,7 @@ class Lane(threading.Thread):
             log.exception("a batch could not be observed", extra=self.fields)
 
     def _lost(self, error: BaseException) -> StageFailed:
-        reason = str(error) if isinstance(error, (InstanceLost, EngineError)) else _told(error)
+        reason = str(error) if isinstance(error, (InstanceLost, EngineError)) else in_words(error)
         return StageFailed(f"an instance was lost: {reason}", stage=self.stage.plan.name)
 
     def _new_instance(self) -> Instance:
@@ -296,10 +297,6 @@ class _Failed:
 
     def __init__(self, outcomes: list[Any]) -> None:
         self.outcomes = outcomes
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 class _Nothing:
