@@ -118,20 +118,12 @@ class Channel(asyncio.Protocol):
         self._inline: list[Any] = []
         self._inline_bytes = 0
         self._is_flushing = False
-        self._is_paused = False
         self._read = 0  # messages of the other's ring, since it was told last
         self._told_at = 0  # how far it had been read then
         self._buffer = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
-        self._transport.set_write_buffer_limits(WAITING_BYTES)
-
-    def pause_writing(self) -> None:
-        self._is_paused = True
-
-    def resume_writing(self) -> None:
-        self._is_paused = False
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -147,7 +139,10 @@ class Channel(asyncio.Protocol):
 
         What is sent all the same is kept: who sends asks before.
         """
-        return self._is_paused or self._inline_bytes > WAITING_BYTES
+        on_the_way = self._inline_bytes
+        if self._transport is not None:
+            on_the_way += self._transport.get_write_buffer_size()
+        return on_the_way > WAITING_BYTES
 
     def send(
         self,

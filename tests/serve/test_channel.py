@@ -148,6 +148,35 @@ def test_a_side_that_only_listens_frees_the_ring(
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("each", [1, 7, 1000])
+def test_a_channel_whose_other_side_does_not_read_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: int
+) -> None:
+    """At the same number of bytes, however many messages are sent in a turn of the loop."""
+    monkeypatch.setattr(channel, "SENT_BYTES", 1_000_000)
+    monkeypatch.setattr(channel, "WAITING_BYTES", 3_000_000)
+
+    async def go() -> int:
+        path = str(tmp_path / "engine")
+        asking = Teller()
+        with socket.socket(socket.AF_UNIX) as deaf:
+            deaf.bind(path)
+            deaf.listen()
+            await connect(path, asking)
+            sent = 0
+            while not asking.channel.is_full:
+                asking.channel.send(sent, 0, bytes(50_000))
+                sent += 1
+                if sent % each == 0:
+                    await asyncio.sleep(0)
+            asking.channel.close()
+        await _until(asking.is_lost.is_set)
+        return sent * 50_000
+
+    in_socket = 300_000
+    assert 4_000_000 < asyncio.run(go()) <= 4_000_000 + 50_000 + in_socket
+
+
 async def _is_cut_off(link: socket.socket) -> bool:
     link.setblocking(False)
     try:

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -574,9 +574,9 @@ def test_who_has_an_engine_that_reads_nothing_is_not_ready(server: Server) -> No
 
 def test_what_an_engine_does_not_read_is_refused(folder: Path) -> None:
     """Once the ring and a little more are full; those that were taken are answered in the end."""
-    with ingesting(folder, "--ingest", "1") as server:
+    with ingesting(folder, "--ingest", "1") as server, ExitStack() as opened:
         found = processes(server, fronts=1)
-        connections = [server.connect() for _ in range(300)]
+        connections = [opened.enter_context(server.connect()) for _ in range(300)]
         before = memory_bytes(found.fronts[0])
         with stopped(found.engine):
             for number, connection in enumerate(connections):
@@ -586,8 +586,6 @@ def test_what_an_engine_does_not_read_is_refused(folder: Path) -> None:
             wait_until(lambda: server.health()["requests"] < 120)
             grown = memory_bytes(found.fronts[0]) - before
         answers = [connection.answer() for connection in connections]
-        for connection in connections:
-            connection.close()
         assert server.client.post("/flows/echo", content=b"on").content == b"on"
     counts = Counter(status for status, _, _ in answers)
     assert set(counts) == {200, 429}
