@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 MODELS := examples/models
 EXAMPLE := examples/read_text.flow
+# Tests wait a third of their time, for deadlines and for other processes.
+TESTERS := $(shell expr $$(nproc) \* 3 / 2)
 
 .PHONY: setup serve test chaos lint bench clean
 
@@ -41,7 +43,7 @@ serve: $(MODELS)/.done
 	$(BIN)/flowlang serve $(EXAMPLE) $(ARGS)
 
 test: $(MODELS)/.done $(VENV)/.dali
-	$(BIN)/python -m pytest -m 'not gpu' -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m 'not gpu' -n $(TESTERS) --dist loadfile $(ARGS)
 
 # A server under everything at once, for minutes; the tests have a short form of it.
 chaos: $(VENV)/.done
