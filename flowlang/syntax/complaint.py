@@ -76,7 +76,8 @@ def explain(
         "ARROW" not in accepts or source.text.startswith("param", start)
     )
     if is_complete and token.type in STARTS_STAGE:
-        return stray_pipeline(span)
+        stop = _code_end(source.text, span.start, end or len(source.text), at_comment=True)
+        return stray_pipeline(Span(source, span.start, stop))
     for complaint in (_arrow, _number, _branch, _neighbour, _mark):
         if diagnostic := complaint(span, str(token.type), accepts):
             return diagnostic
@@ -261,12 +262,14 @@ def _first_arrow(text: str, opening: Piece, end: int) -> int | None:
     return None
 
 
-def _code_end(text: str, start: int, end: int) -> int:
-    """Offset after the last code before `end`: blanks and comments left out."""
+def _code_end(text: str, start: int, end: int, *, at_comment: bool = False) -> int:
+    """Offset after the last code before `end`, or before the first comment: blanks left out."""
     last = start
     for found in re.finditer(r'#[^\n]*|"(?:\\.|[^"\\\n])*"|[^\s"#]+|"', text[start:end]):
         if not found.group().startswith("#"):
             last = start + found.end()
+        elif at_comment:
+            break
     return last
 
 
