@@ -15,14 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import (
-    BadRequest,
     DeadlineExceeded,
     Draining,
     InternalError,
     Overloaded,
     RequestError,
 )
-from flowlang.serve.answer import Answer, Refusal, deadline_of, error_answer
+from flowlang.serve.answer import Answer, Refusal, error_answer
 from flowlang.serve.channel import Channel, Record, connect
 from flowlang.serve.desk import Card, Kind
 from flowlang.serve.inference import emptied
@@ -279,13 +278,16 @@ class FrontService(Service):
             self.inference.become("loading")
 
     async def infer(
-        self, path: str, headers: dict[bytes, bytes], body: bytes, request_id: bytes
+        self,
+        path: str,
+        headers: dict[bytes, bytes],
+        body: bytes,
+        request_id: bytes,
+        timeout_s: float | None,
     ) -> tuple[Answer, bytes]:
-        try:
-            within_s = deadline_of(headers.get(b"x-deadline-ms")) or 0.0
-        except BadRequest:
-            within_s = 0.0  # the engine says so
-        return await self._ask("infer", path, request_id, headers, body, within_s=within_s)
+        return await self._ask(
+            "infer", path, request_id, headers, body, timeout_s, within_s=timeout_s or 0.0
+        )
 
     async def _look(self, method: str, path: str, request_id: bytes) -> Answer:
         is_own = path.startswith("/health/") or is_health(path)

@@ -120,9 +120,14 @@ class _Flows(Local):
         return replace(answer, error=None), request_id  # the error is told: it need not travel
 
     async def _infer(
-        self, path: str, request_id: bytes, headers: dict[bytes, bytes], body: bytes
+        self,
+        path: str,
+        request_id: bytes,
+        headers: dict[bytes, bytes],
+        body: bytes,
+        timeout_s: float | None,
     ) -> tuple[Answer, bytes]:
-        answer, request_id = await self._service.infer(path, headers, body, request_id)
+        answer, request_id = await self._service.infer(path, headers, body, request_id, timeout_s)
         return replace(answer, error=self._told_to_trace(answer.error)), request_id
 
     def _told_to_trace(self, error: RequestError | None) -> RequestError | None:

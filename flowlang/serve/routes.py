@@ -330,20 +330,24 @@ class Service:
         try:
             deadline = _deadline_in(found)
             body = await self._bodies.read(found, receive, deadline)
-            if deadline is not None:  # who reads the headers next is told what is left
-                headers[b"x-deadline-ms"] = b"%.3f" % max(deadline.left_s() * 1e3, 1e-3)
+            timeout_s = None if deadline is None else deadline.left_s()
         except RequestError as error:
             if door := self._doors.get(f"/flows/{scope['path'].split('/')[3]}"):
                 door.flow.count_refusal(error.code)
             return refused(error), request_id
-        answer = self.infer(scope["path"], headers, body, request_id)
+        answer = self.infer(scope["path"], headers, body, request_id, timeout_s)
         return await self._watches.unless_hung_up(answer, receive)
 
     async def infer(
-        self, path: str, headers: dict[bytes, bytes], body: bytes, request_id: bytes
+        self,
+        path: str,
+        headers: dict[bytes, bytes],
+        body: bytes,
+        request_id: bytes,
+        timeout_s: float | None,
     ) -> tuple[Answer, bytes]:
         """The answer to an inference of the Open Inference Protocol, and the request's id."""
-        return await self._inference_routes.infer(path, headers, body, request_id)
+        return await self._inference_routes.infer(path, headers, body, request_id, timeout_s)
 
     def _call(self, door: _Door, body: bytes, asked: dict[str, Any]) -> Awaitable[Any]:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""

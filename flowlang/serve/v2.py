@@ -17,7 +17,6 @@ from flowlang.serve.answer import (
     OCTETS,
     Answer,
     Refusal,
-    deadline_of,
     from_json,
     is_request_id,
     priority_of,
@@ -85,12 +84,20 @@ class InferenceRoutes:
         )
 
     async def infer(
-        self, path: str, headers: Headers, body: bytes, request_id: bytes
+        self,
+        path: str,
+        headers: Headers,
+        body: bytes,
+        request_id: bytes,
+        timeout_s: float | None = None,
     ) -> tuple[Answer, bytes]:
-        """The answer to an inference, and the request's id: X-Request-Id, else its message's."""
+        """The answer to an inference, and the request's id: X-Request-Id, else its message's.
+
+        `timeout_s` is what its header granted, less the time that its body took.
+        """
         parts = path.split("/")
         name, version = parts[3], parts[5] if len(parts) == 7 else ""
-        exchange = _Exchange(headers, body, self._max_body_bytes, request_id)
+        exchange = _Exchange(headers, body, self._max_body_bytes, request_id, timeout_s)
         try:
             answer = await self._inference.infer(name, version, exchange)
         except RequestError as error:
@@ -141,18 +148,24 @@ class _Exchange:
     """One inference: a request out of a body, and a body out of its answer, as that asked."""
 
     def __init__(
-        self, headers: Headers, body: bytes, max_body_bytes: int, request_id: bytes
+        self,
+        headers: Headers,
+        body: bytes,
+        max_body_bytes: int,
+        request_id: bytes,
+        timeout_s: float | None,
     ) -> None:
         self.request_id = request_id.decode("ascii")
         self._headers = headers
         self._body = body
         self._max_body_bytes = max_body_bytes
+        self._timeout_s = timeout_s
         self._is_binary: Binary = _never
 
     def read(self, model: Model) -> Request:
         encoding = self._headers.get(b"content-encoding")
         body = _unpacked(encoding, self._body, self._max_body_bytes)
-        request, self._is_binary = read_request(model, self._headers, body)
+        request, self._is_binary = read_request(model, self._headers, body, self._timeout_s)
         own = request.id.encode("utf-8", "surrogatepass")
         if b"x-request-id" not in self._headers and is_request_id(own):
             self.request_id = own.decode("ascii")
@@ -244,10 +257,11 @@ def _always(name: str) -> bool:
     return True
 
 
-def read_request(model: Model, headers: Headers, body: bytes) -> tuple[Request, Binary]:
+def read_request(
+    model: Model, headers: Headers, body: bytes, timeout_s: float | None
+) -> tuple[Request, Binary]:
     """A request out of a body, and which outputs it wants as bytes. Raises BadRequest."""
     length = _head_length(headers.get(HEAD), len(body))
-    timeout_s = deadline_of(headers.get(b"x-deadline-ms"))
     priority = priority_of(headers.get(b"x-priority"))
     if length == 0:
         tensors = [_raw_input(model, body)]
