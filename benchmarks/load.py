@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import itertools
 import os
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -159,19 +158,7 @@ def thread_clients(
     return tally.result(what, clients, usage.report())
 
 
-class _Endless(Sequence[Any]):
-    """Items in turn, as many as anyone asks for; notes when each was taken."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        self.items = items
-        self.taken_s: deque[float] = deque()
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: Any) -> Any:
-        self.taken_s.append(time.perf_counter())
-        return self.items[index % len(self.items)]
+MAPPED = 200_000  # items of one call of `map`, at least
 
 
 def map_client(
@@ -183,14 +170,39 @@ def map_client(
     warm_s: float = 0.5,
     sampler: Callable[[], Sampler] | None = None,
 ) -> Result:
-    """One `map` with C items under way. A latency is from an item's being taken to its turn."""
-    tally, endless = Tally(warm_s, seconds), _Endless(items)
-    with (sampler or Sampler)() as usage:
-        for answer in flow.map(endless, ahead=clients, errors="return"):
-            tally.failures += isinstance(answer, Exception)
-            if not tally.add(endless.taken_s.popleft(), time.perf_counter()):
-                break
+    """`map` over a long list, with C items under way, again and again.
+
+    A latency is from an item's being sent to its turn.
+    """
+    tally = Tally(warm_s, seconds)
+    many = list(items) * -(-MAPPED // len(items))
+    with (sampler or Sampler)() as usage, _sending(flow) as sent_s:
+        while time.perf_counter() < tally.end_s:
+            sent_s.clear()
+            for answer in flow.map(many, ahead=clients, errors="return"):
+                tally.failures += isinstance(answer, Exception)
+                if not tally.add(sent_s.popleft(), time.perf_counter()):
+                    break
     return tally.result(what, clients, usage.report())
+
+
+@contextlib.contextmanager
+def _sending(flow: Any) -> Iterator[deque[float]]:
+    """When each item of a `map` was sent, in their order: `map` itself keeps no times."""
+    scheduler, sent_s = flow._scheduler, deque[float]()
+    submit_many = scheduler.submit_many
+
+    def submit_and_note(*args: Any) -> Any:
+        now_s = time.perf_counter()
+        lot = submit_many(*args)
+        sent_s.extend([now_s] * len(lot))
+        return lot
+
+    scheduler.submit_many = submit_and_note
+    try:
+        yield sent_s
+    finally:
+        del scheduler.submit_many
 
 
 class Sampler:

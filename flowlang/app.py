@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from flowlang.diagnostics import BadRequest, FlowError, RequestError
-from flowlang.items import Arguments, acceptor
+from flowlang.items import Arguments, accept_bytes, acceptor
 from flowlang.plan.files import PathLike, compile_files
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
 from flowlang.runtime import seal
@@ -173,7 +173,16 @@ class Flow:
         accept = self._accept
         if parameters or self.parameters:
             accept = partial(self._accept_beside, parameters)
-        window = Window(self._scheduler, self._entrance, accept, items, ahead, deadline_s, priority)
+        window = Window(
+            self._scheduler,
+            self._entrance,
+            accept,
+            items,
+            ahead,
+            deadline_s,
+            priority,
+            are_at_hand=type(items) in (list, tuple) and accept is accept_bytes,
+        )
         for outcome in window.outcomes():
             if errors == "raise" and isinstance(outcome, BaseException):
                 try:

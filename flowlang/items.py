@@ -32,7 +32,7 @@ from flowlang.runtime.conform import PLAIN
 def acceptor(kind: Type) -> Callable[[Any], Any]:
     """What checks an item at the door, before anything waits for it. It raises BadRequest."""
     if isinstance(kind, Scalar) and kind.name == "bytes":
-        return _accept_bytes
+        return accept_bytes
     if isinstance(kind, Scalar) and kind.name in PLAIN:
         return lambda item: _accept_plain(item, kind)
     if isinstance(kind, (Image, Tensor)):
@@ -106,7 +106,8 @@ def called(item: Any) -> str:
     return type(item).__name__
 
 
-def _accept_bytes(item: Any) -> Any:
+def accept_bytes(item: Any) -> Any:
+    """The item as bytes. Raises BadRequest where it is none."""
     if isinstance(item, bytes):
         return item
     if isinstance(item, (bytearray, memoryview)):

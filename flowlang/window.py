@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from flowlang.diagnostics import BadRequest
+from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.runtime.entrance import Entrance
 from flowlang.runtime.request import UNANSWERED, Request, Wake
 from flowlang.runtime.scheduler import Scheduler
@@ -22,13 +22,17 @@ PAUSE_S = 0.001  # between tries where others fill the queue
 
 
 class LotReply:
-    """The reply of a thread that waits for whichever of its requests is answered next."""
+    """The reply of a thread that waits for whichever of its requests is answered next.
 
-    __slots__ = ("_answers", "_bell", "_wake")
+    `on_news` is called first, by whichever thread brings the answers.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_answers", "_bell", "_on_news", "_wake")
+
+    def __init__(self, on_news: Callable[[], object]) -> None:
         self._bell = threading.Lock()
         self._bell.acquire()
+        self._on_news = on_news
         self._wake: Wake = self._ring
         self._answers: deque[None] = deque()  # one for each: no two threads may change a number
 
@@ -44,6 +48,7 @@ class LotReply:
         return count
 
     def _ring(self) -> None:
+        self._on_news()
         with contextlib.suppress(RuntimeError):  # rung already, and not heard yet
             self._bell.release()
 
@@ -58,6 +63,10 @@ class Window:
     At most `ahead` are under way. Of an iterable no more than `ahead` are taken before their turn,
     for it may be endless, or slow; of a sequence up to twice as many, so that one late answer does
     not keep those behind it from being replaced.
+
+    Where items `are_at_hand`, to be taken without any code of the caller's, the lane that brings
+    answers sends the next ones itself if too few are left for all lanes: to wake the caller for it
+    takes longer than to do it, and the lane would stand idle meanwhile.
     """
 
     def __init__(
@@ -69,6 +78,8 @@ class Window:
         ahead: int,
         deadline_s: float | None,
         priority: int,
+        *,
+        are_at_hand: bool = False,
     ) -> None:
         self._scheduler = scheduler
         self._entrance = entrance
@@ -80,7 +91,10 @@ class Window:
         self._reach = 2 * ahead if self._is_sequence else ahead
         self._source = iter(items)
         self._has_more = True
-        self._reply = LotReply()
+        self._is_done = False  # all was sent, and all answers given
+        self._is_closed = False
+        self._reply = LotReply(self._replace if are_at_hand else _nothing)
+        self._sending = threading.Lock()  # held by who takes items and sends them, in their order
         self._under_way = 0
         self._window: deque[Request | BadRequest] = deque()
         self._values: deque[Any] = deque()  # accepted, and the queue had no room for them yet
@@ -94,22 +108,55 @@ class Window:
                     self._window.popleft()
                     yield first
                 if not self._submit():
-                    # An answer can be seen before the news of it, which makes room for the next.
-                    if not (self._window or self._values or self._has_more):
+                    if self._is_done:
                         return
                     self._wait()
-        finally:
-            for left in self._window:  # given up: by an error, or by whoever asked
-                if isinstance(left, Request):
-                    self._scheduler.cancel(left)
+        finally:  # also where an error ended it, or whoever asked has enough
+            self._is_closed = True
+            self._give_up()
 
     def _outcome(self) -> Any:
         first = self._window[0]
         return first.outcome if isinstance(first, Request) else first
 
+    def _replace(self) -> None:
+        """Send what answers have made room for, in the thread that brought them."""
+        if not self._sending.acquire(blocking=False):
+            return  # by the caller, by another lane, or further up in this very thread
+        try:
+            self._count()
+            if self._under_way < self._entrance.room and not self._is_closed:
+                self._send()
+        except RequestError:
+            pass  # the app is stopping: the caller will be told so
+        finally:
+            self._sending.release()
+        if self._is_closed and self._window:  # meanwhile
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Take back what nobody waits for any more. Takes no lock: see Scheduler.give_up."""
+        left: list[Request] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                request = self._window.popleft()
+                if isinstance(request, Request):
+                    left.append(request)
+        self._scheduler.give_up(left)
+
     def _submit(self) -> bool:
         """Send what there is room for. Returns whether anything was sent, or refused."""
+        with self._sending:
+            self._count()
+            is_sent = self._send()
+            # An answer can be seen before the news of it, which makes room for the next.
+            self._is_done = not (self._window or self._values or self._has_more)
+            return is_sent
+
+    def _count(self) -> None:
         self._under_way -= self._reply.count()
+
+    def _send(self) -> bool:
         if self._refused is None:
             self._take()
         lot = self._scheduler.submit_many(
@@ -142,3 +189,6 @@ class Window:
             self._reply.wait()
         else:
             time.sleep(PAUSE_S)  # others fill the queue: take turns with them
+
+
+def _nothing() -> None: ...

@@ -249,6 +249,21 @@ def test_map_that_is_abandoned_takes_its_requests_back(open_app: Callable[..., A
     assert app.scheduler.outstanding == 0
 
 
+@pytest.mark.parametrize("kind", [list, iter])
+def test_map_is_collected_in_a_lane(open_app: Callable[..., App], kind: Callable[..., Any]) -> None:
+    """The garbage collector runs in any thread, also in one that holds the scheduler's lock."""
+    app = open_app(PATIENT)
+    answers = app.map(kind(PICTURES), ahead=3)
+    next(answers)
+    with app.scheduler._lock:
+        answers.close()  # type: ignore[attr-defined]
+    end_s = time.monotonic() + 20.0
+    while app.scheduler.outstanding:
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+    assert len(list(app.map(PICTURES[:2]))) == 2
+
+
 def test_map_gives_what_is_there_before_it_asks_for_more(open_app: Callable[..., App]) -> None:
     """An answer does not wait for `ahead` more items: they may come from a slow camera."""
     app = open_app(CLASSIFY)

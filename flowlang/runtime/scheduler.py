@@ -15,7 +15,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flowlang.diagnostics import (
@@ -35,6 +35,8 @@ from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.observer import Observer
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver, in_words, strip
 from flowlang.runtime.walk import Ended, Work, arrive, begin
+
+PATIENCE_S = 0.05  # of a caller that may have the lock itself
 
 _all: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
@@ -83,6 +85,7 @@ class Scheduler:
         self._expiries: list[tuple[float, int, Request, Item | None]] = []
         self._swept_at = SPARE  # entries there may be until those answered are looked for
         self._order = itertools.count()
+        self._given_up: deque[Request] = deque()
         self._alarm_s = math.inf  # when whoever calls `expire` means to do so next
         self._is_draining = False
         self._is_closed = False
@@ -171,12 +174,26 @@ class Scheduler:
         """Give a request up: it leaves the queue and its result is dropped."""
         after = _Afterwards()
         with self._lock:
-            if request.is_answered:
-                return False
-            error = Cancelled("the caller gave the request up")
-            self._answer(request, error, self.clock(), after)
+            is_cancelled = self._cancel(request, self.clock(), after)
         after.run()
-        return True
+        return is_cancelled
+
+    def give_up(self, requests: Iterable[Request]) -> None:
+        """Cancel requests, if not at once then soon.
+
+        The garbage collector may call this wherever it runs, and that may be in a thread that has
+        the lock: whoever watches the deadlines does it then.
+        """
+        self._given_up.extend(requests)
+        if not self._lock.acquire(timeout=PATIENCE_S):
+            self.on_expiry()
+            return
+        after = _Afterwards()
+        try:
+            self._cancel_given_up(self.clock(), after)
+        finally:
+            self._lock.release()
+        after.run()
 
     # Working
 
@@ -279,10 +296,11 @@ class Scheduler:
             return None if self._alarm_s == math.inf else self._alarm_s
 
     def expire(self) -> None:
-        """Answer every request whose deadline has passed."""
+        """Answer every request whose deadline has passed, or that was given up."""
         after = _Afterwards()
         with self._lock:
             now = self.clock()
+            self._cancel_given_up(now, after)
             heap = self._expiries
             while heap and heap[0][0] <= now:
                 _, _, request, item = heapq.heappop(heap)
@@ -350,6 +368,16 @@ class Scheduler:
         return self._is_closed
 
     # Inside the lock
+
+    def _cancel(self, request: Request, now: float, after: _Afterwards) -> bool:
+        if request.is_answered:
+            return False
+        self._answer(request, Cancelled("the caller gave the request up"), now, after)
+        return True
+
+    def _cancel_given_up(self, now: float, after: _Afterwards) -> None:
+        while self._given_up:
+            self._cancel(self._given_up.popleft(), now, after)
 
     def _admit(self, entrance: Entrance) -> None:
         """Count a request in. Raises where there is no place for it."""
