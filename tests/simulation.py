@@ -175,7 +175,7 @@ class Lane:
 
     def _arrive(self) -> None:
         self._nap += 1
-        self.scheduler.arrived(self.stage)
+        self.scheduler.arrived(self.stage, self.ring)
         self.ask()
 
     def ask(self) -> None:

@@ -20,8 +20,9 @@ from flowlang.runtime.walk import Track
 class Stage:
     """A stage's queue, its batcher, and who is waiting for work.
 
-    `idle` holds the bells of instances with nothing to do; `rung` counts those rung and still on
-    their way, so that a burst of requests wakes one instance and not one each.
+    `idle` holds the bells of instances with nothing to do; `rung` has those rung and still on
+    their way, so that a burst of requests wakes one instance and not one each; `bells` has all
+    there are. An instance whose bell is rung once too often looks for work, and finds none.
     """
 
     def __init__(self, plan: StagePlan) -> None:
@@ -29,7 +30,8 @@ class Stage:
         low, _, high = plan.batch
         self.batcher = Batcher(low, high, plan.wait_s, plan.instances, is_shared=plan.model is None)
         self.idle: list[Wake] = []
-        self.rung = 0
+        self.rung: set[Wake] = set()
+        self.bells: set[Wake] = set()
         self.lost = 0
         self.counts = StageCounts()
 
@@ -39,9 +41,10 @@ class Stage:
         return self.next_bell()
 
     def next_bell(self) -> Wake | None:
-        if self.idle and len(self.batcher.waiting) > self.rung * self.batcher.high:
-            self.rung += 1
-            return self.idle.pop()
+        if self.idle and len(self.batcher.waiting) > len(self.rung) * self.batcher.high:
+            bell = self.idle.pop()
+            self.rung.add(bell)
+            return bell
         return None
 
 

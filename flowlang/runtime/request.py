@@ -49,8 +49,8 @@ class Request:
     """
 
     __slots__ = (
-        "arrived_s", "at_work", "entrance", "idle_since_s", "is_under_way", "outcome", "priority",
-        "queued_s", "reply", "token", "trace", "value",
+        "arrived_s", "at_work", "entrance", "idle_since_s", "is_inside", "is_under_way", "outcome",
+        "priority", "queued_s", "reply", "token", "trace", "value",
     )  # fmt: skip
 
     at_work: int
@@ -67,6 +67,7 @@ class Request:
         self.token = token
         self.arrived_s = arrived_s
         self.outcome: Any = UNANSWERED
+        self.is_inside = False  # counted as one of those that are
         self.is_under_way = False  # in the stages, not in the backlog of the entrance
         self.value: Any = value  # what was given, until it is under way
 

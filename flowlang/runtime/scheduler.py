@@ -121,13 +121,19 @@ class Scheduler:
             entrance.rank_by(priority)
             request.priority = priority
         after = _Afterwards()
-        with self._lock:
-            self._admit(entrance)
-            if allowed_s is None and entrance.door is not None:
-                self._knock(entrance.door, request, now, after)
-            else:
-                self._enter(request, now, allowed_s, after)
-        after.run()
+        try:
+            with self._lock:
+                self._admit(request)
+                if allowed_s is None and entrance.door is not None:
+                    self._knock(entrance.door, request, now, after)
+                else:
+                    self._enter(request, now, allowed_s, after)
+            after.run()
+        except (RequestError, FlowError):
+            raise
+        except BaseException:
+            self._mend([request])
+            raise
         return request
 
     def submit_many(
@@ -152,17 +158,24 @@ class Scheduler:
         now = self.clock()
         trace = None if self.observer is None else self.observer.current()
         after = _Afterwards()
-        with self._lock:
-            while values and (self._is_draining or entrance.outstanding < entrance.limit):
-                self._admit(entrance)
-                request = Request(entrance, values.popleft(), reply, None, now)
-                if priority:
-                    request.priority = priority
-                if trace is not None:
-                    request.trace = trace
-                requests.append(request)
-                self._enter(request, now, allowed_s, after)
-        after.run()
+        try:
+            with self._lock:
+                while values and (self._is_draining or entrance.outstanding < entrance.limit):
+                    request = Request(entrance, values[0], reply, None, now)
+                    if priority:
+                        request.priority = priority
+                    if trace is not None:
+                        request.trace = trace
+                    requests.append(request)
+                    self._admit(request)
+                    values.popleft()
+                    self._enter(request, now, allowed_s, after)
+            after.run()
+        except (RequestError, FlowError):
+            raise
+        except BaseException:
+            self._mend(requests)
+            raise
         return requests
 
     def count_refusal(self, entrance: Entrance, code: str) -> None:
@@ -195,6 +208,18 @@ class Scheduler:
             self._lock.release()
         after.run()
 
+    def _mend(self, requests: Iterable[Request]) -> None:
+        """Give up requests whose caller was interrupted at sending them, wherever that was.
+
+        An interrupt (Ctrl-C, an alarm) comes between any two steps. Where it came between an
+        instance's leaving those that wait and the ringing of its bell, it would sleep for ever:
+        so all are woken, to see for themselves.
+        """
+        self.give_up(requests)
+        for stage in self.stages:
+            for bell in list(stage.bells):
+                bell()
+
     # Working
 
     def take(self, stage: Stage, bell: Wake | None = None) -> tuple[list[Item], float | None]:
@@ -203,16 +228,17 @@ class Scheduler:
         With nothing to take, `bell` is kept and called once when there is.
         """
         with self._lock:
-            batch = self._take(stage, len(stage.idle) + stage.rung + 1)
+            batch = self._take(stage, len(stage.idle) + len(stage.rung) + 1)
             more = stage.next_bell() if batch and stage.batcher.waiting else None
             due = None
             if not batch:
                 due = stage.batcher.due_s()
                 if bell is not None and self._is_closed:
-                    stage.rung += 1
+                    stage.rung.add(bell)
                     more = bell
                 elif bell is not None:
                     stage.idle.append(bell)
+                    stage.bells.add(bell)
         if more is not None:
             more()
         return batch, due
@@ -229,10 +255,12 @@ class Scheduler:
                 return []
             return self._take(stage, 1)
 
-    def arrived(self, stage: Stage) -> None:
+    def arrived(self, stage: Stage, bell: Wake) -> None:
         """An instance that was rung is here."""
         with self._lock:
-            stage.rung -= 1
+            stage.rung.discard(bell)
+            if bell in stage.idle:  # it was rung once too often
+                stage.idle.remove(bell)
 
     def leave(self, stage: Stage, bell: Wake) -> bool:
         """Take a bell back. False if it has been rung already."""
@@ -343,10 +371,10 @@ class Scheduler:
                 if not request.is_answered:
                     error = Draining("the app stopped before it came to this")
                     self._answer(request, error, now, after)
-            after.bells = [b for s in self.stages for b in s.idle]
+            after.bells = [b for s in self.stages for b in s.bells]
             for stage in self.stages:
                 stage.batcher.waiting.clear()
-                stage.rung += len(stage.idle)
+                stage.rung.update(stage.idle)
                 stage.idle.clear()
         after.run()
 
@@ -370,7 +398,7 @@ class Scheduler:
     # Inside the lock
 
     def _cancel(self, request: Request, now: float, after: _Afterwards) -> bool:
-        if request.is_answered:
+        if request.is_answered or not request.is_inside:
             return False
         self._answer(request, Cancelled("the caller gave the request up"), now, after)
         return True
@@ -379,8 +407,9 @@ class Scheduler:
         while self._given_up:
             self._cancel(self._given_up.popleft(), now, after)
 
-    def _admit(self, entrance: Entrance) -> None:
+    def _admit(self, request: Request) -> None:
         """Count a request in. Raises where there is no place for it."""
+        entrance = request.entrance
         if self._is_draining:
             if self.is_forked:
                 raise FlowError(
@@ -396,6 +425,7 @@ class Scheduler:
                 f"({entrance.outstanding} requests)"
             )
         entrance.outstanding += 1
+        request.is_inside = True
 
     def _enter(
         self, request: Request, now: float, allowed_s: float | None, after: _Afterwards

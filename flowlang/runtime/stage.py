@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol, runtime_checkable
 
 from flowlang.diagnostics import EngineError, InternalError, RequestError, StageFailed
@@ -93,8 +94,8 @@ class Lane(threading.Thread):
         self.is_abandoned = False  # nobody waits for it any more: another lane has its place
         self.fields = {"stage": stage.plan.name, "instance": number}  # of a line in the log
         self._began_s = 0.0  # when the batch being worked on was begun
-        self._bell = threading.Lock()
-        self._bell.acquire()
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._ring = functools.partial(self._bell.put, None)
 
     def run(self) -> None:
         try:
@@ -274,19 +275,21 @@ class Lane(threading.Thread):
 
     def _next_batch(self) -> list[Item] | None:
         """The next batch, or None when the scheduler is closed."""
-        ring = self._bell.release
+        ring = self._ring
         while not self.scheduler.is_closed:
             items, due_s = self.scheduler.take(self.stage, ring)
             if items:
                 return items
-            patience_s = -1.0
+            patience_s = None
             if due_s is not None:
                 patience_s = min(max(0.0, due_s - self.scheduler.clock()), LONGEST_S)
-            if self._bell.acquire(timeout=patience_s):
-                self.scheduler.arrived(self.stage)
-            elif not self.scheduler.leave(self.stage, ring):
-                self._bell.acquire()  # rung just as the patience ran out
-                self.scheduler.arrived(self.stage)
+            try:
+                self._bell.get(timeout=patience_s)
+            except Empty:
+                if self.scheduler.leave(self.stage, ring):
+                    continue
+                self._bell.get()  # rung just as the patience ran out
+            self.scheduler.arrived(self.stage, ring)
         return None
 
 

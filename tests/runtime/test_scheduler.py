@@ -383,7 +383,7 @@ def test_a_free_instance_is_woken_without_delay(scenario: Scenario) -> None:
     def check() -> None:
         for stage in simulation.scheduler.stages:
             assert not (stage.idle and waiting(stage))
-            assert stage.rung == 0
+            assert not stage.rung
 
     simulation.on_rest = check
     simulation.run()
@@ -466,7 +466,7 @@ def test_the_counters_of_an_entrance_tell_what_is_inside(scenario: Scenario) -> 
     simulation.run()
     assert scheduler.outstanding == 0
     for stage in scheduler.stages:
-        assert (stage.rung, stage.lost, waiting(stage)) == (0, 0, [])
+        assert (stage.rung, stage.lost, waiting(stage)) == (set(), 0, [])
         assert len(stage.idle) == stage.plan.instances
 
 
@@ -509,7 +509,7 @@ def test_nothing_is_left_over_when_the_app_closes(scenario: Scenario) -> None:
     assert len(course.simulation.answers) == len(course.accepted)
     assert scheduler.outstanding == 0
     assert all(e.under_way == 0 for e in scheduler.entrances.values())
-    assert all(s.rung == 0 and not s.idle and not s.batcher.waiting for s in scheduler.stages)
+    assert all(not s.rung and not s.idle and not s.batcher.waiting for s in scheduler.stages)
     refused_s = scenario.drain_at * UNIT_S
     late = [r for r in course.accepted if r.arrived_s > refused_s]
     assert not late
