@@ -9,8 +9,10 @@ decoding on the CPU, flowlang with decoding on the GPU.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import platform
+import queue
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from benchmarks.load import (
     Result,
     Sampler,
     asyncio_clients,
+    fastest_loop,
     map_client,
     table,
     thread_clients,
@@ -235,6 +238,56 @@ def _decode_rates(run: Run, decoding: dali.Decoding) -> dict[str, int]:
         for region in regions:
             region.close()
     return found
+
+
+WAKES = 3000
+
+
+def wakes(run: Run) -> None:
+    """What it takes to wake a thread and an event loop, which each batch does several times."""
+
+    def to_and_fro() -> None:
+        asked: queue.SimpleQueue[int] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+        def answer() -> None:
+            for _ in range(WAKES):
+                answers.put(asked.get())
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        for number in range(WAKES):
+            asked.put(number)
+            answers.get()
+        thread.join()
+
+    async def by_loop() -> None:
+        loop = asyncio.get_running_loop()
+        asked: queue.SimpleQueue[asyncio.Future[None] | None] = queue.SimpleQueue()
+
+        def answer() -> None:
+            while (future := asked.get()) is not None:
+                loop.call_soon_threadsafe(future.set_result, None)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        for _ in range(WAKES):
+            future = loop.create_future()
+            asked.put(future)
+            await future
+        asked.put(None)
+        thread.join()
+
+    found = {}
+    for name, work in (
+        ("thread to thread", to_and_fro),
+        ("event loop to thread", lambda: fastest_loop()(by_loop())),
+    ):
+        start_s = time.perf_counter()
+        work()
+        found[name] = round((time.perf_counter() - start_s) / WAKES * 1e6, 1)
+    run.found["there_and_back_us"] = found
+    print("there and back, us:", found, flush=True)
 
 
 # Peers
@@ -479,6 +532,7 @@ def share(run: Run) -> None:
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
+    "wakes": wakes,
     "ceilings": ceilings,
     "pure": pure_tensorrt,
     "gpu": on_gpu,
@@ -495,7 +549,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--only", default="ceilings,correct,python,pure,gpu,cpu,http,share")
+    parser.add_argument("--only", default="wakes,ceilings,correct,python,pure,gpu,cpu,http,share")
     parser.add_argument("--engines", type=Path, default=default_directory())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
