@@ -278,11 +278,12 @@ def wakes(run: Run) -> None:
         asked.put(None)
         thread.join()
 
+    ways: dict[str, Callable[[], object]] = {
+        "thread to thread": to_and_fro,
+        "event loop to thread": lambda: fastest_loop()(by_loop()),
+    }
     found = {}
-    for name, work in (
-        ("thread to thread", to_and_fro),
-        ("event loop to thread", lambda: fastest_loop()(by_loop())),
-    ):
+    for name, work in ways.items():
         start_s = time.perf_counter()
         work()
         found[name] = round((time.perf_counter() - start_s) / WAKES * 1e6, 1)
