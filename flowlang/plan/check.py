@@ -5,8 +5,9 @@ Layer 2. All diagnostics of a program are collected in one run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from flowlang.diagnostics import CompileError, Diagnostic, Label, Source, Span, in_order
 from flowlang.plan import graph
@@ -112,9 +113,24 @@ def inspect_source(
     if any(d.severity == "error" for d in found) or checker.elaborator is None:
         return Inspection(None, found, seen, module)
     params = tuple(p for m in checker.declarations.modules for p in m.params.values())
-    files = (*checker.declarations.files, *checker.elaborator.calls.fitter.files)
-    plan = Plan(source, flows, checker.elaborator.settings, params, tuple(found), files)
+    files = [*checker.declarations.files, *checker.elaborator.calls.fitter.files]
+    for flow in flows:
+        files += _named_files(flow)
+    plan = Plan(
+        source,
+        flows,
+        checker.elaborator.settings,
+        params,
+        tuple(found),
+        tuple(dict.fromkeys(files)),
+    )
     return Inspection(plan, found, seen, module)
+
+
+def _named_files(flow: FlowPlan) -> Iterator[str]:
+    """The files that operators are given by name: lists of words or characters, and models."""
+    for node in flow.all_nodes():
+        yield from (str(given) for given in node.params.values() if isinstance(given, Path))
 
 
 class _Enough(Exception):

@@ -135,6 +135,28 @@ def test_a_change_of_a_file_that_operators_import_counts(tmp_path: Path) -> None
         wait_until(lambda: server.client.post("/", content=b"").json() == 2)
 
 
+def test_a_change_of_a_word_list_counts(tmp_path: Path) -> None:
+    """Also of one that an operator inside a `map` is given; one that is no text is not taken."""
+    names, flow = tmp_path / "names.txt", tmp_path / "tell.flow"
+    names.write_text("cat\ndog\n")
+    flow.write_text(
+        'export flow tell: list<tensor<f32, 2>> -> list<label> = map(best(names="names.txt"))\n'
+    )
+    with serving(tmp_path, str(flow), "--device", "cpu", "--watch") as server:
+        server.wait_ready()
+
+        def told() -> list[str]:
+            answer = server.client.post("/flows/tell", json=[[0.25, 0.75]])
+            return [each["label"] for each in answer.json()]
+
+        assert told() == ["dog"]
+        names.write_text("cat\nwolf\n")
+        wait_until(lambda: told() == ["wolf"])
+        names.write_bytes("cat\nbear\n".encode("utf-16"))
+        wait_until(lambda: "`names.txt` is not text in UTF-8" in server.errors)
+        assert told() == ["wolf"]
+
+
 def test_a_change_while_flows_are_loaded_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
