@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import platform
 import queue
@@ -37,6 +38,7 @@ from benchmarks.load import (
     table,
     thread_clients,
 )
+from benchmarks.serve import FLOWS, SIZE
 from benchmarks.servers import started
 from examples.models import resnet
 from flowlang import load
@@ -369,29 +371,32 @@ def on_gpu(run: Run) -> None:
 
 
 HTTP_CLIENTS, HTTP_THREADS = 256, 4
-FRONTS = (6, 8)
+FRONTS = (3, 6)
 
 
 def over_http(run: Run) -> None:
     """The five best classes of each picture, asked over HTTP by wrk on the same machine.
 
-    The cores named are those of the server's processes; what wrk takes is among the others.
+    Beside it the size of each picture, by the same server: what HTTP alone reaches there. The cores
+    named are those of the server's processes; what wrk takes is among the others.
     """
     files = [run.folder / f"{number}.jpg" for number in range(len(run.pictures))]
     for file, picture in zip(files, run.pictures, strict=True):
         file.write_bytes(picture)
-    path = run.flow("http")
-    path.write_text(path.read_text().rstrip() + " -> softmax -> top(5)\n")
-    for fronts in FRONTS:
+    classes, sizes = run.flow("classes"), run.folder / "sizes.flow"
+    classes.write_text(classes.read_text().rstrip() + " -> softmax -> top(5)\n")
+    (run.folder / "size.py").write_text(SIZE)
+    sizes.write_text(FLOWS["size"])
+    for path, fronts in itertools.product((sizes, classes), FRONTS):
 
-        def command(port: int, fronts: int = fronts) -> list[str | Path]:
+        def command(port: int, path: Path = path, fronts: int = fronts) -> list[str | Path]:
             return [
                 *(sys.executable, "-m", "flowlang", "serve", path, "--device", "gpu"),
                 *("--engines", run.engines, "--ingest", str(fronts), "--port", str(port)),
             ]
 
         with started(command, "/", run.pictures[0], run.folder / "server.log") as server:
-            what = f"flowlang, HTTP, {fronts} fronts"
+            what = f"flowlang, HTTP, {path.stem}, {fronts} fronts"
             ask = partial(wrk.load, what, server.url, files, HTTP_CLIENTS, threads=HTTP_THREADS)
             ask(seconds=2.0)
             run.note(ask(seconds=run.seconds, processes=server.processes()))
