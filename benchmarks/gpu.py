@@ -514,13 +514,11 @@ def _decode_differences(run: Run) -> dict[str, float]:
 
 
 def variants(run: Run) -> None:
-    """Lanes and batch sizes side by side, to choose the defaults from."""
-    for copies, most in ((2, 64), (4, 64), (6, 64), (8, 64)):
-        label = f"x{copies}"
-        path = run.flow(f"v{copies}", batch=f"1..{most}", copies=copies)
-        counts = (10, 64, 256)
+    """More lanes than there are by default, beside those."""
+    for copies in (GPU_LANES, GPU_LANES + 1, GPU_LANES + 2):
+        path = run.flow(f"lanes{copies}", copies=copies)
         try:
-            flowlang_flow(run, label, path, counts)
+            flowlang_flow(run, f"x{copies}", path, (10, 64, 256), maps=(10, 20, 64, 256))
         except Exception:
             traceback.print_exc()
 
