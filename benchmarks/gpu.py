@@ -50,8 +50,7 @@ from tests.pictures import photographs
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 FLOW = (
-    "decode{decoder} -> resize(224) -> rgb -> normalize(imagenet)"
-    ' -> trt("{model}", fp16{batch}){copies}\n'
+    'decode{decoder} -> resize(224) -> rgb -> normalize(imagenet) -> trt("{model}", fp16){copies}\n'
 )
 
 
@@ -107,12 +106,11 @@ class Run:
         self.results: list[Result] = []
         self.found: dict[str, Any] = {"machine": machine()}
 
-    def flow(self, name: str, *, decoder: str = "", batch: str = "", copies: int = 0) -> Path:
+    def flow(self, name: str, *, decoder: str = "", copies: int = 0) -> Path:
         path = self.folder / f"{name}.flow"
         text = FLOW.format(
             decoder=f"({decoder})" if decoder else "",
             model=self.model.name,
-            batch=f", batch={batch}" if batch else "",
             copies=f" x{copies}" if copies else "",
         )
         path.write_text(text)
