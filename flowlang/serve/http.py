@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -38,7 +37,7 @@ from flowlang.serve.launch import (
 )
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
 from flowlang.serve.setup import MakeFace, Setup
-from flowlang.serve.tls import Certificate
+from flowlang.serve.tls import Certificate, expect_no_goodbye
 from flowlang.serve.token import Token
 
 if TYPE_CHECKING:
@@ -341,14 +340,7 @@ class _Protocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         super().shutdown()
         if self.scheme == "https" and self.transport.is_closing():
-            # TLS ends with a goodbye from both, and a client that is idle does not look for ours.
-            # So its own is taken as said; what is still to be sent to it is sent all the same.
-            connected = self.transport.get_extra_info("socket")
-            with (
-                contextlib.suppress(OSError),
-                socket.socket(fileno=os.dup(connected.fileno())) as ours,
-            ):
-                ours.shutdown(socket.SHUT_RD)
+            expect_no_goodbye(self.transport)
 
 
 def _config(application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> uvicorn.Config:
