@@ -89,6 +89,7 @@ class Engine:
         self._connecting: asyncio.Task[None] | None = None
         self._probing: asyncio.TimerHandle | None = None
         self._probed_s: float | None = None  # when the probe was sent that is not back yet
+        self._is_held = False
         self._is_closed = False
         self._has_heard = asyncio.Event()
         self.is_loaded = False
@@ -116,6 +117,16 @@ class Engine:
             else:
                 self._is_connected = True
                 return
+            await asyncio.sleep(RETRY_S)
+
+    async def _connect_again(self) -> None:
+        """With a pause: an engine that is there may have no room for the connection."""
+        await asyncio.sleep(RETRY_S)
+        await self._connect()
+
+    def hold(self) -> None:
+        """See flowlang.serve.backend.Backend. The engine may not have been told to stop yet."""
+        self._is_held = True
 
     async def close(self, within_s: float) -> bool:
         """See flowlang.serve.backend.Backend. The engine goes on until no front is connected."""
@@ -218,7 +229,7 @@ class Engine:
             self._take([RemoteFlow(self, card) for card in pickle.loads(message)])
 
     def _take(self, flows: list[RemoteFlow]) -> None:
-        if not flows:
+        if not flows or self._is_held:
             return
         self.is_loaded = True
         self._let_in({flow.name: flow for flow in flows})

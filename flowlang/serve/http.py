@@ -498,6 +498,7 @@ class Server(uvicorn.Server):
         until_s = clock() + self._setup.grace_s
         in_time = False
         try:
+            self._backend.hold()
             self._service.refuse()
             stopping = (face.stop(self._setup.grace_s) for face in self._faces)
             in_time = all(
