@@ -336,6 +336,8 @@ class _Protocol(HttpToolsProtocol):
         elif self._malformed is not None and not self.transport.is_closing():
             self._answer(self._malformed)
         super().on_response_complete()
+        if len(self.pipeline) >= MAX_WAITING:  # a packet may bring thousands: those go first
+            self.flow.pause_reading()
 
     def shutdown(self) -> None:
         super().shutdown()
