@@ -36,6 +36,9 @@ class Backend(Protocol):
     ) -> None:
         """Begin to load. One of the two is called once, when that has come to an end."""
 
+    def hold(self) -> None:
+        """Let no flows in any more, and none take over: the server stops."""
+
     async def close(self, within_s: float) -> bool:
         """Answer what is inside, then let go of the flows. Returns whether that was in time."""
 
@@ -62,7 +65,7 @@ class Local:
         self._grace_s = grace_s
         self._app: App | None = None
         self.is_loading = False
-        self._is_closed = False
+        self._is_held = False
         self._watching: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Future[bool]] = set()  # flows that others have taken over from
 
@@ -79,7 +82,7 @@ class Local:
         since_ns = time.time_ns()
 
         def take(loaded: App | BaseException) -> None:
-            if self._is_closed:
+            if self._is_held:
                 return
             if isinstance(loaded, BaseException):
                 on_failure(loaded)
@@ -141,10 +144,12 @@ class Local:
             closing.add_done_callback(self._closing.discard)
         print(f"reloaded: {', '.join(app.flows)}", flush=True)
 
-    async def close(self, within_s: float) -> bool:
-        self._is_closed = True
+    def hold(self) -> None:
+        self._is_held = True
         if self._watching is not None:
             self._watching.cancel()
+
+    async def close(self, within_s: float) -> bool:
         closing = set(self._closing)
         if self._app is not None:
             closing.add(asyncio.ensure_future(asyncio.to_thread(self._app.close, within_s)))

@@ -8,6 +8,7 @@ one frame, so that many messages cost one wake-up. Knows nothing of what the mes
 from __future__ import annotations
 
 import asyncio
+import logging
 import mmap
 import os
 import socket
@@ -22,10 +23,13 @@ ANSWERED_BYTES = 16 << 20  # of the other one
 TOLD_EACH = 64  # messages
 TOLD_BYTES = 8 << 20  # of them
 WAITING_BYTES = 32 << 20  # on the way beside the ring: with more than that a channel is full
+PAUSE_S = 1.0  # where there is no file descriptor for a connection
 
 _HEAD = struct.Struct("<III")  # bytes behind it, messages read of the other's ring, records
 _RECORD = struct.Struct("<IIBBHfd")  # a Record's fields, and whether it lies in the ring
 _HELLO = b"flowlang ring 1"
+
+log = logging.getLogger("flowlang.serve")
 
 
 class Record(NamedTuple):
@@ -127,6 +131,8 @@ class Channel(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
+        # Who keeps the channel keeps no memory: a peer does, until the garbage collector comes.
+        self._writes = self._reads = Ring(memoryview(bytearray(1)))
         self._peer.lost()
 
     @property
@@ -252,12 +258,22 @@ class Listener:
         self._socket.setblocking(False)
         self._greeting: set[socket.socket] = set()
         self._connecting: set[asyncio.Task[Any]] = set()
+        self._pause: asyncio.TimerHandle | None = None
+        self._listen()
+
+    def _listen(self) -> None:
+        self._pause = None
         self._loop.add_reader(self._socket, self._accept)
 
     def _accept(self) -> None:
         try:
             link, _ = self._socket.accept()
-        except OSError:
+        except (BlockingIOError, ConnectionError):  # who knocked is gone
+            return
+        except OSError as error:  # the loop would call this again and again, at full speed
+            log.warning("flowlang: a connection cannot be taken: %s", error.strerror)
+            self._loop.remove_reader(self._socket)
+            self._pause = self._loop.call_later(PAUSE_S, self._listen)
             return
         link.setblocking(False)
         self._greeting.add(link)
@@ -286,6 +302,8 @@ class Listener:
         connecting.add_done_callback(self._connecting.discard)
 
     def close(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
         self._loop.remove_reader(self._socket)
         self._socket.close()
         for link in self._greeting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import pickle
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +37,8 @@ FIRST_WORD_S = 1.0  # of the engine: for so long a front that begins takes no co
 LATE_S = 0.02  # behind a deadline, for an engine that keeps and counts it too to be first
 PROBE_S = 1.0  # between looks whether the engine reads
 STALLED_S = 3.0  # an engine that has read nothing for longer is stalled
+
+log = logging.getLogger("flowlang.serve")
 
 
 class RemoteFlow:
@@ -89,6 +92,7 @@ class Engine:
         self._connecting: asyncio.Task[None] | None = None
         self._probing: asyncio.TimerHandle | None = None
         self._probed_s: float | None = None  # when the probe was sent that is not back yet
+        self._is_held = False
         self._is_closed = False
         self._has_heard = asyncio.Event()
         self.is_loaded = False
@@ -108,14 +112,29 @@ class Engine:
         """See flowlang.serve.backend.Backend. The engine tells it of all: a front says nothing."""
 
     async def _connect(self) -> None:
+        is_told = False
         while not self._is_closed:
             try:
                 await connect(self._path, self)
-            except OSError:
-                await asyncio.sleep(RETRY_S)
+            except (FileNotFoundError, ConnectionError):  # it does not listen yet
+                pass
+            except OSError as error:  # there is no memory for it, or no file descriptor
+                if not is_told:
+                    log.warning("flowlang: no way to the engine: %s", error.strerror)
+                is_told = True
             else:
                 self._is_connected = True
                 return
+            await asyncio.sleep(RETRY_S)
+
+    async def _connect_again(self) -> None:
+        """With a pause: an engine that is there may have no room for the connection."""
+        await asyncio.sleep(RETRY_S)
+        await self._connect()
+
+    def hold(self) -> None:
+        """See flowlang.serve.backend.Backend. The engine may not have been told to stop yet."""
+        self._is_held = True
 
     async def close(self, within_s: float) -> bool:
         """See flowlang.serve.backend.Backend. The engine goes on until no front is connected."""
@@ -196,7 +215,7 @@ class Engine:
 
     def tell_refusal(self, part: int, code: str) -> None:
         """Have a request counted that was refused here."""
-        if self.is_loaded:
+        if self.is_loaded and not self.channel.is_full:
             self.channel.send(0, Kind.REFUSED, code.encode(), part)
 
     # Hearing
@@ -218,7 +237,7 @@ class Engine:
             self._take([RemoteFlow(self, card) for card in pickle.loads(message)])
 
     def _take(self, flows: list[RemoteFlow]) -> None:
-        if not flows:
+        if not flows or self._is_held:
             return
         self.is_loaded = True
         self._let_in({flow.name: flow for flow in flows})
@@ -231,7 +250,7 @@ class Engine:
         self._fail_all(_gone())
         if not self._is_closed:
             self._shut()
-            self._connecting = asyncio.get_running_loop().create_task(self._connect())
+            self._connecting = asyncio.get_running_loop().create_task(self._connect_again())
 
     def _fail_all(self, error: RequestError) -> None:
         calls, self._calls = self._calls, {}

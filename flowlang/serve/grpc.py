@@ -79,7 +79,7 @@ class GrpcServer:
         self._inference = inference
         self._setup = setup
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._under_way = 0
+        self._under_way = 0  # of what was let in: not all is answered, and taken by its client
         self._server: Any = None
 
     async def start(self) -> int:
@@ -162,6 +162,9 @@ class GrpcServer:
         self, kind: Any, answer: Callable[[Message, Call], Awaitable[Message]]
     ) -> Callable[[bytes, Call], Awaitable[bytes]]:
         async def call(body: bytes, context: Call) -> bytes:
+            if self._inference.is_open:
+                self._under_way += 1
+                context.add_done_callback(self._leave)
             found = await self._outcome(kind, body, answer, context)
             if isinstance(found, RequestError):
                 await _refuse(context, found)
@@ -171,6 +174,10 @@ class GrpcServer:
 
         return call
 
+    def _leave(self, context: Call) -> None:
+        """A call that was let in is over: its client has taken the answer, or is gone."""
+        self._under_way -= 1
+
     async def _outcome(
         self,
         kind: Any,
@@ -179,7 +186,6 @@ class GrpcServer:
         context: Call,
     ) -> bytes | RequestError:
         """The bytes to answer a message with, or why there are none."""
-        self._under_way += 1
         try:
             found = await answer(_parsed(kind, body), context)
             return bytes(found.SerializeToString())
@@ -188,8 +194,6 @@ class GrpcServer:
         except Exception:  # gRPC would tell the client all of it
             log.exception("a %s could not be answered", kind.DESCRIPTOR.name)
             return Refusal("internal", 500, "internal error")
-        finally:
-            self._under_way -= 1
 
     def _streaming(
         self, kind: Any, answer: Callable[[Message, Call], Awaitable[Message]]
@@ -200,12 +204,16 @@ class GrpcServer:
             tasks: asyncio.Queue[asyncio.Task[bytes | RequestError] | None]
             tasks = asyncio.Queue(WINDOW)
             left: set[asyncio.Task[Any]] = set()
+            let_in: set[asyncio.Task[Any]] = set()  # and not taken by the client yet
 
             async def read() -> None:
                 async for body in bodies:
                     task = asyncio.ensure_future(self._outcome(kind, body, answer, context))
                     left.add(task)
                     task.add_done_callback(left.discard)
+                    if self._inference.is_open:
+                        let_in.add(task)
+                        self._under_way += 1
                     await tasks.put(task)
                 await tasks.put(None)
 
@@ -217,8 +225,12 @@ class GrpcServer:
                         await _refuse(context, found)
                     else:
                         yield found
+                    if task in let_in:
+                        let_in.remove(task)
+                        self._under_way -= 1
                 _record("OK")
             finally:
+                self._under_way -= len(let_in)
                 for unfinished in left:
                     unfinished.cancel()
 

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -38,7 +37,7 @@ from flowlang.serve.launch import (
 )
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
 from flowlang.serve.setup import MakeFace, Setup
-from flowlang.serve.tls import Certificate
+from flowlang.serve.tls import Certificate, expect_no_goodbye
 from flowlang.serve.token import Token
 
 if TYPE_CHECKING:
@@ -337,18 +336,13 @@ class _Protocol(HttpToolsProtocol):
         elif self._malformed is not None and not self.transport.is_closing():
             self._answer(self._malformed)
         super().on_response_complete()
+        if len(self.pipeline) >= MAX_WAITING:  # a packet may bring thousands: those go first
+            self.flow.pause_reading()
 
     def shutdown(self) -> None:
         super().shutdown()
         if self.scheme == "https" and self.transport.is_closing():
-            # TLS ends with a goodbye from both, and a client that is idle does not look for ours.
-            # So its own is taken as said; what is still to be sent to it is sent all the same.
-            connected = self.transport.get_extra_info("socket")
-            with (
-                contextlib.suppress(OSError),
-                socket.socket(fileno=os.dup(connected.fileno())) as ours,
-            ):
-                ours.shutdown(socket.SHUT_RD)
+            expect_no_goodbye(self.transport)
 
 
 def _config(application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> uvicorn.Config:
@@ -506,6 +500,7 @@ class Server(uvicorn.Server):
         until_s = clock() + self._setup.grace_s
         in_time = False
         try:
+            self._backend.hold()
             self._service.refuse()
             stopping = (face.stop(self._setup.grace_s) for face in self._faces)
             in_time = all(

@@ -41,6 +41,8 @@ def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
         )
     except OSError as error:
         raise FlowError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    except UnicodeError:
+        raise FlowError(f"cannot listen on {host}:{port}: this is no name of a host") from None
 
 
 def url_of(scheme: str, host: str, port: int) -> str:

@@ -143,20 +143,29 @@ class Supervisor:
     # Beginning
 
     def _start(self, role: int | None) -> None:
+        """Raises OSError where there is no room for a process."""
         if role is None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
-        (stop, tell), (ready, told) = os.pipe(), os.pipe()
-        os.set_blocking(ready, False)
         sys.stdout.flush()
         sys.stderr.flush()
-        with _signals_held_back():  # one that came in between would count as the supervisor's
-            pid = os.fork()
-            if not pid:
-                os.close(tell)
-                os.close(ready)
-                self._signals.heed_none()
+        ends: list[int] = []
+        try:
+            ends += os.pipe()
+            ends += os.pipe()
+            with _signals_held_back():  # one that came in between would count as the supervisor's
+                pid = os.fork()
+                if not pid:
+                    self._signals.heed_none()
+        except OSError:
+            for one in ends:
+                os.close(one)
+            raise
+        stop, tell, ready, told = ends
+        os.set_blocking(ready, False)
         if not pid:
+            os.close(tell)
+            os.close(ready)
             self._be(
                 self._engine if role is None else self._fronts[role],
                 _Reins(stop, told, self._pid, self._folder),
@@ -169,7 +178,11 @@ class Supervisor:
         now_s = time.monotonic()
         for role in [role for role, due_s in self._due.items() if due_s <= now_s]:
             del self._due[role]
-            self._start(role)
+            try:
+                self._start(role)
+            except OSError as error:  # the others go on, and what it takes may be there later
+                log.warning("flowlang: %s cannot be started: %s", _name(role), error.strerror)
+                self._start_later(role, True)
 
     def _be(self, work: Work, reins: Reins) -> None:
         """The whole life of a child."""
@@ -201,7 +214,7 @@ class Supervisor:
         if self._is_stopping:
             self._status = self._status or min(1, status)
             return
-        how = f"{'the engine' if role is None else f'front {role}'} {_how(status)}"
+        how = f"{_name(role)} {_how(status)}"
         if role is None:
             self._was_ready = self._was_ready or was_ready
             if not self._was_ready:  # it cannot begin, and says why unless it was ended
@@ -211,12 +224,15 @@ class Supervisor:
                 self._stop()
                 return
         log.warning("flowlang: %s: it is started again", how)
-        now_s = time.monotonic()
-        is_short = now_s - child.since_s < SHORT_S or (role is None and not was_ready)
+        lived_s = time.monotonic() - child.since_s
+        self._start_later(role, lived_s < SHORT_S or (role is None and not was_ready))
+
+    def _start_later(self, role: int | None, is_short: bool) -> None:
+        """Have it started again: at once, or after a pause where it keeps ending at once."""
         self._short[role] = self._short[role] + 1 if is_short else 0
         first_s, longest_s = PAUSES_S
         pause_s = first_s * 2 ** min(self._short[role] - 1, 10) if self._short[role] else 0.0
-        self._due[role] = now_s + min(longest_s, pause_s)
+        self._due[role] = time.monotonic() + min(longest_s, pause_s)
 
     def _be_told_to_stop(self) -> None:
         """A second time it ends all at once."""
@@ -277,6 +293,10 @@ def _signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _name(role: int | None) -> str:
+    return "the engine" if role is None else f"front {role}"
 
 
 def _how(status: int) -> str:

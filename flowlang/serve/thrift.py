@@ -30,6 +30,7 @@ from flowlang.serve.launch import BACKLOG
 from flowlang.serve.log import tell_broken, tell_unanswered
 from flowlang.serve.setup import Setup
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
+from flowlang.serve.tls import expect_no_goodbye
 
 if TYPE_CHECKING:
     from flowlang.app import Flow
@@ -92,6 +93,7 @@ class ThriftServer:
         self.under_way = 0
         self.connections: set[_Connection] = set()
         self._context = setup.certificate.context if setup.certificate else None
+        self.is_tls = self._context is not None
         self._address = (setup.host, port)
         self._calls = _Calls(inference, flow)
         self._server: asyncio.Server | None = None
@@ -113,11 +115,17 @@ class ThriftServer:
 
         Nothing new is let in once `inference` refuses it, which is told to who asks until the end.
         """
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + grace_s
         in_time = await emptied(lambda: self.under_way, grace_s)
         if self._server is not None:
             self._server.close()
         for connection in list(self.connections):
             connection.close()
+        # Each goes once its client has taken what it was answered.
+        in_time = await emptied(lambda: len(self.connections), until_s - clock()) and in_time
+        for connection in list(self.connections):
+            connection.abort()
         return in_time
 
     async def answer(self, message: bytes) -> bytes | None:
@@ -370,7 +378,8 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         self._advance()
-        if self._task is not None and len(self._buffer) > AHEAD_BYTES and self._transport:
+        has_to_wait = self._task is not None or self._is_full
+        if has_to_wait and len(self._buffer) > AHEAD_BYTES and self._transport:
             self._transport.pause_reading()
 
     def pause_writing(self) -> None:
@@ -378,11 +387,19 @@ class _Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_full = False
+        if self._transport is not None:
+            self._transport.resume_reading()
         self._advance()
 
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
+            if self._server.is_tls:
+                expect_no_goodbye(self._transport)
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
 
     def _advance(self) -> None:
         """Begin with the next message, if it is there and its turn."""

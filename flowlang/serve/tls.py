@@ -1,10 +1,15 @@
-"""The certificate a server shows, and the key to it.
+"""The certificate a server shows, the key to it, and how a connection with them ends.
 
-Layer 4. Both are read once, before anything listens; every protocol is given what it needs of them.
+Layer 4. The two are read once, before anything listens; each protocol is given what it needs of
+them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+import socket
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +51,20 @@ def read_certificate(chain: Path, key: Path) -> Certificate:
         reason = (error.reason or "not readable").lower().replace("_", " ")
         raise FlowError(f"{chain} and {key} cannot be used for TLS: {reason}") from None
     return Certificate(chain_pem, key_pem, context)
+
+
+def expect_no_goodbye(transport: asyncio.BaseTransport) -> None:
+    """Have a connection that is being closed not wait for its client.
+
+    TLS ends with a goodbye from both, and a client that is idle does not look for ours. So its own
+    is taken as said; what is still to be sent to it is sent all the same.
+    """
+    connected = transport.get_extra_info("socket")
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(fileno=os.dup(connected.fileno())) as ours,
+    ):
+        ours.shutdown(socket.SHUT_RD)
 
 
 def _read(path: Path, called: str) -> bytes:

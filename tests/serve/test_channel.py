@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import socket
@@ -210,5 +211,30 @@ def test_strangers_are_turned_away(tmp_path: Path) -> None:
         await _until(lambda: asking.heard)
         assert asking.heard[0][1] == b"ereht llits"
         await _part(listener, answering, asking)
+
+    asyncio.run(go())
+
+
+def test_a_lost_channel_gives_its_memory_back(tmp_path: Path) -> None:
+    """At once, whoever still knows the channel: rings that pictures went through are large."""
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("/memfd:flowlang")
+
+    async def go() -> None:
+        gc.collect()
+        before = mapped()
+        listener, answering, asking = await _pair(tmp_path)
+        asking.channel.send(1, 1, b"picture")
+        await _until(lambda: asking.heard)
+        assert mapped() == before + 2
+        gc.disable()
+        try:
+            await _part(listener, answering, asking)
+            await _until(lambda: mapped() == before)
+        finally:
+            gc.enable()
+        asking.channel.send(2, 2, b"nobody is there")
+        await asyncio.sleep(0)
 
     asyncio.run(go())

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import select
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.serve.server import KINDS, Raw, Server, head, running, serving, write
+from tests.serve.processes import peak_bytes
+from tests.serve.server import KINDS, Raw, Server, head, running, serving, wait_until, write
 
 FLOWS = """
 export flow echo = pass
@@ -417,3 +420,17 @@ def test_bodies_on_their_way_are_bounded(flow: Path) -> None:
         connections[0].close()
         whole = half + half
         assert server.client.post("/flows/echo", content=whole).content == whole
+
+
+def test_who_takes_no_answers_is_read_no_further(server: Server) -> None:
+    """What is sent ahead is kept as bytes: as requests it takes fifty times the room."""
+    requests = f"{GET}\r\n".encode() * 1000
+    before = peak_bytes(server)
+    with server.connect() as connection:
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sent = 0
+        while sent < 8 << 20 and select.select([], [connection.socket], [], 0.5)[1]:
+            sent += connection.socket.send(requests[sent % len(requests) :], socket.MSG_DONTWAIT)
+        assert peak_bytes(server) - before < 150 << 20
+        bodies(connection, 200)
+    wait_until(lambda: server.health()["requests"] == 0)

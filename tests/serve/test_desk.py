@@ -13,9 +13,10 @@ import pytest
 
 import flowlang
 from flowlang.app import App
-from flowlang.diagnostics import DeadlineExceeded, Draining
+from flowlang.diagnostics import DeadlineExceeded, Draining, Overloaded
+from flowlang.serve import channel
 from flowlang.serve.desk import Desk, Kind
-from flowlang.serve.front import Engine, RemoteFlow
+from flowlang.serve.front import RETRY_S, Engine, RemoteFlow
 from flowlang.serve.trace import Tracer
 from tests.serve.collector import collecting
 from tests.serve.server import PATIENCE_S, write
@@ -218,3 +219,76 @@ def test_a_trace_is_told_where_it_is_of_use(
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         asyncio.run(go())
+
+
+def test_a_front_that_stops_lets_no_flows_in(app: App, tmp_path: Path) -> None:
+    """Nor those that the engine, which has not heard of the end yet, tells it of just then."""
+
+    async def go() -> None:
+        desk = Desk(path := str(tmp_path / "engine"), {"told": lambda: "told"}, 1)
+        desk.start(lambda: None)
+        desk.let_in(app)
+        front = await _meet(path)
+        flow = await front.be_open()
+        front.engine.hold()
+        desk.let_in(app)
+        assert await front.engine.ask("told") == "told"  # behind the word of the others
+        assert front.flows["main"] is flow
+        await front.engine.close(PATIENCE_S)
+        assert await desk.deserted(PATIENCE_S)
+        desk.close()
+
+    asyncio.run(go())
+
+
+def test_a_front_that_is_turned_away_takes_its_time(tmp_path: Path) -> None:
+    """An engine that has no room for it is not asked at full speed."""
+
+    async def go() -> int:
+        knocked = 0
+
+        def turn_away(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal knocked
+            knocked += 1
+            writer.close()
+
+        path = str(tmp_path / "engine")
+        async with await asyncio.start_unix_server(turn_away, path):
+            front = Front(path)
+            preparing = asyncio.ensure_future(front.engine.prepare())
+            await asyncio.sleep(0.5)
+            preparing.cancel()
+            await front.engine.close(0.0)
+        return knocked
+
+    assert 1 <= asyncio.run(go()) <= 0.5 / RETRY_S + 1
+
+
+def test_refusals_that_the_engine_does_not_read_of_are_not_kept(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are but counted there: a stopped engine does not have its fronts grow."""
+    monkeypatch.setattr(channel, "SENT_BYTES", 1 << 12)
+    monkeypatch.setattr(channel, "WAITING_BYTES", 100_000)
+
+    async def go() -> None:
+        desk = Desk(path := str(tmp_path / "engine"), {}, 1)
+        desk.start(lambda: None)
+        desk.let_in(app)
+        front = await _meet(path)
+        flow = await front.be_open()
+        told: list[str] = []
+        monkeypatch.setattr(desk, "count_refusal", lambda number, code: told.append(code))
+        for _ in range(100_000):  # in one turn of the loop, so that nobody reads
+            flow.count_refusal("bad-request")
+        with pytest.raises(Overloaded):
+            await flow.acall(b"x")
+        while front.engine.channel.is_full:
+            await asyncio.sleep(0.01)
+        assert await flow.acall(b"x") == b"x"  # behind all the others
+        assert 5_000 < len(told) < 20_000
+        await front.engine.close(PATIENCE_S)
+        assert await desk.deserted(PATIENCE_S)
+        desk.close()
+
+    asyncio.run(go())

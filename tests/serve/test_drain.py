@@ -1,15 +1,19 @@
-"""`--drain-delay`: a time in which a server says it is not ready, and answers as ever."""
+"""A server that stops: it says so first with `--drain-delay`, and answers what it has."""
 
 from __future__ import annotations
 
 import json
+import socket
+import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 
 import grpc
 import httpx
@@ -17,6 +21,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
+from flowlang.serve.proto import read_protocol
 from tests.serve.server import (
     KINDS,
     PATIENCE_S,
@@ -25,6 +30,7 @@ from tests.serve.server import (
     refused,
     running,
     serving,
+    wait_until,
     write,
 )
 
@@ -183,3 +189,93 @@ def test_a_delay_is_a_number_of_seconds(flow: Path, given: str) -> None:
     status, errors = refused("--drain-delay", given, str(flow))
     assert status == 2
     assert "--drain-delay" in errors
+
+
+@contextmanager
+def holding_back(port: int) -> Iterator[tuple[int, Event, Event]]:
+    """A way to a port that begins to bring what comes from there, and the rest once it is told.
+
+    Gives its own port, what says that it has begun, and what it is told by.
+    """
+    began, go_on = Event(), Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as opened:
+
+        def bring(source: socket.socket, target: socket.socket, is_held: bool) -> None:
+            came = 0
+            with suppress(OSError):
+                while piece := source.recv(65536):
+                    target.sendall(piece)
+                    came += len(piece)
+                    if is_held and came > 200_000:
+                        began.set()
+                        go_on.wait(PATIENCE_S)
+                target.shutdown(socket.SHUT_WR)
+
+        def take() -> None:
+            near = opened.enter_context(listener.accept()[0])
+            far = opened.enter_context(socket.create_connection(("127.0.0.1", port)))
+            for way in ((near, far, False), (far, near, True)):
+                Thread(target=bring, args=way, daemon=True).start()
+
+        Thread(target=take, daemon=True).start()
+        try:
+            yield listener.getsockname()[1], began, go_on
+        finally:
+            go_on.set()
+
+
+def over_thrift(port: int, size: int) -> int:
+    """How much of an answer of so many bytes comes."""
+    name, picture = b"echo:process_image", bytes(size)
+    call = b"\x80\x01\x00\x01" + struct.pack(">i", len(name)) + name + bytes(4)
+    call += b"\x0c\x00\x01\x0b\x00\x01" + struct.pack(">i", len(picture)) + picture + bytes(2)
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as connection:
+        connection.sendall(call)
+        return sum(map(len, iter(lambda: connection.recv(1 << 20), b""))) * 3 // 4
+
+
+def over_grpc(port: int, size: int, *, is_stream: bool) -> int:
+    """The same, or 0 where the call fails."""
+    messages = read_protocol("inference.proto").messages
+    tensor = {"name": "input", "datatype": "BYTES", "shape": [1]}
+    request = messages["ModelInferRequest"](
+        model_name="echo",
+        inputs=[tensor],
+        raw_input_contents=[struct.pack("<I", size) + bytes(size)],
+    ).SerializeToString()
+    options = [("grpc.max_receive_message_length", -1)]
+    service = "/inference.GRPCInferenceService/"
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        if is_stream:
+            return len(next(channel.stream_stream(f"{service}ModelStreamInfer")(iter([request]))))
+        return len(channel.unary_unary(f"{service}ModelInfer")(request, timeout=PATIENCE_S))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "ask"),
+    [
+        ("thrift", over_thrift),
+        ("grpc", partial(over_grpc, is_stream=False)),
+        ("grpc", partial(over_grpc, is_stream=True)),
+    ],
+    ids=["thrift", "grpc", "grpc-stream"],
+)
+def test_an_answer_on_its_way_comes_to_its_end(
+    tmp_path: Path, protocol: str, ask: Callable[[int, int], int]
+) -> None:
+    """A client that takes a large answer slowly has all of it, before the server ends."""
+    echo = write(tmp_path / "echo.flow", "export flow echo = pass\n")
+    command = ("--device", "cpu", f"--{protocol}-port", "0", str(echo))
+    with serving(tmp_path, *command) as server, ThreadPoolExecutor(1) as pool:
+        server.wait_ready()
+        port = int(server.urls[0].rpartition(":")[2])
+        with holding_back(port) as (way, began, go_on):
+            asked = pool.submit(ask, way, 30_000_000)
+            assert began.wait(PATIENCE_S)
+            server.signal()
+            wait_until(lambda: server.health()["status"] == "draining")
+            time.sleep(0.5)
+            assert server.process.poll() is None
+            go_on.set()
+            assert asked.result(PATIENCE_S) >= 30_000_000
+        assert server.wait() == 0

@@ -19,7 +19,7 @@ from thriftpy2.rpc import client_context
 import flowlang
 from tests.pictures import photographs
 from tests.serve.faces import write_types
-from tests.serve.server import KINDS, PATIENCE_S, free_port, serving, wait_until, write
+from tests.serve.server import KINDS, PATIENCE_S, free_port, refused, serving, wait_until, write
 
 PICTURE = photographs(1)[0]
 IDL = thriftpy2.load(
@@ -88,6 +88,16 @@ def test_a_port_in_use_ends_the_server(folder: Path, face: str) -> None:
     assert done.returncode == 1
     assert str(port) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "[::1]"])
+def test_a_host_that_is_none_ends_the_server(folder: Path, host: str) -> None:
+    """In a line that names it, whatever makes it none."""
+    path = write(folder / "echo.flow", "pass\n")
+    status, told = refused("--host", host, str(path))
+    assert status == 1
+    assert told.startswith(f"flowlang: cannot listen on {host}:0: ")
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize(("face", "package"), [("grpc", "grpc"), ("thrift", "thriftpy2")])

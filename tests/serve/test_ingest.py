@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -435,6 +436,59 @@ def test_who_waits_for_a_killed_front_is_served_by_the_next(server: Server) -> N
     for connection in connections:
         connection.close()
     assert not {*before.fronts} & {*processes(server).fronts}
+
+
+def test_a_front_that_cannot_be_started_is_started_later(folder: Path) -> None:
+    """Where the machine has no room for a process just then, the others go on, and it is told."""
+    with ingesting(folder) as server:
+        before = processes(server)
+        watching = server.process.pid
+        limits = resource.prlimit(watching, resource.RLIMIT_NOFILE)
+        resource.prlimit(watching, resource.RLIMIT_NOFILE, (3, limits[1]))
+        kill(before.fronts[0])
+        wait_until(lambda: "front 0 cannot be started: Too many open files" in server.errors)
+        with ExitStack() as opened:  # some are left to the kernel, which waits for the next front
+            connections = [opened.enter_context(server.connect()) for _ in range(12)]
+            for connection in connections:
+                connection.post("/flows/echo", b"patience")
+            resource.prlimit(watching, resource.RLIMIT_NOFILE, limits)
+            assert [c.answer()[2] for c in connections] == [b"patience"] * 12
+        after = processes(server)
+        assert (after.engine, before.fronts[1] in after.fronts) == (before.engine, True)
+        assert "Traceback" not in server.errors
+
+
+def test_an_engine_without_file_descriptors_takes_fronts_later(folder: Path) -> None:
+    """It looks for one every second, and not at full speed."""
+    with ingesting(folder) as server:
+        before = processes(server)
+        limits = resource.prlimit(before.engine, resource.RLIMIT_NOFILE)
+        resource.prlimit(before.engine, resource.RLIMIT_NOFILE, (3, limits[1]))
+        began_s = time.monotonic()
+        kill(before.fronts[0])
+        told = "a connection cannot be taken: Too many open files"
+        wait_until(lambda: told in server.errors)
+        time.sleep(0.5)
+        assert server.errors.count(told) <= time.monotonic() - began_s + 1
+        resource.prlimit(before.engine, resource.RLIMIT_NOFILE, limits)
+        wait_serving(server)
+        assert processes(server).engine == before.engine
+
+
+def test_a_front_that_has_no_memory_for_the_engine_says_so(folder: Path) -> None:
+    """Once, where the server would be loading without a word."""
+    code = f"""
+import resource, sys, flowlang
+from flowlang.serve import serve
+resource.setrlimit(resource.RLIMIT_FSIZE, (50 << 20, 50 << 20))
+load = lambda: flowlang.load({str(folder / "light.flow")!r}, device="cpu")
+sys.exit(serve(load, "127.0.0.1", 0, fronts=1))
+"""
+    with running(folder, "-c", code) as server:
+        told = "flowlang: no way to the engine: File too large\n"
+        wait_until(lambda: server.errors == told)
+        assert server.health()["status"] == "loading"
+        assert server.errors == told
 
 
 # An engine that is killed

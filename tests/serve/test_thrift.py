@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import signal
 import socket
 import struct
@@ -503,3 +504,23 @@ def test_idle_connections_cost_nothing(server: Server) -> None:
         return found
 
     assert asyncio.run(hold()) == PONG
+
+
+def test_who_takes_no_answers_is_read_no_further(server: Server) -> None:
+    """However many calls are sent ahead; and once it takes them, each is answered."""
+    name, picture = b"echo:process_image", bytes(100_000)
+    call = b"\x80\x01\x00\x01" + struct.pack(">i", len(name)) + name + bytes(4)
+    call += b"\x0c\x00\x01\x0b\x00\x01" + struct.pack(">i", len(picture)) + picture + bytes(2)
+    call = struct.pack(">i", len(call)) + call
+    with server.connect() as connection, ThreadPoolExecutor(1) as pool:
+        sent, most = 0, 64 << 20
+        while sent < most and select.select([], [connection.socket], [], 1.0)[1]:
+            sent += connection.socket.send(call[sent % len(call) :], socket.MSG_DONTWAIT)
+        assert sent < most
+        calls, begun = divmod(sent, len(call))
+        sending = pool.submit(connection.send, call[begun:] if begun else b"", PING)
+        for _ in range(calls + bool(begun)):
+            (size,) = struct.unpack(">i", _read(connection, 4))
+            assert _read(connection, size).endswith(b"\x00")
+        assert _read(connection, len(PONG)) == PONG
+        sending.result()

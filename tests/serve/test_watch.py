@@ -183,3 +183,53 @@ def test_a_change_while_flows_are_loaded_is_another(
 
     asyncio.run(go())
     assert loaded == ["0", "x", "xx"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_lets_no_changed_flows_in(tmp_path: Path, kind: tuple[str, ...]) -> None:
+    """A reload that ends while the last requests are answered changes nothing: none is let in."""
+    begun, gate, loaded, free = (tmp_path / name for name in ("begun", "gate", "loaded", "free"))
+    text = f"""
+import pathlib, time
+
+def wait(path: str) -> None:
+    while not pathlib.Path(path).exists():
+        time.sleep(0.01)
+
+def tell(item: bytes) -> bytes:
+    return item
+
+def held(item: bytes) -> bytes:
+    wait({str(free)!r})
+    return item
+"""
+    (tmp_path / "post.py").write_text(text)
+    flow = tmp_path / "tell.flow"
+    flow.write_text(
+        'use "post.py" as post\nexport flow tell = post.tell\nexport flow held = post.held\n'
+    )
+    with serving(tmp_path, str(flow), *kind, "--device", "cpu", "--watch") as server:
+        server.wait_ready()
+        with server.connect() as inside:
+            inside.post("/flows/held", b"patience")
+            server.wait_inside(1)
+            slow = f"pathlib.Path({str(begun)!r}).touch()\nwait({str(gate)!r})\n"
+            (tmp_path / "post.py").write_text(
+                f"{text}{slow}pathlib.Path({str(loaded)!r}).touch()\n"
+            )
+            wait_until(begun.exists)
+            server.signal()
+            wait_until(lambda: server.health()["status"] == "draining")
+            gate.touch()
+            wait_until(loaded.exists)
+            told = {server.client.post("/flows/tell", content=b"x").status_code}
+            time.sleep(0.3)  # long enough for flows that are loaded to take over
+            told.add(server.client.post("/flows/tell", content=b"x").status_code)
+            assert server.health()["status"] == "draining"
+            free.touch()
+            assert inside.answer()[2] == b"patience"
+        assert server.wait() == 0
+        assert told == {503}
+        assert server.process.stdout is not None
+        assert server.process.stdout.read() == ""
+        assert server.errors == ""
