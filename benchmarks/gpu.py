@@ -42,7 +42,7 @@ from benchmarks.serve import FLOWS, SIZE
 from benchmarks.servers import started
 from examples.models import resnet
 from flowlang import load
-from flowlang.plan.physical import GPU_LANES
+from flowlang.plan.physical import GPU_BATCH, GPU_LANES
 from flowlang.runtime import cuda, dali, host, trt, vision
 from flowlang.runtime.engine_store import EngineStore, default_directory
 from flowlang.runtime.rework import Prologue
@@ -170,9 +170,9 @@ def _rate(work: Sequence[Callable[[], int]], seconds: float) -> float:
 def ceilings(run: Run) -> None:
     """What the engine alone and decoding alone reach."""
     cuda.use(0)
-    engine = run.engine((1, 64, 64))
+    engine = run.engine((1, GPU_BATCH, GPU_BATCH))  # the one of the flows: each takes minutes
     found: dict[str, Any] = {}
-    for size, streams in ((1, 1), (4, 1), (8, 1), (64, 1), (32, 2), (64, 2)):
+    for size, streams in ((1, 1), (4, 1), (8, 1), (GPU_BATCH, 1), (28, 2), (GPU_BATCH, 2)):
         contexts = []
         for _ in range(streams):
             context = trt.Context(engine, cuda.Stream(), use_graphs=True)
@@ -303,7 +303,7 @@ def pure_tensorrt(run: Run) -> None:
 
     cuda.use(0)
     stream = cuda.Stream()
-    context = trt.Context(run.engine((1, 64, 64)), stream, use_graphs=False)
+    context = trt.Context(run.engine((1, GPU_BATCH, GPU_BATCH)), stream, use_graphs=False)
     context.warm()
     staged = cuda.PinnedBuffer((1, 224, 224, 3), "uint8")
     target = next(iter(context.inputs.values()))
@@ -425,15 +425,15 @@ def python_share(run: Run) -> None:
 
     lane.stream.wait = timed_wait
     found = {}
-    for size in (1, 8, 64):
+    for size in (1, 8, GPU_BATCH):
         values, costs = run.pictures[:size], []
-        for _ in range(200 if size < 64 else 60):
+        for _ in range(200 if size < GPU_BATCH else 60):
             waited[0] = 0.0
             start_s = time.thread_time()
             lane.run(values)
             costs.append(time.thread_time() - start_s - waited[0])
         found[size] = float(np.median(costs)) * 1e3
-    a_request = (found[64] - found[1]) / 63
+    a_request = (found[GPU_BATCH] - found[1]) / (GPU_BATCH - 1)
     run.found["python_ms"] = {
         "a_batch": round(found[1] - a_request, 4),
         "a_request": round(a_request, 4),

@@ -276,8 +276,10 @@ class App:
             lane.is_ready.wait()
         failures = [lane.failure for lane in self._lanes if lane.failure is not None]
         if failures:
+            for lane in self._lanes:
+                lane.failure = None  # its frames hold what could not be made, and soon this app
             self.close(0.0)
-            raise failures[0]
+            raise failures.pop(0)  # and not held by this frame either, which it holds itself
 
     def __getitem__(self, name: str) -> Flow:
         """A flow by name. Raises FlowError with the names there are."""

@@ -24,7 +24,9 @@ LOST = frozenset({"cudaErrorIllegalAddress", "cudaErrorLaunchFailure", "cudaErro
                   "cudaErrorHardwareStackError", "cudaErrorIllegalInstruction",
                   "cudaErrorMisalignedAddress", "cudaErrorInvalidAddressSpace",
                   "cudaErrorInvalidPc", "cudaErrorLaunchTimeout", "cudaErrorDeviceUninitialized",
-                  "cudaErrorContextIsDestroyed", "cudaErrorAssert"})  # fmt: skip
+                  "cudaErrorContextIsDestroyed", "cudaErrorAssert", "cudaErrorContained",
+                  "cudaErrorTensorMemoryLeak", "cudaErrorMpsClientTerminated",
+                  "cudaErrorExternalDevice"})  # fmt: skip
 
 
 @functools.cache
@@ -49,7 +51,8 @@ def _call(name: str, *args: Any) -> Any:
 def _failure(call: str, status: Any) -> Exception:
     name = status.name
     if name == "cudaErrorMemoryAllocation":
-        return EngineError(f"out of GPU memory ({call})")
+        what = "page-locked memory of the host" if call == "cudaMallocHost" else "GPU memory"
+        return EngineError(f"out of {what} ({call})")
     if name in LOST:
         return InstanceLost(f"the GPU's context is lost: {name} in {call}")
     return EngineError(f"{name} in {call}")
@@ -142,11 +145,15 @@ class Stream:
         try:
             work()
         except BaseException:
-            runtime.cudaStreamEndCapture(self._stream)
+            status, captured = runtime.cudaStreamEndCapture(self._stream)
+            if not status.value:
+                runtime.cudaGraphDestroy(captured)
             raise
         captured = _call("cudaStreamEndCapture", self._stream)
-        executable = _call("cudaGraphInstantiate", captured, 0)
-        _call("cudaGraphDestroy", captured)
+        try:
+            executable = _call("cudaGraphInstantiate", captured, 0)
+        finally:
+            runtime.cudaGraphDestroy(captured)
         return Graph(executable, self._stream)
 
 

@@ -23,6 +23,7 @@ from flowlang.plan import graph
 from flowlang.plan.graph import Node
 from flowlang.plan.rewrite import levels_of
 from flowlang.plan.types import Image
+from flowlang.runtime.stage import InstanceLost
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,10 +99,17 @@ class Region:
         self._feed, self._run, self._outputs = _calls(pipe)
 
     def start(self, pictures: Sequence[bytes]) -> None:
-        """Begin a batch, in DALI's own threads."""
+        """Begin a batch, in DALI's own threads.
+
+        Raises InstanceLost where DALI has the pictures and does not begin: they stay there, and
+        each later batch would be given those of the one before.
+        """
         wrap = self._wrap  # of DALI's own kind, and so looked at no further; it keeps the bytes
         self._feed(INPUT, [wrap(p) for p in pictures])
-        self._run()
+        try:
+            self._run()
+        except RuntimeError as error:
+            raise InstanceLost(f"DALI begins no batch: {reason(error)}") from error
 
     def result(self, stream: int | None = None) -> Any:
         """The begun batch (DALI's TensorListGPU, or TensorListCPU without a device).
@@ -134,6 +142,13 @@ def _calls(pipe: Any) -> tuple[Any, Any, Any]:
 
         return feed, inner.Run, inner.Outputs
     return pipe.feed_input, pipe.schedule_run, pipe.outputs
+
+
+def reason(error: RuntimeError) -> str:
+    """What DALI says went wrong, without the pipeline's definition that it tells before."""
+    said = str(error)
+    lines = (said.partition("encountered:\n")[2].strip() or said.strip()).splitlines()
+    return lines[0] if lines else "no reason given"
 
 
 def arrays(result: Any) -> list[NDArray[Any]]:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import BadRequest, InternalError, StageFailed
+from flowlang.diagnostics import BadRequest, EngineError, InternalError, StageFailed
 from flowlang.plan import graph
 from flowlang.plan.chain import decodes_on_gpu
 from flowlang.plan.graph import Node
@@ -133,7 +133,11 @@ class GpuInstance:
         """Put what was decoded, the model and the copy of its outputs on the stream."""
         self.source.load(batch)
         if batch.good:
-            self.context.start(len(batch.good))
+            try:
+                self.context.start(len(batch.good))
+            except EngineError:
+                self.stream.wait()  # what was decoded goes with the batch, and is still copied from
+                raise
         return batch
 
     def collect(self, batch: _Batch) -> list[Any]:
@@ -207,13 +211,18 @@ class _Pictures:
         Measured on an H200: 64 pictures take 3.4 ms if the first batch was of 64, and 17 ms for
         good if it was of one, the hardware engines left out.
         """
-        pictures = sample_pictures(4)
-        for region in (self.large, self.small):
+        pictures, stream = sample_pictures(4), self.lane.stream
+        for region in dict.fromkeys((self.large, self.small)):
             for count in (region.batch, 1):
                 batch = _Batch([pictures[i % 4] for i in range(count)])
-                self.begin(batch)
-                self.load(batch)
-                self.lane.stream.wait()
+                batch.good = list(range(count))
+                try:
+                    self._hand_over(region.run(batch.values, stream.handle), batch)
+                except RuntimeError as error:
+                    if isinstance(self._try_on_host(batch.values[0]), Exception):
+                        continue  # the region refuses such pictures, and the decoder has seen them
+                    raise EngineError(f"DALI does not decode here: {dali.reason(error)}") from None
+                stream.wait()
 
     def begin(self, batch: _Batch) -> None:
         """Sort out what cannot be decoded and start on the rest."""
@@ -262,8 +271,7 @@ class _Pictures:
         try:
             result = batch.region.result(self.lane.stream.handle)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            log.info("a picture failed its batch of %d: %s", len(batch.good), reason)
+            log.info("a picture failed its batch of %d: %s", len(batch.good), dali.reason(error))
             self._rescue(batch)
             return
         self._hand_over(result, batch)
@@ -296,7 +304,7 @@ class _Pictures:
             self._hand_over(self.large.run(batch.pictures, self.lane.stream.handle), batch)
         except RuntimeError as error:
             self.lane.stream.wait()  # raises InstanceLost where it is no fault of the pictures
-            message = f"decode failed: {str(error).splitlines()[0]}"
+            message = f"decode failed: {dali.reason(error)}"
             for index in left:
                 batch.outcomes[index] = StageFailed(
                     message, stage="decode", place=str(self.decode.span)

@@ -101,7 +101,8 @@ class Lane(threading.Thread):
         try:
             instance = self._replacement() if self.is_replacement else self._new_instance()
         except BaseException as error:
-            self.failure = error
+            # Lost before it ever worked, it is one that cannot be made.
+            self.failure = EngineError(str(error)) if isinstance(error, InstanceLost) else error
             self.is_ready.set()
             return
         self.is_ready.set()
@@ -183,12 +184,12 @@ class Lane(threading.Thread):
                 self._finish(before, outcomes, now_s - since_s)
                 since_s = now_s
             if items and not isinstance(begun, _Failed):
-                launched = self._try(instance.launch, begun, items)
-            failed = launched if items and not isinstance(begun, _Failed) else begun
-            if isinstance(failed, _Failed):
-                self._finish(items, failed.outcomes, 0.0)
-                items = []
-            before, begun = items, None
+                begun = self._try(instance.launch, begun, items)
+            if isinstance(begun, _Failed):
+                self._finish(items, begun.outcomes, 0.0)
+                items, begun = [], None
+            before, launched = items, begun
+            items, begun, outcomes = [], None, None  # hold no picture while waiting
 
     def _try(self, step: Callable[[Any], Any], given: Any, items: list[Item]) -> Any:
         """A step of an overlapping instance; a failure becomes the outcome of all its items."""

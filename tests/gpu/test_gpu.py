@@ -282,7 +282,7 @@ def test_logits_are_those_of_the_reference(
     assert error < limit, f"{precision}: relative error {error:.2e}"
     # The classifier's weights are random, so some pictures have two classes at almost one score.
     first, second = np.sort(wanted_logits, 1)[:, :-3:-1].T
-    is_clear = first - second > 20 * limit * wanted_logits.std()
+    is_clear = first - second > 10 * limit * wanted_logits.std()
     assert is_clear.sum() >= 100
     same = got.argmax(1) == wanted_logits.argmax(1)
     assert same[is_clear].all(), f"{precision}: {(~same & is_clear).sum()} other classes"

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowlang.diagnostics import BadRequest
-from flowlang.runtime import dali
+from flowlang.diagnostics import BadRequest, EngineError
+from flowlang.runtime import cuda, dali
 from flowlang.runtime.dali import Decoding, Decodings, Region
 from flowlang.runtime.gpu import _Batch, _Pictures
+from flowlang.runtime.stage import InstanceLost
 from flowlang.runtime.vision import as_bmp
 from tests.pictures import encode, good, photograph, photographs
 from tests.regions import (
@@ -252,3 +253,82 @@ def test_a_batch_is_begun_before_it_is_asked_for(open_region: Open) -> None:
         region.start([data])
         (got,) = dali.arrays(region.result())
         assert abs(got.astype(int) - on_host(nodes, data)).max() <= 1
+
+
+def test_a_region_that_took_half_a_batch_is_lost(open_region: Open) -> None:
+    """What was fed and never run would be given to the next batch, and each gets another's."""
+    region, _ = open_region("decode -> resize(64) -> rgb")
+
+    def refuse() -> None:
+        raise RuntimeError("Critical error in pipeline:\nwith this\n\nencountered:\n\nno memory\n")
+
+    region._run = refuse
+    with pytest.raises(InstanceLost, match=r"^DALI begins no batch: no memory$"):
+        region.start(files())
+
+
+def test_the_reason_of_a_failure_is_told_without_its_traceback(open_region: Open) -> None:
+    """DALI puts the pipeline's definition before what it met there."""
+    region, _ = open_region("decode -> resize(64) -> rgb")
+    with pytest.raises(RuntimeError) as caught:
+        region.run([b"no picture"])
+    assert dali.reason(caught.value).startswith("nvImageCodec failure")
+    assert dali.reason(RuntimeError("short")) == "short"
+    assert dali.reason(RuntimeError("")) == "no reason given"
+
+
+class Warmed:
+    """Pictures whose warming runs on the CPU: the sizes of the batches that each region had."""
+
+    def __init__(self, pictures: _Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[tuple[int, int]] = []
+        self.copied: list[int] = []
+        self.pictures, run = pictures, Region.run
+        lane: Any = pictures.lane
+        lane.stream = SimpleNamespace(handle=None, wait=lambda: None)
+        pictures.row_bytes = 1
+        pictures.target = SimpleNamespace(address=0)  # type: ignore[assignment]
+
+        def running(region: Region, given: Sequence[bytes], stream: int | None = None) -> Any:
+            self.sizes.append((region.batch, len(given)))
+            return run(region, given, stream)
+
+        def copy(target: int, source: int, size_bytes: int, stream: object) -> None:
+            self.copied.append(size_bytes)
+
+        monkeypatch.setattr(Region, "run", running)
+        monkeypatch.setattr(cuda, "copy_on_device", copy)
+
+
+def test_each_region_decodes_a_full_batch_first(
+    open_pictures: Callable[[str], _Pictures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A JPEG decoder stays as it set itself up for its first batch: small ones have their own."""
+    text = 'export flow f = decode -> resize(64) -> rgb -> trt("chw.onnx", batch=1..{})'
+    warmed = Warmed(open_pictures(text.format(12)), monkeypatch)
+    warmed.pictures.warm()
+    assert warmed.sizes == [(12, 12), (12, 1), (8, 8), (8, 1)]
+    assert warmed.copied == [12, 1, 8, 1]
+    few = Warmed(open_pictures(text.format(4)), monkeypatch)
+    few.pictures.warm()
+    assert few.sizes == [(4, 4), (4, 1)]
+
+
+def test_a_gpu_that_does_not_decode_is_told_before_the_first_request(
+    open_pictures: Callable[[str], _Pictures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where DALI fails on good pictures nothing starts; where a region refuses them, it does."""
+    refusing = Warmed(
+        open_pictures(f"export flow f = decode -> crop(640) -> resize(64){TAKER}"), monkeypatch
+    )
+    refusing.pictures.warm()
+    assert len(refusing.sizes) == 4
+    assert not refusing.copied
+    failing = Warmed(open_pictures(f"export flow f = decode -> resize(64){TAKER}"), monkeypatch)
+
+    def fail(stream: object) -> Any:
+        raise RuntimeError("no memory")
+
+    failing.pictures.large._outputs = fail
+    with pytest.raises(EngineError, match="DALI does not decode here: no memory"):
+        failing.pictures.warm()

@@ -222,6 +222,27 @@ def test_an_instance_that_does_not_warm_up_is_closed(start: Start) -> None:
     assert eventually(lambda: all(w.is_closed for w in workers))
 
 
+@pytest.mark.parametrize("kind", [EngineError, InstanceLost])
+def test_an_app_that_does_not_start_is_freed(start: Start, kind: type[Exception]) -> None:
+    """Once its error, an EngineError always, is gone, so is what could not be made ready."""
+    seen: list[weakref.ref[Worker]] = []
+
+    class Cold(Worker):
+        def warm(self) -> None:
+            seen.append(weakref.ref(self))
+            raise kind("out of memory")
+
+    gc.disable()
+    try:
+        with pytest.raises(EngineError, match="out of memory") as caught:
+            start(NET.format(2), Cold)
+        del caught
+        assert len(seen) == 2
+        assert eventually(lambda: all(s() is None for s in seen))
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("outcomes", [0, 3])
 def test_an_instance_that_miscounts_fails_its_batch_alone(start: Start, outcomes: int) -> None:
     """Too many or too few outcomes are an error for that batch, and the lane goes on."""
@@ -581,10 +602,27 @@ def test_an_interrupted_caller_takes_its_request_back(start: Start) -> None:
     assert worker.ran == [b"first", b"third"]
 
 
-def test_an_idle_lane_holds_no_item(start: Start) -> None:
+class AllBad(Worker):
+    """An instance for which every item is bad, and which holds batches while it works on them."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda values: [ValueError("bad") for _ in values])
+
+    def begin(self, values: Sequence[Any]) -> list[Any]:
+        return list(values)
+
+    def launch(self, begun: list[Any]) -> list[Any]:
+        return begun
+
+    def collect(self, launched: list[Any]) -> list[Any]:
+        return self.run(launched)
+
+
+@pytest.mark.parametrize("make", [lambda: AllBad().work, AllBad])
+def test_an_idle_lane_holds_no_item(start: Start, make: Callable[[], Any]) -> None:
     """Once answered, an item is freed at once, by no help of the garbage collector."""
     text = 'export flow f = trt("net.onnx", batch=1..4) x1'
-    app = start(text, lambda: lambda values: [ValueError("bad") for _ in values])
+    app = start(text, make)
     gc.disable()
     try:
         roads: list[Callable[[Any], Any]] = [app, lambda item: app.submit(item).result(LONG_S)]

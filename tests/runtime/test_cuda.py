@@ -1,0 +1,117 @@
+"""What is made of CUDA's answers, with a runtime that answers as it is told."""
+
+from __future__ import annotations
+
+import enum
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flowlang.diagnostics import EngineError
+from flowlang.runtime import cuda
+from flowlang.runtime.gpu import GpuInstance, _Batch
+from flowlang.runtime.stage import InstanceLost
+
+# Some of cudaError_t
+Status = enum.IntEnum(
+    "Status",
+    {
+        "cudaSuccess": 0,
+        "cudaErrorInvalidValue": 1,
+        "cudaErrorMemoryAllocation": 2,
+        "cudaErrorLaunchFailure": 719,
+        "cudaErrorMpsClientTerminated": 808,
+    },
+)
+
+
+class Runtime:
+    """The CUDA runtime as far as graphs and page-locked memory go. `fails` says what fails how."""
+
+    def __init__(self) -> None:
+        self.fails: dict[str, Status] = {}
+        self.graphs = 0
+        self.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            status = self.fails.get(name, Status.cudaSuccess)
+            if not status:
+                self.graphs += (name == "cudaStreamEndCapture") - (name == "cudaGraphDestroy")
+            return status, 7
+
+        return call
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    made = Runtime()
+    monkeypatch.setattr(cuda, "_runtime", lambda: made)
+    monkeypatch.setattr(cuda, "_driver", lambda: SimpleNamespace(cuGraphLaunch=None))
+    return made
+
+
+def test_a_captured_graph_is_given_back_whatever_fails(runtime: Runtime) -> None:
+    """The captured graph is of no use once it is made executable, or once it cannot be."""
+    stream = cuda.Stream()
+
+    def fail() -> None:
+        raise InstanceLost("refused")
+
+    stream.capture(lambda: None)
+    with pytest.raises(InstanceLost, match="refused"):
+        stream.capture(fail)
+    runtime.fails["cudaGraphInstantiate"] = Status.cudaErrorMemoryAllocation
+    with pytest.raises(EngineError, match=r"^out of GPU memory \(cudaGraphInstantiate\)$"):
+        stream.capture(lambda: None)
+    assert runtime.graphs == 0
+    runtime.fails["cudaStreamEndCapture"] = Status.cudaErrorInvalidValue  # then there is none
+    for work in (fail, lambda: None):
+        with pytest.raises((InstanceLost, EngineError)):
+            stream.capture(work)
+    assert runtime.graphs == 0
+
+
+def test_memory_that_lacks_is_named(runtime: Runtime) -> None:
+    """Page-locked memory is the host's: that of the GPU may be free."""
+    runtime.fails["cudaMallocHost"] = Status.cudaErrorMemoryAllocation
+    with pytest.raises(EngineError, match=r"^out of page-locked memory of the host \("):
+        cuda.PinnedBuffer((4,), "float32")
+
+
+def test_a_context_beyond_use_is_lost(runtime: Runtime) -> None:
+    """Errors after which CUDA asks for a new process ask here for a new instance."""
+    for status in (Status.cudaErrorLaunchFailure, Status.cudaErrorMpsClientTerminated):
+        runtime.fails["cudaSetDevice"] = status
+        with pytest.raises(InstanceLost, match=f"{status.name} in cudaSetDevice"):
+            cuda.use(0)
+    runtime.fails["cudaSetDevice"] = Status.cudaErrorInvalidValue
+    with pytest.raises(EngineError, match=r"^cudaErrorInvalidValue in cudaSetDevice$"):
+        cuda.use(0)
+
+
+def test_what_was_decoded_stays_until_its_copy_is_done() -> None:
+    """Where a model does not start, the copy into its input may be under way: it is waited for."""
+    order: list[str] = []
+
+    class Held:
+        def __del__(self) -> None:
+            order.append("let go")
+
+    def load(batch: _Batch) -> None:
+        batch.good, batch.held = [0], Held()
+
+    def refuse(count: int) -> None:
+        raise EngineError("no graph")
+
+    lane: Any = object.__new__(GpuInstance)
+    lane.source = SimpleNamespace(load=load)
+    lane.context = SimpleNamespace(start=refuse)
+    lane.stream = SimpleNamespace(wait=lambda: order.append("waited"))
+    with pytest.raises(EngineError, match="no graph"):
+        lane.launch(_Batch([b"picture"]))
+    assert order == ["waited", "let go"]
