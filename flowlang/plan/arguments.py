@@ -62,6 +62,9 @@ class Names(Protocol):
         """Whether an expression needs the item or a value of the flow."""
 
 
+_COPIES = frozenset({"instances", "instance_num", "replicas", "copies", "workers", "num_workers"})
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     like = nearest(word, known)
     return f"did you mean `{like}`?" if like else None
@@ -204,6 +207,8 @@ class Binder:
         help_text = f"did you mean `{like}`?   {like}={value}" if like else None
         if like is None and name in SETTINGS:
             help_text = f"in a schedule block, on a flow: schedule {{ flow({name}={value}) }}"
+        if name in _COPIES and isinstance(arg.value, tree.Number) and value.isdigit():
+            help_text = f"behind the parentheses: {op.name}(...) x{value}"
         return refuse(
             "unknown-parameter",
             f"`{op.name}` has no parameter `{name}`",
@@ -216,6 +221,8 @@ class Binder:
         help_text = did_you_mean(given.value, [*op.words, *(n for n in names.constants if n)])
         words = f"words of `{op.name}`: {' '.join(op.words)}" if op.words else _signature(op)
         param = op.param(given.value)
+        if given.value == "in":
+            help_text, words = None, "`in` is the item of a flow that has a body in braces"
         if param is not None:
             other = next((w for w in param.words if w != param.default), None)
             help_text = f"{param.name}={other}" if other else None

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
 from flowlang.plan.arguments import Binder, Bound, did_you_mean
-from flowlang.plan.expression import is_known, widened
+from flowlang.plan.expression import field_type, is_known, widened
 from flowlang.plan.fitting import ModelFitter, Untold, called, mismatch, sight_before
 from flowlang.plan.graph import Live, Node
 from flowlang.plan.lines import read_lines
@@ -31,6 +31,7 @@ from flowlang.plan.types import (
     STR,
     UNKNOWN,
     Image,
+    Record,
     Scalar,
     Tensor,
     Type,
@@ -49,6 +50,18 @@ if TYPE_CHECKING:
     from flowlang.plan.elaborate import Elaborator
 
 _WANTED = {"int": (INT,), "number": (INT, FLOAT), "str": (STR,), "flag": (BOOL,)}
+
+
+def _from_field(node: Node, op: Op) -> dict[str, Any]:
+    """The help of one who gave a whole record: the first of its fields that the operator takes."""
+    kind = node.inputs[0].type
+    for name, part in kind.fields if isinstance(kind, Record) else ():
+        try:
+            op.rule(part, node.params)
+        except Mismatch:
+            continue
+        return {"help": f".{name} -> {node.span.text}", "fix": node.span}
+    return {}
 
 
 class Calls:
@@ -79,7 +92,7 @@ class Calls:
             return self._elaborator.literal(call, item, scope)
         is_told = scope.module.is_lost(call.path.names) or {name, prefix} & RESERVED
         if not is_told or prefix == "in":
-            self._report(self._unknown_stage(call, scope))
+            self._report(self._unknown_stage(call, item, scope))
         return self._elaborator.unknown(call.span, item, scope)
 
     def value_kind(self, call: tree.Call, scope: Scope) -> str | None:
@@ -94,7 +107,7 @@ class Calls:
         is_known = name in scope.constants and scope.constants[name].kind != "unknown"
         return "param" if is_known else None
 
-    def _unknown_stage(self, call: tree.Call, scope: Scope) -> Diagnostic:
+    def _unknown_stage(self, call: tree.Call, item: Node, scope: Scope) -> Diagnostic:
         name, place = str(call.path), Label(call.path.span)
         values = scope.names()
         if name in values:
@@ -122,6 +135,10 @@ class Calls:
             )
         known = [*OPS, *scope.module.callable_names(), *values]
         like = did_you_mean(name, [k for k in known if k != "in"])
+        if call.args is None and field_type(item.type, name) is not None:
+            like = f"did you mean `.{name}`?"
+        elif elsewhere := [k for k in known if k.endswith(f".{name}")]:
+            like = f"did you mean `{elsewhere[0]}`?"
         message = f"there is no operator or flow named `{name}`"
         return Diagnostic("unknown-operator", message, place, help=like)
 
@@ -310,6 +327,7 @@ class Calls:
                 item,
                 f"`{op.name}` cannot take what {called(item)} gives",
                 f"wants {misfit.wants}",
+                **_from_field(node, op),
             )
             return Node("unknown", {}, (item,), UNKNOWN, node.span, node.site)
         self._check_lines(node)

@@ -201,6 +201,7 @@ class _Checker:
                     f"the flow has no param named `{name}`",
                     span,
                     help=self._param_elsewhere(name) or did_you_mean(name, [n for n in known if n]),
+                    note=f"params are {', '.join(known)}" if known else "it has none",
                 )
 
     def _param_elsewhere(self, name: str) -> str | None:
@@ -221,6 +222,7 @@ class _Checker:
                 f"the flow has no schedule named `{chosen}`",
                 Span(Source("--schedule", chosen), 0, len(chosen)),
                 help=did_you_mean(chosen, names),
+                note=f"schedules are {', '.join(dict.fromkeys(names))}" if names else "it has none",
             )
 
     def _served(self, module: Module) -> list[str]:

@@ -40,6 +40,7 @@ from flowlang.plan.types import (
     Unknown,
     fits,
     is_vague,
+    is_writable,
     unify,
     why_vast,
     without_null,
@@ -108,12 +109,16 @@ class Elaborator:
         if flow.signature:
             wanted = declared.module.types.resolve(flow.signature[1])
             if not fits(result.type, wanted):
+                span = flow.signature[1].span
+                is_told = is_writable(result.type)
                 mismatch(
                     self.report,
-                    flow.signature[1].span,
+                    span,
                     result,
                     f"`{flow.name}` is declared to give `{wanted}`",
                     f"but it ends with {called(result)}",
+                    help=str(result.type) if is_told else None,
+                    fix=span if is_told else None,
                 )
             result = widened(result, wanted)
         return result

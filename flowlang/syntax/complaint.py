@@ -491,9 +491,9 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         if re.compile(r"\s*=(?![=>])").match(text, span.end):
             return _swapped(span, "a value in a body is named with `let`", f"let {found}")
         return _swapped(span, "the body of a flow ends with `return`", f"return {found}")
-    if kind == "STRING" and {"NAME", "RBRACE"} <= accepts and "ARROW" not in accepts:
-        if re.fullmatch(r'"[A-Za-z_]\w*"', found, re.ASCII) and found.strip('"') not in RESERVED:
-            return _swapped(span, "a field's name has no quotes", found.strip('"'))
+    is_field = {"NAME", "RBRACE"} <= accepts and "ARROW" not in accepts
+    if is_field and re.fullmatch(r'"[A-Za-z_]\w*"', found, re.ASCII):
+        return _swapped(span, "a field's name has no quotes", found.strip('"'))
     word = re.compile(r"[\w./-]+").match(text, span.start)
     is_path = word and found in ("..", "/") and re.search(r"/[\w.-]*\.\w+$", word.group())
     if word and (accepts == {"STRING"} or is_path):
