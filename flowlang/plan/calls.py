@@ -441,6 +441,7 @@ class Calls:
         names = node.params["names"]
         if names is None and sight is not None and sight.model.model is not None:
             names = sight.model.model.class_names
+            self._check_head(node, names)
         params = {**node.params, "chain": chain, "names": names}
         if source is None:
             return replace(node, params=params, type=kind)
@@ -449,6 +450,31 @@ class Calls:
         frame = next((i.frame for i in images if i.frame is not None), None)
         inputs = (*node.inputs, source)
         return replace(node, params=params, inputs=inputs, type=in_frame(kind, frame))
+
+    def _check_head(self, node: Node, names: list[str] | None) -> None:
+        """Whether the classes that the exporter tells are those that a head like this one has.
+
+        YOLOv5 gives an objectness before them and YOLOv8 does not: read as the other, every class
+        is off by one, and nothing fails.
+        """
+        head, kind = node.params["head"], node.inputs[0].type
+        own = {"yolov5": 5, "yolov8": 4}.get(head)
+        if own is None or names is None or not isinstance(kind, Tensor) or not kind.shape:
+            return
+        other = 9 - own
+        if len(names) + own in kind.shape or len(names) + other not in kind.shape:
+            return
+        meant = "yolov8" if head == "yolov5" else "yolov5"
+        place, count = node.param_spans.get("head", node.span), len(names)
+        mismatch(
+            self._report,
+            place,
+            node.inputs[0],
+            f"this is no {head}: of {count + other} numbers for a place, {count} are classes",
+            f"has {own} before the classes",
+            help=meant,
+            fix=place,
+        )
 
 
 def _no_place(declared: Declared, call: tree.Call, arg: tree.Arg) -> Diagnostic:
