@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
 from flowlang.plan.arguments import Binder, Bound, did_you_mean
 from flowlang.plan.expression import field_type, is_known, widened
-from flowlang.plan.fitting import ModelFitter, Untold, called, mismatch, sight_before
+from flowlang.plan.fitting import ModelFitter, Untold, called, from_field, mismatch, sight_before
 from flowlang.plan.graph import Live, Node
 from flowlang.plan.lines import read_lines
 from flowlang.plan.model import gives
@@ -31,7 +31,6 @@ from flowlang.plan.types import (
     STR,
     UNKNOWN,
     Image,
-    Record,
     Scalar,
     Tensor,
     Type,
@@ -42,7 +41,7 @@ from flowlang.plan.types import (
     is_undecided,
     without_null,
 )
-from flowlang.plan.values import LITERALS, Refused, evaluate
+from flowlang.plan.values import LITERALS, Refused, evaluate, nearest
 from flowlang.syntax import tree
 from flowlang.syntax.scan import RESERVED
 
@@ -50,18 +49,6 @@ if TYPE_CHECKING:
     from flowlang.plan.elaborate import Elaborator
 
 _WANTED = {"int": (INT,), "number": (INT, FLOAT), "str": (STR,), "flag": (BOOL,)}
-
-
-def _from_field(node: Node, op: Op) -> dict[str, Any]:
-    """The help of one who gave a whole record: the first of its fields that the operator takes."""
-    kind = node.inputs[0].type
-    for name, part in kind.fields if isinstance(kind, Record) else ():
-        try:
-            op.rule(part, node.params)
-        except Mismatch:
-            continue
-        return {"help": f".{name} -> {node.span.text}", "fix": node.span}
-    return {}
 
 
 class Calls:
@@ -117,9 +104,9 @@ class Calls:
             message = f"`{name}` is a param, and takes no arguments"
             return Diagnostic("not-a-stage", message, place, help=name, fix=call.span)
         if name in scope.module.uses:
-            inside = (n for n in scope.module.callable_names() if n.startswith(f"{name}."))
+            first = (n for n in scope.module.callable_names() if n.startswith(f"{name}."))
             message = f"`{name}` is a file, and a stage belongs here"
-            return Diagnostic("not-a-stage", message, place, help=next(inside, None))
+            return Diagnostic("not-a-stage", message, place, help=next(first, None))
         if name in ("null", "None"):
             message, note = f"there is no value `{name}`", "`.a ?? 0` is 0 where `.a` is null"
             return Diagnostic("unknown-operator", message, place, note=note)
@@ -134,13 +121,20 @@ class Calls:
                 note="flow name { return in -> decode }",
             )
         known = [*OPS, *scope.module.callable_names(), *values]
-        like = did_you_mean(name, [k for k in known if k != "in"])
-        if call.args is None and field_type(item.type, name) is not None:
-            like = f"did you mean `.{name}`?"
-        elif elsewhere := [k for k in known if k.endswith(f".{name}")]:
-            like = f"did you mean `{elsewhere[0]}`?"
         message = f"there is no operator or flow named `{name}`"
-        return Diagnostic("unknown-operator", message, place, help=like)
+        file, _, last = name.rpartition(".")
+        if file in scope.module.uses:  # what its names have in common makes none of them like it
+            inside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == file]
+            near = nearest(last, inside)
+            meant = f"did you mean `{file}.{near}`?" if near else None
+            has = f"`{file}` has {_some(inside)}" if inside and not near else None
+            return Diagnostic("unknown-operator", message, place, help=meant, note=has)
+        meant = did_you_mean(name, [k for k in known if k != "in"])
+        if call.args is None and field_type(item.type, name) is not None:
+            meant = f"did you mean `.{name}`?"
+        elif elsewhere := [k for k in known if k.endswith(f".{name}")]:
+            meant = f"did you mean `{elsewhere[0]}`?"
+        return Diagnostic("unknown-operator", message, place, help=meant)
 
     def _mention(self, declared: Declared, call: tree.Call, item: Node, scope: Scope) -> Node:
         """A mention of a flow: its declared input is checked, then its nodes follow."""
@@ -327,7 +321,7 @@ class Calls:
                 item,
                 f"`{op.name}` cannot take what {called(item)} gives",
                 f"wants {misfit.wants}",
-                **_from_field(node, op),
+                **from_field(node, op),
             )
             return Node("unknown", {}, (item,), UNKNOWN, node.span, node.site)
         self._check_lines(node)
@@ -475,6 +469,11 @@ class Calls:
             help=meant,
             fix=place,
         )
+
+
+def _some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _no_place(declared: Declared, call: tree.Call, arg: tree.Arg) -> Diagnostic:

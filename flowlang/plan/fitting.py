@@ -16,7 +16,8 @@ from flowlang.plan.arguments import Bound, with_sides
 from flowlang.plan.graph import Node
 from flowlang.plan.model import Misfit, Packing, fit, gives, input_type
 from flowlang.plan.onnx import Model, NotAModel, Opener, Port, read_model
-from flowlang.plan.ops import OPS
+from flowlang.plan.ops import OPS, Op
+from flowlang.plan.rules import Mismatch
 from flowlang.plan.schedule import Given
 from flowlang.plan.types import Image, Record, Unknown
 
@@ -28,6 +29,18 @@ def mismatch(report: Report, span: Span, item: Node, message: str, label: str, *
     slug = more.pop("slug", "type-mismatch")
     source = Label(item.span, gives(item.type))
     report(Diagnostic(slug, message, Label(span, label), (source,), **more))
+
+
+def from_field(node: Node, op: Op) -> dict[str, Any]:
+    """The help of one who gave a whole record: the first of its fields that the operator takes."""
+    kind = node.inputs[0].type
+    for name, part in kind.fields if isinstance(kind, Record) else ():
+        try:
+            op.rule(part, node.params)
+        except Mismatch:
+            continue
+        return {"help": f".{name} -> {node.span.text}", "fix": node.span}
+    return {}
 
 
 class ModelFitter:
