@@ -65,6 +65,11 @@ class Names(Protocol):
 _COPIES = frozenset({"instances", "instance_num", "replicas", "copies", "workers", "num_workers"})
 
 
+def is_count_of_copies(arg: tree.Arg) -> bool:
+    """Whether an argument says by another name what `xN` says."""
+    return arg.name in _COPIES and arg.value.span.text.isdigit()
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     like = nearest(word, known)
     return f"did you mean `{like}`?" if like else None
@@ -207,7 +212,7 @@ class Binder:
         help_text = f"did you mean `{like}`?   {like}={value}" if like else None
         if like is None and name in SETTINGS:
             help_text = f"in a schedule block, on a flow: schedule {{ flow({name}={value}) }}"
-        if name in _COPIES and isinstance(arg.value, tree.Number) and value.isdigit():
+        if is_count_of_copies(arg):
             help_text = f"behind the parentheses: {op.name}(...) x{value}"
         return refuse(
             "unknown-parameter",

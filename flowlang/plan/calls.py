@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
 from flowlang.plan.arguments import Binder, Bound, did_you_mean
-from flowlang.plan.expression import field_type, is_known, widened
-from flowlang.plan.fitting import ModelFitter, Untold, called, from_field, mismatch, sight_before
+from flowlang.plan.expression import is_known, widened
+from flowlang.plan.fitting import (
+    ModelFitter,
+    Untold,
+    called,
+    from_part,
+    mismatch,
+    sight_before,
+    tell_shares,
+)
 from flowlang.plan.graph import Live, Node
 from flowlang.plan.lines import read_lines
 from flowlang.plan.model import gives
@@ -23,6 +31,7 @@ from flowlang.plan.module import Declared
 from flowlang.plan.onnx import Opener
 from flowlang.plan.ops import OPS, Op, Param
 from flowlang.plan.rules import Mismatch
+from flowlang.plan.schedule import SETTINGS
 from flowlang.plan.scope import Scope
 from flowlang.plan.types import (
     BOOL,
@@ -41,7 +50,8 @@ from flowlang.plan.types import (
     is_undecided,
     without_null,
 )
-from flowlang.plan.values import LITERALS, Refused, evaluate, nearest
+from flowlang.plan.unknown import unknown_stage
+from flowlang.plan.values import LITERALS, Refused, evaluate
 from flowlang.syntax import tree
 from flowlang.syntax.scan import RESERVED
 
@@ -79,7 +89,7 @@ class Calls:
             return self._elaborator.literal(call, item, scope)
         is_told = scope.module.is_lost(call.path.names) or {name, prefix} & RESERVED
         if not is_told or prefix == "in":
-            self._report(self._unknown_stage(call, item, scope))
+            self._report(unknown_stage(call, item, scope))
         return self._elaborator.unknown(call.span, item, scope)
 
     def value_kind(self, call: tree.Call, scope: Scope) -> str | None:
@@ -93,48 +103,6 @@ class Calls:
             return None
         is_known = name in scope.constants and scope.constants[name].kind != "unknown"
         return "param" if is_known else None
-
-    def _unknown_stage(self, call: tree.Call, item: Node, scope: Scope) -> Diagnostic:
-        name, place = str(call.path), Label(call.path.span)
-        values = scope.names()
-        if name in values:
-            message = f"`{name}` is a value, and takes no arguments"
-            return Diagnostic("not-a-stage", message, place, help=name, fix=call.span)
-        if name in scope.constants:
-            message = f"`{name}` is a param, and takes no arguments"
-            return Diagnostic("not-a-stage", message, place, help=name, fix=call.span)
-        if name in scope.module.uses:
-            first = (n for n in scope.module.callable_names() if n.startswith(f"{name}."))
-            message = f"`{name}` is a file, and a stage belongs here"
-            return Diagnostic("not-a-stage", message, place, help=next(first, None))
-        if name in ("null", "None"):
-            message, note = f"there is no value `{name}`", "`.a ?? 0` is 0 where `.a` is null"
-            return Diagnostic("unknown-operator", message, place, note=note)
-        if name in scope.lets:
-            message = f"`{name}` is used before it is declared"
-            return Diagnostic("unknown-name", message, place, note="lets are read in order")
-        if name == "in":
-            return Diagnostic(
-                "not-a-stage",
-                "`in` is the item of a flow that has a body",
-                place,
-                note="flow name { return in -> decode }",
-            )
-        known = [*OPS, *scope.module.callable_names(), *values]
-        message = f"there is no operator or flow named `{name}`"
-        file, _, last = name.rpartition(".")
-        if file in scope.module.uses:  # what its names have in common makes none of them like it
-            inside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == file]
-            near = nearest(last, inside)
-            meant = f"did you mean `{file}.{near}`?" if near else None
-            has = f"`{file}` has {_some(inside)}" if inside and not near else None
-            return Diagnostic("unknown-operator", message, place, help=meant, note=has)
-        meant = did_you_mean(name, [k for k in known if k != "in"])
-        if call.args is None and field_type(item.type, name) is not None:
-            meant = f"did you mean `.{name}`?"
-        elif elsewhere := [k for k in known if k.endswith(f".{name}")]:
-            meant = f"did you mean `{elsewhere[0]}`?"
-        return Diagnostic("unknown-operator", message, place, help=meant)
 
     def _mention(self, declared: Declared, call: tree.Call, item: Node, scope: Scope) -> Node:
         """A mention of a flow: its declared input is checked, then its nodes follow."""
@@ -321,10 +289,12 @@ class Calls:
                 item,
                 f"`{op.name}` cannot take what {called(item)} gives",
                 f"wants {misfit.wants}",
-                **from_field(node, op),
+                **from_part(node, op),
             )
             return Node("unknown", {}, (item,), UNKNOWN, node.span, node.site)
         self._check_lines(node)
+        if op.name == "normalize":
+            tell_shares(self._report, node)
         if op.name == "crop" and isinstance(node.params["image"], Live):
             return self._cut_out(node, kind)
         if op.name == "boxes":
@@ -471,11 +441,6 @@ class Calls:
         )
 
 
-def _some(names: list[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-
 def _no_place(declared: Declared, call: tree.Call, arg: tree.Arg) -> Diagnostic:
     known = [given.name for given in declared.flow.inputs]
     if arg.name is None:
@@ -485,4 +450,6 @@ def _no_place(declared: Declared, call: tree.Call, arg: tree.Arg) -> Diagnostic:
     span = Span(arg.span.source, arg.span.start, arg.span.start + len(arg.name))
     message = f"`{call.path}` has no parameter `{arg.name}`"
     help_text = did_you_mean(arg.name, known)
+    if help_text is None and arg.name in SETTINGS:
+        help_text = f"in a schedule block: schedule {{ {call.path}({arg.span.text}) }}"
     return Diagnostic("unknown-parameter", message, Label(span), help=help_text)

@@ -473,6 +473,8 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             return _swapped(Span(span.source, start, start + 2), "a comment starts with `#`", "#")
     if found == "->" and "STRING" in accepts:
         return Diagnostic("missing-stage", "there is no stage before this `->`", Label(span))
+    if accepts == {"COLON"} and open_bracket(text, span.start) == "(":
+        return _untyped(span)
     if found in (")", "]", "}"):
         return _closer(span, accepts)
     if found == "=" and "COLON" in accepts:
@@ -500,6 +502,13 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         before = re.search(r"[\w./-]*$", text[max(0, span.start - 80) : span.start])
         start = span.start - len(before.group() if before else "")
         return _unquoted(Span(span.source, start, word.end()))
+    if found == "?":
+        return Diagnostic(
+            "unexpected-token",
+            "`?` cannot stand here",
+            Label(span),
+            note="a choice is written `if CONDITION then STAGE else STAGE`; `a ?? b` is a fallback",
+        )
     if found == "," and accepts <= {"NAME", "RBRACE", "LPAR", "REPEAT", "FIELD", "__FIELD"}:
         return Diagnostic(
             "unexpected-token",
@@ -508,6 +517,24 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             note="schedule { net(batch=1..8) x2   small(batch=1..32) }",
         )
     return None
+
+
+def _untyped(span: Span) -> Diagnostic:
+    """A parameter of a flow without its type, which its default tells if it has one."""
+    text = span.source.text
+    before = text[: span.start].rstrip()
+    name = re.search(r"\w*$", before)
+    place = Span(span.source, name.start() if name else span.start, len(before))
+    kinds = {r'"': "str", "true|false": "bool", r"-?[0-9]+\.": "float", "-?[0-9]": "int"}
+    found = (k for p, k in kinds.items() if re.compile(rf"=\s*({p})").match(text, span.start))
+    kind = next(found, None)
+    return Diagnostic(
+        "unexpected-token",
+        f"`{place.text}` has no type: parameters of a flow are typed",
+        Label(place),
+        help=f"{place.text}: {kind or 'int'}",
+        fix=place,
+    )
 
 
 def _is_compared(text: str, at: int, accepts: set[str]) -> bool:
