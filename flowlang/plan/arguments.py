@@ -439,7 +439,7 @@ def find_file(given: Constant, folder: Path) -> Path:
     if os.path.isfile(path):
         return path
     before, slash, name = str(given.value).rpartition("/")
-    like = nearest(name, _files_in(path.parent))
+    like = _file_like(name, _files_in(path.parent))
     note = "files are looked for in the folder of the flow"
     if not str(given.value).isprintable():
         note = "`\\` starts an escape in a string; folders are written with `/`"
@@ -472,6 +472,9 @@ def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:
     message = f"`{param.name}` of `{op.name}` is {_wants(param)}, and `{text}` is {given.noun}"
     if param.kind == given.kind == "word":
         message = f"`{value}` is no word for `{param.name}` of `{op.name}`"
+    note = f"{param.name}: {' '.join(param.words)}" if param.words else None
+    if note is None and given.kind == "word":
+        note = f"there is no param named `{value}`"
     is_quoted = given.kind == "str" and (
         value in param.words or (param.kind == "int" and value.isdecimal())
     )
@@ -480,7 +483,7 @@ def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:
         message,
         given.span,
         help=value if is_quoted else did_you_mean(value, param.words),
-        note=f"{param.name}: {' '.join(param.words)}" if param.words else None,
+        note=note,
         fix=given.span if is_quoted else None,
     )
 
@@ -507,6 +510,17 @@ def with_sides(
         if n not in ("size", "h", "w") and params[n] is not False
     ]
     return f"{op.name}({', '.join([*sides, *rest])})"
+
+
+def _file_like(name: str, files: list[str]) -> str | None:
+    """The file that a misspelt name means: one with its suffix, if there is any."""
+    stem, dot, suffix = name.rpartition(".")
+    ending = dot + suffix
+    alike = [file.removesuffix(ending) for file in files if dot and file.endswith(ending)]
+    if not alike:
+        return nearest(name, files)
+    like = nearest(stem, alike)
+    return like + ending if like else None
 
 
 def _files_in(folder: Path) -> list[str]:

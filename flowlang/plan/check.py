@@ -240,6 +240,7 @@ class _Checker:
                 "none of the flows is exported, so there is nothing to serve",
                 last.name_span,
                 help=f"export flow {last.name}",
+                note="a file of parts alone is checked with those that use it",
                 fix=start,
             )
         else:

@@ -545,6 +545,9 @@ def _is_compared(text: str, at: int, accepts: set[str]) -> bool:
 
 def _unequal(span: Span, kind: str) -> Diagnostic | None:
     """A declaration whose `=` is missing, or drawn otherwise."""
+    gives = r"->\s*[A-Za-z_][\w.]*(<[^>\n]*>)?\??\s*(=(?![=>])|\{)"
+    if re.compile(gives).match(span.source.text, span.start):
+        return _swapped(span, "the types of a flow stand after `:`", ": bytes ->")
     if span.text in ("->", "=>", "==", ":="):
         return _swapped(span, "what is declared stands after `=`", "=")
     if kind in STARTS_STAGE or kind in ("INT", "FLOAT", "QUANTITY"):
