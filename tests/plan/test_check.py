@@ -117,12 +117,16 @@ def test_a_parameter_is_not_named_as_what_callers_say(name: str) -> None:
 
 def test_a_check_that_stops_says_so() -> None:
     """So many errors help nobody; but that there may be more is told, in every form."""
-    many = "".join(f"export flow a{i} = nope{i}\n" for i in range(MAX_DIAGNOSTICS + 50))
+    many = "export flow main = decode\n" + "".join(
+        f"flow a{i} = nope{i}\n" for i in range(MAX_DIAGNOSTICS + 50)
+    )
     found = check_source(Source("app.flow", many))[1]
     assert len(found) == MAX_DIAGNOSTICS
     assert found[-1].note == f"checking stopped at {MAX_DIAGNOSTICS} messages; there may be more"
     assert all(not d.note for d in found[:-1])
-    few = "".join(f"flow a{i} = nope{i}\n" for i in range(MAX_DIAGNOSTICS - 10))
+    few = "export flow main = decode\n" + "".join(
+        f"flow a{i} = nope{i}\n" for i in range(MAX_DIAGNOSTICS - 10)
+    )
     assert all(not d.note for d in check_source(Source("app.flow", few))[1])
 
 
