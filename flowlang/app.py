@@ -50,6 +50,9 @@ def load(
     With `others` it is one app of all their flows: a model that two files name is loaded once, and
     its batches are made of what is asked by either.
 
+    `values` overrides params by their names, as `--set` does on the command line; `schedule` names
+    the schedule that is laid over the unnamed one.
+
     `device` is `cpu`, `gpu`, `gpu:1`, or None for the GPU where there is one. `engines` is the
     folder of built TensorRT engines, in place of the user's cache. `key` opens encrypted models and
     encrypts the engines built from them: 32 bytes, their base64 text, or a callable that gives them
@@ -166,6 +169,10 @@ class Flow:
 
         With errors="return" an item that fails gives its exception in place of an answer.
         """
+        if errors not in ("raise", "return"):
+            raise BadRequest(f'`errors` is "raise" or "return", not {errors!r}')
+        if isinstance(items, (bytes, str)):
+            raise BadRequest(f"`map` takes many items, and this {type(items).__name__} is one")
         if ahead is None:
             ahead = 2 * max(1, self._entrance.room)
         if ahead < 1:

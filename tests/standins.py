@@ -102,6 +102,9 @@ def listed(image: bytes) -> list:
 def pixels(image: Tensor) -> str:
     return ''
 
+def numpy_words(image: bytes) -> "tensor<float32, 1000>":
+    return image
+
 @batched
 def one(image: bytes) -> list[str]:
     return ''

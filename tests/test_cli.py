@@ -333,6 +333,14 @@ def test_run_of_good_files_ends_with_0(folder: Path) -> None:
     assert flowlang(folder, "run", "app.flow", "pictures/a.jpg").returncode == 0
 
 
+def test_run_of_a_flow_that_does_not_decode_says_how(folder: Path) -> None:
+    """It takes an image, which no file is before it is decoded."""
+    (folder / "late.flow").write_text("resize(8) -> rgb\n", "utf-8")
+    done = flowlang(folder, "run", "late.flow", "pictures/a.jpg")
+    assert done.returncode == 2
+    assert "not the bytes of a file: begin it with `decode`" in done.stderr
+
+
 def test_run_shows_arrays_shortly(folder: Path) -> None:
     """An array is its dtype, its shape and its first values; JSON holds all of it."""
     shrink = ("run", "several.flow", "--flow", "shrink", "pictures/a.jpg")

@@ -80,6 +80,16 @@ def test_every_way_to_call_takes_parameters(app: flowlang.App) -> None:
     assert asyncio.run(app["alone"].acall(b"")) == 3
 
 
+def test_what_is_said_about_a_request_is_held_against_its_meaning(app: flowlang.App) -> None:
+    """A word that means nothing is refused, and not taken for the other of two."""
+    alone: Any = app["alone"]
+    with pytest.raises(flowlang.BadRequest, match='`errors` is "raise" or "return", not \'skip\''):
+        list(alone.map([b""], errors="skip"))
+    with pytest.raises(flowlang.BadRequest, match="`map` takes many items, and this bytes is one"):
+        list(alone.map(b"picture"))
+    assert "not 'high'" in refusal(alone, b"", priority="high")
+
+
 @pytest.mark.parametrize("name", ["item", "self", "app"])
 def test_parameters_may_be_named_as_python_names_its_own(name: str, tmp_path: Path) -> None:
     """`item` and `self` are what a method takes first, and are taken by place alone."""

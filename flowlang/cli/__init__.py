@@ -364,6 +364,7 @@ def _files(path: Path, unread: dict[Path, OSError]) -> list[Path]:
 
 def _flow(app: App, name: str | None) -> Flow:
     """The flow to run. Raises UsageError where there is none that takes files."""
+    from flowlang.plan.types import Image
     from flowlang.serve.answer import takes_bytes
 
     try:
@@ -371,7 +372,9 @@ def _flow(app: App, name: str | None) -> Flow:
     except FlowError as error:
         raise click.UsageError(str(error)) from None
     if not takes_bytes(flow.input):
-        raise click.UsageError(f"flow `{flow.name}` takes {flow.input}, not the bytes of a file")
+        more = ": begin it with `decode`" if isinstance(flow.input, Image) else ""
+        message = f"flow `{flow.name}` takes {flow.input}, not the bytes of a file{more}"
+        raise click.UsageError(message)
     return flow
 
 

@@ -62,6 +62,14 @@ class Names(Protocol):
         """Whether an expression needs the item or a value of the flow."""
 
 
+_COPIES = frozenset({"instances", "instance_num", "replicas", "copies", "workers", "num_workers"})
+
+
+def is_count_of_copies(arg: tree.Arg) -> bool:
+    """Whether an argument says by another name what `xN` says."""
+    return arg.name in _COPIES and arg.value.span.text.isdigit()
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     like = nearest(word, known)
     return f"did you mean `{like}`?" if like else None
@@ -204,6 +212,8 @@ class Binder:
         help_text = f"did you mean `{like}`?   {like}={value}" if like else None
         if like is None and name in SETTINGS:
             help_text = f"in a schedule block, on a flow: schedule {{ flow({name}={value}) }}"
+        if is_count_of_copies(arg):
+            help_text = f"behind the parentheses: {op.name}(...) x{value}"
         return refuse(
             "unknown-parameter",
             f"`{op.name}` has no parameter `{name}`",
@@ -216,6 +226,8 @@ class Binder:
         help_text = did_you_mean(given.value, [*op.words, *(n for n in names.constants if n)])
         words = f"words of `{op.name}`: {' '.join(op.words)}" if op.words else _signature(op)
         param = op.param(given.value)
+        if given.value == "in":
+            help_text, words = None, "`in` is the item of a flow that has a body in braces"
         if param is not None:
             other = next((w for w in param.words if w != param.default), None)
             help_text = f"{param.name}={other}" if other else None
@@ -427,7 +439,7 @@ def find_file(given: Constant, folder: Path) -> Path:
     if os.path.isfile(path):
         return path
     before, slash, name = str(given.value).rpartition("/")
-    like = nearest(name, _files_in(path.parent))
+    like = _file_like(name, _files_in(path.parent))
     note = "files are looked for in the folder of the flow"
     if not str(given.value).isprintable():
         note = "`\\` starts an escape in a string; folders are written with `/`"
@@ -460,6 +472,9 @@ def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:
     message = f"`{param.name}` of `{op.name}` is {_wants(param)}, and `{text}` is {given.noun}"
     if param.kind == given.kind == "word":
         message = f"`{value}` is no word for `{param.name}` of `{op.name}`"
+    note = f"{param.name}: {' '.join(param.words)}" if param.words else None
+    if note is None and given.kind == "word":
+        note = f"there is no param named `{value}`"
     is_quoted = given.kind == "str" and (
         value in param.words or (param.kind == "int" and value.isdecimal())
     )
@@ -468,7 +483,7 @@ def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:
         message,
         given.span,
         help=value if is_quoted else did_you_mean(value, param.words),
-        note=f"{param.name}: {' '.join(param.words)}" if param.words else None,
+        note=note,
         fix=given.span if is_quoted else None,
     )
 
@@ -495,6 +510,17 @@ def with_sides(
         if n not in ("size", "h", "w") and params[n] is not False
     ]
     return f"{op.name}({', '.join([*sides, *rest])})"
+
+
+def _file_like(name: str, files: list[str]) -> str | None:
+    """The file that a misspelt name means: one with its suffix, if there is any."""
+    stem, dot, suffix = name.rpartition(".")
+    ending = dot + suffix
+    alike = [file.removesuffix(ending) for file in files if dot and file.endswith(ending)]
+    if not alike:
+        return nearest(name, files)
+    like = nearest(stem, alike)
+    return like + ending if like else None
 
 
 def _files_in(folder: Path) -> list[str]:

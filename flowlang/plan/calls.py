@@ -15,7 +15,15 @@ from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
 from flowlang.plan.arguments import Binder, Bound, did_you_mean
 from flowlang.plan.expression import is_known, widened
-from flowlang.plan.fitting import ModelFitter, Untold, called, mismatch, sight_before
+from flowlang.plan.fitting import (
+    ModelFitter,
+    Untold,
+    called,
+    from_part,
+    mismatch,
+    sight_before,
+    tell_shares,
+)
 from flowlang.plan.graph import Live, Node
 from flowlang.plan.lines import read_lines
 from flowlang.plan.model import gives
@@ -23,6 +31,7 @@ from flowlang.plan.module import Declared
 from flowlang.plan.onnx import Opener
 from flowlang.plan.ops import OPS, Op, Param
 from flowlang.plan.rules import Mismatch
+from flowlang.plan.schedule import SETTINGS
 from flowlang.plan.scope import Scope
 from flowlang.plan.types import (
     BOOL,
@@ -41,6 +50,7 @@ from flowlang.plan.types import (
     is_undecided,
     without_null,
 )
+from flowlang.plan.unknown import unknown_stage
 from flowlang.plan.values import LITERALS, Refused, evaluate
 from flowlang.syntax import tree
 from flowlang.syntax.scan import RESERVED
@@ -79,7 +89,7 @@ class Calls:
             return self._elaborator.literal(call, item, scope)
         is_told = scope.module.is_lost(call.path.names) or {name, prefix} & RESERVED
         if not is_told or prefix == "in":
-            self._report(self._unknown_stage(call, scope))
+            self._report(unknown_stage(call, item, scope))
         return self._elaborator.unknown(call.span, item, scope)
 
     def value_kind(self, call: tree.Call, scope: Scope) -> str | None:
@@ -93,37 +103,6 @@ class Calls:
             return None
         is_known = name in scope.constants and scope.constants[name].kind != "unknown"
         return "param" if is_known else None
-
-    def _unknown_stage(self, call: tree.Call, scope: Scope) -> Diagnostic:
-        name, place = str(call.path), Label(call.path.span)
-        values = scope.names()
-        if name in values:
-            message = f"`{name}` is a value, and takes no arguments"
-            return Diagnostic("not-a-stage", message, place, help=name, fix=call.span)
-        if name in scope.constants:
-            message = f"`{name}` is a param, and takes no arguments"
-            return Diagnostic("not-a-stage", message, place, help=name, fix=call.span)
-        if name in scope.module.uses:
-            inside = (n for n in scope.module.callable_names() if n.startswith(f"{name}."))
-            message = f"`{name}` is a file, and a stage belongs here"
-            return Diagnostic("not-a-stage", message, place, help=next(inside, None))
-        if name in ("null", "None"):
-            message, note = f"there is no value `{name}`", "`.a ?? 0` is 0 where `.a` is null"
-            return Diagnostic("unknown-operator", message, place, note=note)
-        if name in scope.lets:
-            message = f"`{name}` is used before it is declared"
-            return Diagnostic("unknown-name", message, place, note="lets are read in order")
-        if name == "in":
-            return Diagnostic(
-                "not-a-stage",
-                "`in` is the item of a flow that has a body",
-                place,
-                note="flow name { return in -> decode }",
-            )
-        known = [*OPS, *scope.module.callable_names(), *values]
-        like = did_you_mean(name, [k for k in known if k != "in"])
-        message = f"there is no operator or flow named `{name}`"
-        return Diagnostic("unknown-operator", message, place, help=like)
 
     def _mention(self, declared: Declared, call: tree.Call, item: Node, scope: Scope) -> Node:
         """A mention of a flow: its declared input is checked, then its nodes follow."""
@@ -310,9 +289,12 @@ class Calls:
                 item,
                 f"`{op.name}` cannot take what {called(item)} gives",
                 f"wants {misfit.wants}",
+                **from_part(node, op),
             )
             return Node("unknown", {}, (item,), UNKNOWN, node.span, node.site)
         self._check_lines(node)
+        if op.name == "normalize":
+            tell_shares(self._report, node)
         if op.name == "crop" and isinstance(node.params["image"], Live):
             return self._cut_out(node, kind)
         if op.name == "boxes":
@@ -423,6 +405,7 @@ class Calls:
         names = node.params["names"]
         if names is None and sight is not None and sight.model.model is not None:
             names = sight.model.model.class_names
+            self._check_head(node, names)
         params = {**node.params, "chain": chain, "names": names}
         if source is None:
             return replace(node, params=params, type=kind)
@@ -431,6 +414,31 @@ class Calls:
         frame = next((i.frame for i in images if i.frame is not None), None)
         inputs = (*node.inputs, source)
         return replace(node, params=params, inputs=inputs, type=in_frame(kind, frame))
+
+    def _check_head(self, node: Node, names: list[str] | None) -> None:
+        """Whether the classes that the exporter tells are those that a head like this one has.
+
+        YOLOv5 gives an objectness before them and YOLOv8 does not: read as the other, every class
+        is off by one, and nothing fails.
+        """
+        head, kind = node.params["head"], node.inputs[0].type
+        own = {"yolov5": 5, "yolov8": 4}.get(head)
+        if own is None or names is None or not isinstance(kind, Tensor) or not kind.shape:
+            return
+        other = 9 - own
+        if len(names) + own in kind.shape or len(names) + other not in kind.shape:
+            return
+        meant = "yolov8" if head == "yolov5" else "yolov5"
+        place, count = node.param_spans.get("head", node.span), len(names)
+        mismatch(
+            self._report,
+            place,
+            node.inputs[0],
+            f"this is no {head}: of {count + other} numbers for a place, {count} are classes",
+            f"has {own} before the classes",
+            help=meant,
+            fix=place,
+        )
 
 
 def _no_place(declared: Declared, call: tree.Call, arg: tree.Arg) -> Diagnostic:
@@ -442,4 +450,6 @@ def _no_place(declared: Declared, call: tree.Call, arg: tree.Arg) -> Diagnostic:
     span = Span(arg.span.source, arg.span.start, arg.span.start + len(arg.name))
     message = f"`{call.path}` has no parameter `{arg.name}`"
     help_text = did_you_mean(arg.name, known)
+    if help_text is None and arg.name in SETTINGS:
+        help_text = f"in a schedule block: schedule {{ {call.path}({arg.span.text}) }}"
     return Diagnostic("unknown-parameter", message, Label(span), help=help_text)

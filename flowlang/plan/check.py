@@ -217,6 +217,7 @@ class _Checker:
                     f"the flow has no param named `{name}`",
                     span,
                     help=self._param_elsewhere(name) or did_you_mean(name, [n for n in known if n]),
+                    note=f"params are {', '.join(known)}" if known else "it has none",
                 )
 
     def _param_elsewhere(self, name: str) -> str | None:
@@ -237,6 +238,7 @@ class _Checker:
                 f"the flow has no schedule named `{chosen}`",
                 Span(Source("--schedule", chosen), 0, len(chosen)),
                 help=did_you_mean(chosen, names),
+                note=f"schedules are {', '.join(dict.fromkeys(names))}" if names else "it has none",
             )
 
     def _served(self, module: Module) -> list[str]:
@@ -254,6 +256,7 @@ class _Checker:
                 "none of the flows is exported, so there is nothing to serve",
                 last.name_span,
                 help=f"export flow {last.name}",
+                note="a file of parts alone is checked with those that use it",
                 fix=start,
             )
         else:

@@ -32,6 +32,7 @@ from flowlang.plan.ops import OPS
 from flowlang.plan.schedule import COPIES, Given, Settings
 from flowlang.plan.scope import Scope
 from flowlang.plan.types import (
+    STR,
     UNKNOWN,
     ListOf,
     Optional,
@@ -40,6 +41,7 @@ from flowlang.plan.types import (
     Unknown,
     fits,
     is_vague,
+    is_writable,
     unify,
     why_vast,
     without_null,
@@ -108,12 +110,16 @@ class Elaborator:
         if flow.signature:
             wanted = declared.module.types.resolve(flow.signature[1])
             if not fits(result.type, wanted):
+                span = flow.signature[1].span
+                is_told = is_writable(result.type)
                 mismatch(
                     self.report,
-                    flow.signature[1].span,
+                    span,
                     result,
                     f"`{flow.name}` is declared to give `{wanted}`",
                     f"but it ends with {called(result)}",
+                    help=str(result.type) if is_told else None,
+                    fix=span if is_told else None,
                 )
             result = widened(result, wanted)
         return result
@@ -288,12 +294,14 @@ class Elaborator:
         may_be_null = isinstance(node.type, Optional)
         what = f"{node.type}, which may be null" if may_be_null else f"{node.type}"
         instead = EMPTY.get(without_null(node.type)) if may_be_null else None
+        is_joined = isinstance(whole, tree.Binary) and whole.operator == "+" and node.type == STR
         self.report(
             Diagnostic(
                 "type-mismatch",
                 f"`{whole.operator}` cannot take `{side.span.text}`",
                 Label(side.span, f"gives {what}, and `{whole.operator}` {error.wants}"),
                 help=f"({side.span.text} ?? {instead})" if instead else None,
+                note='texts are put together by `["a", "b"] -> join`' if is_joined else None,
                 fix=side.span if instead else None,
             )
         )

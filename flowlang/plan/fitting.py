@@ -5,6 +5,7 @@ Layer 2.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from flowlang.plan.arguments import Bound, with_sides
 from flowlang.plan.graph import Node
 from flowlang.plan.model import Misfit, Packing, fit, gives, input_type
 from flowlang.plan.onnx import Model, NotAModel, Opener, Port, read_model
-from flowlang.plan.ops import OPS
+from flowlang.plan.ops import OPS, Op
+from flowlang.plan.rules import Mismatch
 from flowlang.plan.schedule import Given
-from flowlang.plan.types import Image, Record, Unknown
+from flowlang.plan.types import Image, ListOf, Record, Type, Unknown
 
 Report = Callable[[Diagnostic], None]
 
@@ -28,6 +30,33 @@ def mismatch(report: Report, span: Span, item: Node, message: str, label: str, *
     slug = more.pop("slug", "type-mismatch")
     source = Label(item.span, gives(item.type))
     report(Diagnostic(slug, message, Label(span, label), (source,), **more))
+
+
+def from_part(node: Node, op: Op) -> dict[str, Any]:
+    """The help of one who gave a whole record or list, and the operator takes a part of it."""
+    kind, call = node.inputs[0].type, node.span.text
+    parts: list[tuple[Type, str]] = []
+    if isinstance(kind, Record):
+        parts = [(part, f".{name} -> {call}") for name, part in kind.fields]
+    elif isinstance(kind, ListOf):
+        parts = [(kind.item, f"map({call})")]
+    for part, mended in parts:
+        with contextlib.suppress(Mismatch):
+            op.rule(part, node.params)
+            return {"help": mended, "fix": node.span}
+    return {}
+
+
+def tell_shares(report: Report, node: Node) -> None:
+    """A hint where `mean` and `std` are of levels from 0 to 1, as torchvision's are."""
+    given = {n: node.params[n] for n in ("mean", "std") if node.params.get(n) is not None}
+    if not given.get("std") or not all(0 < share < 1 for share in given["std"]):
+        return
+    told = (f"{n}=[{', '.join(f'{255 * v:g}' for v in values)}]" for n, values in given.items())
+    message = "levels are 0..255 here, and a `std` below 1 is one of levels from 0 to 1"
+    place = Label(node.param_spans["std"])
+    help_text = ", ".join(told)
+    report(Diagnostic("unscaled-input", message, place, help=help_text, severity="hint"))
 
 
 class ModelFitter:
@@ -105,6 +134,7 @@ class ModelFitter:
             self._misfit(node, item, model, found)
         elif levels and not isinstance(item.type, Unknown):
             self._check_levels(node, item, model, port, levels)
+            tell_shares(self.report, node)
         elif isinstance(found, Packing) and found.dtype != "u8" and _has_levels(item):
             message = f"`{model.name}` takes {found.dtype} and no `normalize` is present"
             call = " ".join(node.span.text.split())

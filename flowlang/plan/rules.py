@@ -261,7 +261,10 @@ def boxes(given: Type, params: Params) -> Type:
             raise Mismatch("tensor<f32, 1x?x?>")
         return ListOf(TEXTLINE)
     else:
-        tensor_of(given, _HEAD_RANKS[head])
+        rows, columns = tensor_of(given, _HEAD_RANKS[head]).shape or (None, None)
+        if head != "yolov8" and rows and columns and rows < columns:
+            # No detector has more classes than places: this is read wrongly, without an error.
+            raise Mismatch("a row for each place; a column for each is `yolov8`")
     return ListOf(DETECTION)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from flowlang.diagnostics import Diagnostic, Label, Span
-from flowlang.plan.arguments import did_you_mean, given_setting
+from flowlang.plan.arguments import did_you_mean, given_setting, is_count_of_copies
 from flowlang.plan.elaborate import Elaborator
 from flowlang.plan.extent import calls
 from flowlang.plan.graph import FlowPlan, Site
@@ -113,11 +113,14 @@ class Settler:
         declared = self.module.declared(entry.path.names)
         call = self._owner(declared.flow, name, arg) if declared is not None else None
         if call is None:
+            help_text = did_you_mean(name, SETTINGS)
+            if is_count_of_copies(arg):
+                help_text = f"behind the parentheses: {entry.path}(...) x{arg.value.span.text}"
             return refuse(
                 "unknown-setting",
                 f"there is no setting `{name}`",
                 span,
-                help=did_you_mean(name, SETTINGS),
+                help=help_text,
                 note=f"settings are {' '.join(SETTINGS)}",
             )
         op = OPS[str(call.path)]

@@ -362,8 +362,16 @@ class _Reader:
             module.types.declare(item)  # type: ignore[arg-type]
         kind = module.types.declared("it")
         if problems or kind is None:
-            reason = f": {problems[0].message}" if problems else ""
-            raise _Unreadable(node, f"`{text}` is no type of the language{reason}")
+            if not problems:
+                raise _Unreadable(node, f"`{text}` is no type of the language")
+            first = problems[0]
+            mended = first.help if first.fix is not None and first.fix.text == text else None
+            raise _Unreadable(
+                node,
+                f"`{text}` is no type of the language: {first.message}",
+                help=f'"{mended}"' if mended else None,
+                note=first.note,
+            )
         return Record(kind.fields) if isinstance(kind, Record) and kind.name == "it" else kind
 
 

@@ -183,6 +183,17 @@ def is_vague(kind: Type) -> bool:
     return isinstance(kind, Unknown)
 
 
+def is_writable(kind: Type) -> bool:
+    """Whether a type can be written in any file as it is printed: no name of a file's own."""
+    if isinstance(kind, Record):
+        return kind.name in NAMED or (
+            kind.name is None and all(is_writable(part) for _, part in kind.fields)
+        )
+    if isinstance(kind, (ListOf, Optional)):
+        return is_writable(kind.item)
+    return not isinstance(kind, Unknown) and kind != ANY_ARRAY
+
+
 def without_null(kind: Type) -> Type:
     return kind.item if isinstance(kind, Optional) else kind
 

@@ -152,10 +152,16 @@ def _piece(name: str, names: Mapping[str, Constant], span: Span) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most like a misspelt one, if one is like it; of very many, the first."""
+    """The known word most like a misspelt one, if one is like it; of very many, the first.
+
+    Capitals count for little: `RGB` is `rgb` before it is anything else.
+    """
     near = (k for k in known if abs(len(k) - len(word)) <= MAX_TYPOS)
-    found = difflib.get_close_matches(word, list(itertools.islice(near, 500)), n=1, cutoff=0.6)
-    return found[0] if found else None
+    small: dict[str, str] = {}
+    for each in itertools.islice(near, 500):
+        small.setdefault(each.casefold(), each)
+    found = difflib.get_close_matches(word.casefold(), small, n=1, cutoff=0.6)
+    return small[found[0]] if found else None
 
 
 _FILE_NAME = re.compile(r"[\w/.-]+\.(onnx|txt|names|json|csv|ort|engine|plan|pb|pt|pth|tflite)")

@@ -5,6 +5,7 @@ Layer 2. What is wrong in one is reported at its place, and it counts as unknown
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from flowlang.diagnostics import Diagnostic, Label, Span
@@ -38,6 +39,14 @@ _SAID_OF_IMAGES = {
     **dict.fromkeys(("u8", "f32"), "kind of level"),
 }
 MAX_DIGITS = 12  # of a side
+
+
+def _dtype_like(word: str) -> str | None:
+    """The dtype that is meant by a word, as numpy and others write it; the word itself if one."""
+    named = {"float": "f32", "half": "f16", "double": "f64"}.get(word)
+    long = re.fullmatch(r"(float|int|uint)([0-9]+)", word)
+    meant = named or (f"{long.group(1)[0]}{long.group(2)}" if long else word)
+    return meant if meant in DTYPES else None
 
 
 class WrittenTypes:
@@ -188,11 +197,15 @@ class WrittenTypes:
             elif shape is not None and len(shape) == 2:
                 image = Image(image.colour, image.dtype, *shape)
             elif word not in ("hwc", "undecided"):
+                meant = word.lower() if word.lower() in _SAID_OF_IMAGES else _dtype_like(word)
+                is_told = meant in _SAID_OF_IMAGES and given.span.text.count(word) == 1
+                mended = given.span.text.replace(word, meant or word)
                 self._error(
                     "unknown-type",
                     f"`{word}` says nothing about an image",
                     given.span,
-                    help="image<rgb, u8, hwc>",
+                    help=mended if is_told else "image<rgb, u8, hwc>",
+                    fix=given.span if is_told else None,
                     note="a colour (rgb, bgr, gray), levels (u8, f32), a height x width",
                 )
         return image
@@ -201,12 +214,22 @@ class WrittenTypes:
         dtype, *rest = given.arguments or ("",)
         word = dtype if isinstance(dtype, str) else str(dtype.name)
         if word not in DTYPES or len(rest) > 1 or (rest and not isinstance(rest[0], str)):
+            meant = _dtype_like(word)
+            sides = [side for side in rest if isinstance(side, str)]
+            is_told = meant is not None and len(sides) == len(rest)
+            shape_text = f", {'x'.join(sides)}" if sides else ""
+            message = "a tensor has a dtype and a shape"
+            if meant not in (None, word):
+                message = f"there is no dtype `{word}`"
+            elif is_told and len(rest) > 1:
+                message = "the sides of a tensor have an `x` between them"
             self._error(
                 "unknown-type",
-                "a tensor has a dtype and a shape",
+                message,
                 given.span,
-                help="tensor<f32, 3x224x224>",
+                help=f"tensor<{meant}{shape_text}>" if is_told else "tensor<f32, 3x224x224>",
                 note=f"dtypes are {' '.join(DTYPES)}",
+                fix=given.span if is_told else None,
             )
             return UNKNOWN
         shape = self._shape(rest[0], given) if rest and isinstance(rest[0], str) else None

@@ -239,4 +239,5 @@ def _converted(array: Any, dtype: Any, kind: Tensor | Image) -> Any:
 
 
 def _called(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeio' else 'a'} {name}"

@@ -81,8 +81,9 @@ class Entrance:
 
     def rank_by(self, priority: int) -> None:
         """Have queues in order of rank, now that a request has a priority. Raises BadRequest."""
-        if priority < 0:
-            raise BadRequest(f"a priority is 1 or more, or 0 for that of the flow, not {priority}")
+        if not isinstance(priority, int) or priority < 0:
+            told = f"not {priority!r}"
+            raise BadRequest(f"a priority is 1 or more, or 0 for that of the flow, {told}")
         if not self.is_ranked:
             for stage in self.stages:
                 stage.batcher.is_ranked = True

@@ -149,6 +149,8 @@ class PythonInstance:
             return error
         log.error("`%s` failed (%s)", shown, self._place, exc_info=error, extra=self._fields)
         message = f"`{shown}` failed: {in_words(error)}"
+        if isinstance(error, ValueError) and "read-only" in str(error):
+            message += " (arrays are shared between the branches of a flow: write to a copy of it)"
         return StageFailed(message, stage=shown, place=self._place)
 
 

@@ -188,8 +188,10 @@ def _take(walk: Walk, index: int, unit: Unit, values: list[Any], arrivals: _Arri
         arrivals.append((walk, -1, strip(error)))
     except Exception as error:
         message = f"{_shown(unit)} failed: {failure(error)}"
+        # An expression is known by its sign: no other name of it stands in the file.
+        stage = str(unit.node.params.get("operator", op))
         place = str(unit.node.span)
-        arrivals.append((walk, -1, StageFailed(message, stage=op, place=place)))
+        arrivals.append((walk, -1, StageFailed(message, stage=stage, place=place)))
 
 
 def _shown(unit: Unit) -> str:

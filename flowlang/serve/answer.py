@@ -192,7 +192,8 @@ def reader_of(kind: Type) -> Callable[[bytes], Any] | None:
         try:
             value = from_json(body)
         except (ValueError, RecursionError) as error:
-            raise BadRequest(f"this flow takes JSON, {kind}: {_reason(error)}") from None
+            coded = " with bytes in base64" if _has_bytes(kind) else ""
+            raise BadRequest(f"this flow takes JSON, {kind}{coded}: {_reason(error)}") from None
         return _item(value, kind)
 
     return read

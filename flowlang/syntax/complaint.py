@@ -20,10 +20,12 @@ from flowlang.syntax.scan import (
     Piece,
     declaration_like,
     is_in_call,
+    lacks_return,
     open_bracket,
     pieces,
     stage_after,
     stage_before,
+    starts_line,
 )
 
 STARTS_STAGE = frozenset({"NAME", "LBRACE", "STRING", "IF", "MATCH", "FIELD", "LSQB"})
@@ -149,6 +151,8 @@ def _character(source: Source, at: int) -> Diagnostic:
         return _unclosed_string(span)
     if char in _QUOTES:
         return _wrong_quotes(span)
+    if char == "." and (path := re.compile(r"\./[\w./-]*\.\w+").match(source.text, at)):
+        return _unquoted(Span(source, at, path.end()))
     help_text, note = _LOOKALIKE.get(char), _REMARK.get(char)
     if char in "&!" and source.text[at : at + 2] == "&&":
         span = Span(source, at, at + 2)
@@ -221,6 +225,8 @@ def _ends_early(
     if source.text[start:code].endswith("->"):
         arrow = Span(source, code - 2, code)
         return Diagnostic("missing-stage", "there is no stage after this `->`", Label(arrow))
+    if told := _lacks_word(here, accepts):
+        return told
     is_typed = {"EQUAL", "LBRACE"} <= accepts and "COLON" not in accepts
     return Diagnostic(
         "unexpected-end",
@@ -228,6 +234,36 @@ def _ends_early(
         Label(here, f"expected {_listed(accepts)}"),
         note="types stand after `:`, the pipeline after `=`" if is_typed else None,
     )
+
+
+def _lacks_word(here: Span, accepts: set[str]) -> Diagnostic | None:
+    """A `use` without its `as`, or an `if` without its `else`, at the end of the text in hand."""
+    before = stage_before(here.source.text, here.start)
+    if before is None:
+        return None
+    last = Span(here.source, *before)
+    if accepts == {"AS"} and last.text.startswith('"'):
+        message, word = "a file in use is given a name", f"as {name_of_file(last.text)}"
+    elif "ELSE" in accepts and "NAME" not in accepts:
+        message, word = "`if` needs its `else`", "else pass"
+    else:
+        return None
+    text = f"{_one_line(last)} {word}"
+    return Diagnostic(
+        "unexpected-end",
+        message,
+        Label(here, f"expected `{word.split()[0]}`"),
+        help=text,
+        fix=last,
+    )
+
+
+def name_of_file(path: str) -> str:
+    """What a file may be called in a flow: its name, made one of the language."""
+    stem = path.strip('"').rpartition("/")[2].partition(".")[0]
+    name = re.sub(r"\W", "_", stem, flags=re.ASCII)
+    is_name = re.fullmatch(r"(?!x[0-9]+$)[A-Za-z_]\w*", name) and name not in RESERVED
+    return name if is_name else f"my_{name}"
 
 
 def _unclosed_bracket(here: Span, opening: Piece) -> Diagnostic:
@@ -405,6 +441,8 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         )
     if "ARROW" not in accepts:
         return None
+    if "RETURN" in accepts and starts_line(text, span.start) and lacks_return(text, span.start):
+        return _swapped(span, "the body of a flow ends with `return`", f"return {found}")
     right = Span(span.source, *stage_after(text, span.start))
     return Diagnostic(
         "missing-arrow",
@@ -435,22 +473,42 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             return _swapped(Span(span.source, start, start + 2), "a comment starts with `#`", "#")
     if found == "->" and "STRING" in accepts:
         return Diagnostic("missing-stage", "there is no stage before this `->`", Label(span))
+    if accepts == {"COLON"} and open_bracket(text, span.start) == "(":
+        return _untyped(span)
     if found in (")", "]", "}"):
         return _closer(span, accepts)
     if found == "=" and "COLON" in accepts:
         return _swapped(span, "a record's field is given with `:`", ":")
+    if found == "=" and _is_compared(text, span.start, accepts):
+        return _swapped(span, "values are compared with `==`", "==")
     if found == ":" and is_in_call(text, span.start):
+        if re.search(r"[=(,]\s*[0-9]+\s*$", text[max(0, span.start - 40) : span.start]):
+            return _swapped(span, "a range is written with `..`", "..")
         return _swapped(span, "an argument is given with `=`", "=")
     if "GIVES" in accepts and found in ("->", ":", "then"):
         return _swapped(span, "what a `match` does is given with `=>`", "=>")
     if "EQUAL" in accepts and "ARROW" not in accepts:
         return _unequal(span, kind)
     if "RETURN" in accepts and "NAME" not in accepts and kind in STARTS_STAGE:
+        if re.compile(r"\s*=(?![=>])").match(text, span.end):
+            return _swapped(span, "a value in a body is named with `let`", f"let {found}")
         return _swapped(span, "the body of a flow ends with `return`", f"return {found}")
+    is_field = {"NAME", "RBRACE"} <= accepts and "ARROW" not in accepts
+    if is_field and re.fullmatch(r'"[A-Za-z_]\w*"', found, re.ASCII):
+        return _swapped(span, "a field's name has no quotes", found.strip('"'))
     word = re.compile(r"[\w./-]+").match(text, span.start)
-    if accepts == {"STRING"} and word:
-        named = Span(span.source, span.start, word.end())
-        return _swapped(named, "a file is named in double quotes", f'"{named.text}"')
+    is_path = word and found in ("..", "/") and re.search(r"/[\w.-]*\.\w+$", word.group())
+    if word and (accepts == {"STRING"} or is_path):
+        before = re.search(r"[\w./-]*$", text[max(0, span.start - 80) : span.start])
+        start = span.start - len(before.group() if before else "")
+        return _unquoted(Span(span.source, start, word.end()))
+    if found == "?":
+        return Diagnostic(
+            "unexpected-token",
+            "`?` cannot stand here",
+            Label(span),
+            note="a choice is written `if CONDITION then STAGE else STAGE`; `a ?? b` is a fallback",
+        )
     if found == "," and accepts <= {"NAME", "RBRACE", "LPAR", "REPEAT", "FIELD", "__FIELD"}:
         return Diagnostic(
             "unexpected-token",
@@ -461,8 +519,35 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
     return None
 
 
+def _untyped(span: Span) -> Diagnostic:
+    """A parameter of a flow without its type, which its default tells if it has one."""
+    text = span.source.text
+    before = text[: span.start].rstrip()
+    name = re.search(r"\w*$", before)
+    place = Span(span.source, name.start() if name else span.start, len(before))
+    kinds = {r'"': "str", "true|false": "bool", r"-?[0-9]+\.": "float", "-?[0-9]": "int"}
+    found = (k for p, k in kinds.items() if re.compile(rf"=\s*({p})").match(text, span.start))
+    kind = next(found, None)
+    return Diagnostic(
+        "unexpected-token",
+        f"`{place.text}` has no type: parameters of a flow are typed",
+        Label(place),
+        help=f"{place.text}: {kind or 'int'}",
+        fix=place,
+    )
+
+
+def _is_compared(text: str, at: int, accepts: set[str]) -> bool:
+    """Whether a `=` stands behind a field, where it can only be meant as `==`."""
+    before = text[max(0, at - 80) : at]
+    return "ARROW" in accepts and re.search(r"\.[A-Za-z_]\w*\s*$", before) is not None
+
+
 def _unequal(span: Span, kind: str) -> Diagnostic | None:
     """A declaration whose `=` is missing, or drawn otherwise."""
+    gives = r"->\s*[A-Za-z_][\w.]*(<[^>\n]*>)?\??\s*(=(?![=>])|\{)"
+    if re.compile(gives).match(span.source.text, span.start):
+        return _swapped(span, "the types of a flow stand after `:`", ": bytes ->")
     if span.text in ("->", "=>", "==", ":="):
         return _swapped(span, "what is declared stands after `=`", "=")
     if kind in STARTS_STAGE or kind in ("INT", "FLOAT", "QUANTITY"):
@@ -479,6 +564,10 @@ def _unequal(span: Span, kind: str) -> Diagnostic | None:
 
 def _swapped(span: Span, message: str, right: str) -> Diagnostic:
     return Diagnostic("unexpected-token", message, Label(span), help=right, fix=span)
+
+
+def _unquoted(path: Span) -> Diagnostic:
+    return _swapped(path, "a file is named in double quotes", f'"{path.text}"')
 
 
 def _closer(span: Span, accepts: set[str]) -> Diagnostic:
@@ -510,8 +599,8 @@ def _wants_comma(text: str, span: Span, accepts: set[str]) -> bool:
 
 
 def _argument_end(text: str, span: Span) -> int:
-    found = re.compile(r"[\w.]+\s*[=:]\s*[\w.%]+|[\w.]+").match(text, span.start)
-    return found.end() if found else span.end
+    named = re.compile(r"[\w.]+\s*[=:](?![=>])\s*").match(text, span.start)
+    return max(span.end, stage_after(text, named.end() if named else span.start)[1])
 
 
 def _one_line(span: Span) -> str:

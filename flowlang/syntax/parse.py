@@ -191,6 +191,8 @@ def _declared_name(text: str) -> str:
     """The name a declaration would have declared, as far as it can be told."""
     pattern = r'(?:export\s+)?(?:use\s*(?:"[^"\n]*)?"?\s*as|\w+)\s+(\w+)'
     name = re.match(pattern, text)
+    if name is None and (path := re.match(r'use\s*("[^"\n]*")', text)):
+        return complaint.name_of_file(path.group(1))
     return name.group(1) if name else ""
 
 

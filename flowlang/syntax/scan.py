@@ -48,9 +48,10 @@ _LINE = re.compile(
 )
 # What stands at the start of a declaration and nowhere else, but for the word it starts with.
 _HEADLESS = re.compile(
-    r"""(?P<word>[A-Za-z_]\w*)[ \t]+(?P<name>[A-Za-z_]\w*)\s*(?P<mark>[=:](?!=)|[({])
-      | (?P<nameless>[A-Za-z_]\w*)\s*(?P<equals>[=:](?!=))
-      | (?P<other>[A-Za-z_]\w*)[ \t]*(?:\{|flow\s+[A-Za-z_]|"[^"\n]*"\s*as\s+(?P<file>\w+))""",
+    r"""(?P<word>[A-Za-z_]\w*)[ \t]+(?P<name>[A-Za-z_]\w*)\s*(?P<mark>[=:](?![=>])|[({])
+      | (?P<nameless>[A-Za-z_]\w*)\s*(?P<equals>[=:](?![=>]))
+      | (?P<other>[A-Za-z_]\w*)[ \t]*
+        (?:\{|flow\s+[A-Za-z_]|"[^"\n]*"(?:\s*as\s+(?P<file>\w+))?)""",
     re.VERBOSE,
 )
 _FOREIGN = {
@@ -290,6 +291,17 @@ def _opening(tokens: list[re.Match[str]], last: int) -> int | None:
         if level < 0:
             return index
     return None
+
+
+def lacks_return(text: str, at: int) -> bool:
+    """Whether a body ends behind a place without a `return`."""
+    level = 0
+    for found in _TOKEN.finditer(text, at, at + _WINDOW):
+        token = found.group()
+        level += (token in "([{") - (token in ")]}")
+        if token == "return" or level < 0:
+            return token == "}"
+    return False
 
 
 def stage_before(text: str, end: int) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from examples import models
 from flowlang.diagnostics import CompileError, Source, render
 from flowlang.plan.check import MAX_DIAGNOSTICS, NO_CHOICES, Plan, check_source, compile_source
 from flowlang.plan.declare import CALLERS, Choices
@@ -116,12 +117,16 @@ def test_a_parameter_is_not_named_as_what_callers_say(name: str) -> None:
 
 def test_a_check_that_stops_says_so() -> None:
     """So many errors help nobody; but that there may be more is told, in every form."""
-    many = "".join(f"flow a{i} = nope{i}\n" for i in range(MAX_DIAGNOSTICS + 50))
+    many = "export flow main = decode\n" + "".join(
+        f"flow a{i} = nope{i}\n" for i in range(MAX_DIAGNOSTICS + 50)
+    )
     found = check_source(Source("app.flow", many))[1]
     assert len(found) == MAX_DIAGNOSTICS
     assert found[-1].note == f"checking stopped at {MAX_DIAGNOSTICS} messages; there may be more"
     assert all(not d.note for d in found[:-1])
-    few = "".join(f"flow a{i} = nope{i}\n" for i in range(MAX_DIAGNOSTICS - 10))
+    few = "export flow main = decode\n" + "".join(
+        f"flow a{i} = nope{i}\n" for i in range(MAX_DIAGNOSTICS - 10)
+    )
     assert all(not d.note for d in check_source(Source("app.flow", few))[1])
 
 
@@ -555,6 +560,18 @@ def test_what_a_flow_takes_is_what_its_first_operator_takes() -> None:
     }
     for text, expected in inputs.items():
         assert str(plan(text).flows[0].input.type) == expected, text
+
+
+@pytest.mark.parametrize(("head", "asked"), [("yolov5", "yolov8"), ("yolov8", "yolov5")])
+def test_a_head_is_held_against_the_classes_that_the_exporter_tells(
+    head: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read as the other head every class would be off by one, and nothing would fail."""
+    monkeypatch.chdir(tmp_path)
+    models.detector("det.onnx", head=head, side=64)
+    text = 'decode -> resize(64) -> rgb -> normalize(unit) -> trt("det.onnx") -> boxes({})'
+    assert slugs(text.format(head)) == []
+    assert slugs(text.format(asked)) == ["type-mismatch"]
 
 
 def test_records_and_lets_carry_items_around() -> None:

@@ -95,7 +95,7 @@ BAD: dict[str, tuple[Type, Any, str]] = {
     "bool for int": (INT, True, "a bool is not int"),
     "numpy's bool for int": (INT, np.bool_(True), "a bool is not int"),
     "bool for float": (FLOAT, False, "a bool is not float"),
-    "int for bool": (BOOL, 1, "a int is not bool"),
+    "int for bool": (BOOL, 1, "an int is not bool"),
     "str for bytes": (BYTES, "a", "a str is not bytes"),
     "bytes for str": (STR, b"a", "a bytes is not str"),
     "null": (INT, None, "None is not int"),

@@ -196,6 +196,7 @@ def test_arithmetic_fails_its_request_with_its_place(load: Load) -> None:
         assert caught.value.place is not None
         assert caught.value.place.endswith(place)
         assert "`1 / " in caught.value.message
+        assert caught.value.stage == "/"
 
 
 def test_numbers_of_a_model_are_counted_with_like_others(load: Load, folder: Path) -> None:

@@ -233,6 +233,17 @@ def test_pictures_pass_through(load: Load) -> None:
     assert app(np.full((8, 8, 3), 55, np.uint8)) == {"before": 55.0, "after": 200.0, "side": 4}
 
 
+def test_who_writes_into_an_item_is_told_to_copy_it(load: Load) -> None:
+    """numpy says that it cannot be written, and not why."""
+    app = load(
+        "def clear(image: np.ndarray) -> float:\n    image[:] = 0\n    return 0.0\n",
+        "export flow a: image<rgb> -> float = p.clear",
+    )
+    error = error_of(lambda: app(np.ones((2, 2, 3), np.uint8)))
+    assert "read-only (arrays are shared between the branches" in str(error)
+    assert "write to a copy of it)" in str(error)
+
+
 # Batches
 
 

@@ -168,6 +168,17 @@ def test_bytes_inside_json_are_in_base64(
     assert server.client.post(f"/flows/{flow}", json=given).content == answer
 
 
+@pytest.mark.parametrize("flow", ["parts", "hinted"])
+def test_who_sends_a_picture_where_json_is_meant_is_told_of_base64(
+    server: Server, flow: str
+) -> None:
+    """That the body is no text is no help to somebody who sends what is none."""
+    reply = server.client.post(f"/flows/{flow}", content=b"\xff\xd8\xff")
+    assert reply.status_code == 400
+    message = reply.json()["error"]["message"]
+    assert message.endswith(" with bytes in base64: the body is not UTF-8")
+
+
 def test_json_has_a_largest_size(server: Server) -> None:
     """More of it than Python has room for is 413, whatever the largest body is."""
     response = server.client.post("/flows/total", content=b"[" + b"[]," * 6_000_000 + b"[]]")
