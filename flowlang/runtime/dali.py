@@ -74,7 +74,11 @@ class Decodings:
 
 
 class Region:
-    """A pipeline for runs of 1 to `batch` pictures. For one thread only."""
+    """A pipeline for runs of 1 to `batch` pictures. For one thread only.
+
+    DALI reads pictures where they lie. They are kept here until their batch is out; of one that
+    failed until the next is, for DALI does not say when its threads have left the others of it.
+    """
 
     def __init__(
         self, nodes: Sequence[Node], batch: int, device: int | None, decoding: Decoding
@@ -97,6 +101,7 @@ class Region:
         self._pipe = pipe
         self._wrap = dali.tensors.TensorCPU
         self._feed, self._run, self._outputs = _calls(pipe)
+        self._read: list[Sequence[bytes]] = []  # batches that DALI may be reading
 
     def start(self, pictures: Sequence[bytes]) -> None:
         """Begin a batch, in DALI's own threads.
@@ -104,7 +109,8 @@ class Region:
         Raises InstanceLost where DALI has the pictures and does not begin: they stay there, and
         each later batch would be given those of the one before.
         """
-        wrap = self._wrap  # of DALI's own kind, and so looked at no further; it keeps the bytes
+        wrap = self._wrap  # of DALI's own kind, and so looked at no further
+        self._read.append(pictures)
         self._feed(INPUT, [wrap(p) for p in pictures])
         try:
             self._run()
@@ -117,7 +123,9 @@ class Region:
         On a GPU it is ordered on `stream` and must be kept until what reads it there is done.
         Raises RuntimeError where any picture cannot be decoded; the pipeline stays usable.
         """
-        return self._outputs(None if stream is None else ctypes.c_void_p(stream))[0]
+        found = self._outputs(None if stream is None else ctypes.c_void_p(stream))[0]
+        self._read.clear()
+        return found
 
     def run(self, pictures: Sequence[bytes], stream: int | None = None) -> Any:
         """`start` and `result` in one."""
@@ -126,6 +134,7 @@ class Region:
 
     def close(self) -> None:
         del self._pipe, self._feed, self._run, self._outputs
+        self._read.clear()
 
 
 def _calls(pipe: Any) -> tuple[Any, Any, Any]:
