@@ -227,7 +227,7 @@ def test_a_stuck_lane_is_replaced_once_there_is_a_thread_for_it(
     monkeypatch.setattr(threading.Thread, "start", failing)
     with pytest.raises(DeadlineExceeded):
         app["slow"].submit(b"x" * 1000).result(LONG_S)
-    assert eventually(lambda: len(refused) == 1)
+    assert eventually(lambda: bool(refused))
     with pytest.raises(DeadlineExceeded):
         app["patient"].submit(b"x", deadline_s=0.02).result(LONG_S)
     asked_s = time.monotonic()

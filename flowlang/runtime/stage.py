@@ -13,6 +13,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, runtime_checkable
@@ -353,6 +354,7 @@ class Lanes:
     def __init__(self, scheduler: Scheduler, make: Callable[[StagePlan, int], Instance]) -> None:
         self._scheduler = scheduler
         self._make = make
+        self._to_start: deque[Lane] = deque()
         self.all = [
             self._lane(stage, number)
             for stage in scheduler.stages
@@ -382,18 +384,28 @@ class Lanes:
             if stuck_at_s > now:
                 following_s = min(stuck_at_s, following_s or stuck_at_s)
                 continue
-            replacement = self._lane(lane.stage, lane.number, is_replacement=True)
-            try:
-                replacement.start()
-            except RuntimeError as error:  # there is no thread to be had, and may be later
-                log.error("no new lane of stage `%s` yet: %s", name, error, extra=lane.fields)
-                following_s = min(now + RETRY_S, following_s or math.inf)
-                continue
             lane.is_abandoned = True
+            replacement = self._lane(lane.stage, lane.number, is_replacement=True)
             self.all.append(replacement)
+            self._to_start.append(replacement)
             message = "stage `%s`: a call does not come back, and is left to itself"
             log.error(message, name, extra=lane.fields)
+        if not self._start():
+            following_s = min(now + RETRY_S, following_s or math.inf)
         return following_s
+
+    def _start(self) -> bool:
+        """Start those that took a stuck one's place. False if there is no thread to be had yet."""
+        while self._to_start:
+            lane = self._to_start[0]
+            try:
+                lane.start()
+            except RuntimeError as error:
+                name = lane.stage.plan.name
+                log.error("no new lane of stage `%s` yet: %s", name, error, extra=lane.fields)
+                return False
+            self._to_start.popleft()
+        return True
 
 
 class Watch(threading.Thread):
