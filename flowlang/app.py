@@ -122,10 +122,7 @@ class Flow:
         request = self.put(item, reply, future, deadline_s, priority, parameters)
         try:
             return await future
-        except (
-            asyncio.CancelledError,
-            GeneratorExit,
-        ):  # which comes where nobody awaits it any more
+        except (asyncio.CancelledError, GeneratorExit):  # the latter where it is dropped
             self.cancel(request)
             raise
         finally:
