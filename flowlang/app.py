@@ -125,7 +125,7 @@ class Flow:
         request = self.put(item, reply, future, deadline_s, priority, parameters)
         try:
             return await future
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # the latter where it is dropped
             self.cancel(request)
             raise
         finally:
@@ -140,7 +140,7 @@ class Flow:
         request = self.put(item, self._reply_of(loop), future, deadline_s, priority, parameters)
         try:
             return await future, request.queued_s
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             self.cancel(request)
             raise
         finally:
@@ -276,11 +276,18 @@ class App:
         # Lanes import what they need. Threads that import numpy for the first time together, one of
         # them through another package, can find it half made.
         importlib.import_module("numpy")
-        self._watch.start()
-        for lane in self._lanes:
-            lane.start()
-        for lane in self._lanes:
-            lane.is_ready.wait()
+        try:
+            self._watch.start()
+            for lane in self._lanes:
+                lane.start()
+            for lane in self._lanes:
+                lane.is_ready.wait()
+        except BaseException:  # no more threads to be had, or an interrupt
+            self.scheduler.close()
+            self._watch.leave()
+            if not self._watch.is_alive():
+                self._end()
+            raise
         failures = [lane.failure for lane in self._lanes if lane.failure is not None]
         if failures:
             for lane in self._lanes:
@@ -348,6 +355,9 @@ class App:
         What is not done after `grace_s` seconds is answered with Draining. Returns whether
         everything was done in time.
         """
+        if self.scheduler.is_held:  # the garbage collector found who had it
+            self._watch.leave()
+            return False
         in_time = self.scheduler.drain(grace_s)
         self.scheduler.close()
         caller = threading.current_thread()

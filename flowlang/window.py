@@ -48,9 +48,11 @@ class LotReply:
         return count
 
     def _ring(self) -> None:
-        self._on_news()
-        with contextlib.suppress(RuntimeError):  # rung already, and not heard yet
-            self._bell.release()
+        try:
+            self._on_news()
+        finally:
+            with contextlib.suppress(RuntimeError):  # rung already, and not heard yet
+                self._bell.release()
 
     def wait(self) -> None:
         """Wait until something was answered since the last wait."""
@@ -93,6 +95,7 @@ class Window:
         self._has_more = True
         self._is_done = False  # all was sent, and all answers given
         self._is_closed = False
+        self._failure: BaseException | None = None  # of a lane at sending
         self._reply = LotReply(self._replace if are_at_hand else _nothing)
         self._sending = threading.Lock()  # held by who takes items and sends them, in their order
         self._under_way = 0
@@ -129,6 +132,8 @@ class Window:
                 self._send()
         except RequestError:
             pass  # the app is stopping: the caller will be told so
+        except BaseException as error:  # what was sent may be lost: the caller must not go on
+            self._failure = error
         finally:
             self._sending.release()
         if self._is_closed and self._window:  # meanwhile
@@ -147,6 +152,8 @@ class Window:
     def _submit(self) -> bool:
         """Send what there is room for. Returns whether anything was sent, or refused."""
         with self._sending:
+            if self._failure is not None:
+                raise self._failure
             self._count()
             is_sent = self._send()
             # An answer can be seen before the news of it, which makes room for the next.

@@ -65,6 +65,32 @@ with flowlang.load(sys.argv[1], device="cpu") as app:
 print(count)
 """
 
+GIVING_UP = """
+import faulthandler, random, signal, sys, time
+import flowlang
+
+class Interrupt(BaseException): ...
+
+def interrupt(number, frame):
+    raise Interrupt
+
+faulthandler.dump_traceback_later(60, exit=True)
+numbers = random.Random(7)
+with flowlang.load(sys.argv[1], device="cpu") as app:
+    signal.signal(signal.SIGALRM, interrupt)
+    count = 0
+    end_s = time.monotonic() + 1.0
+    while time.monotonic() < end_s:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, numbers.uniform(2e-5, 2e-4))
+            while True:
+                app.scheduler.give_up([])
+        except Interrupt:
+            count += 1
+        assert app["length"].submit(b"abc").result(5.0) == 3
+print(count)
+"""
+
 ENDLESS = """
 import sys, flowlang
 
@@ -91,6 +117,14 @@ def test_interrupted_callers_leave_an_app_whole(app_file: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 200
+
+
+def test_one_that_is_interrupted_at_giving_up_keeps_no_lock(app_file: Path) -> None:
+    """As a map does at its end: nobody else could go on."""
+    command = [sys.executable, "-c", GIVING_UP, str(app_file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100
 
 
 def test_ctrl_c_ends_a_program_at_once(app_file: Path) -> None:

@@ -124,11 +124,16 @@ class Batcher:
         share = count if self.wait_s else -(-count // max(1, among))
         size = min(self.high, max(share, self.low), count)
         batch: list[Item] = []
-        while waiting and len(batch) < size:
-            item = waiting.popleft()
-            is_plain = item.walk is None and item.request.outcome is UNANSWERED
-            if (is_plain and not item.is_settled) or item.is_wanted:
-                batch.append(item)
+        try:
+            while waiting and len(batch) < size:
+                item = waiting[0]
+                is_plain = item.walk is None and item.request.outcome is UNANSWERED
+                if (is_plain and not item.is_settled) or item.is_wanted:
+                    batch.append(item)
+                waiting.popleft()
+        except BaseException:
+            waiting.extendleft(reversed(batch))
+            raise
         return batch
 
     def _drop_unwanted(self) -> None:

@@ -107,27 +107,42 @@ def strip(error: AnyError) -> AnyError:
 
 def in_words(error: BaseException) -> str:
     """An error that nobody expected, in words: what kind it is, and what it says."""
-    return f"{type(error).__name__}: {error}"
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}"
+    except Exception:  # which can be told no more than that
+        return kind
 
 
 def deliver(settled: Iterable[Request]) -> None:
-    """Hand answers to those who asked, with one wake-up for each of them."""
+    """Hand answers to those who asked, with one wake-up for each of them.
+
+    What one of them fails at is told once all the others have their answers.
+    """
     wakes: dict[Wake, None] = {}
-    interrupt: KeyboardInterrupt | None = None
+    failures: list[BaseException] = []
     for request in settled:
         try:
             if request.entrance.gives_images:
                 request.outcome = without_frames(request.outcome)
             wake = request.reply.settle(request)
-        except KeyboardInterrupt as error:
-            interrupt = error  # for whoever is interrupted, once all the others have their answers
-        except BaseException:
-            log.exception("what is called with an answer failed")
+        except BaseException as error:
+            failures.append(error)
         else:
             if wake is not None:
                 wakes[wake] = None
     for wake in wakes:
-        wake()
+        try:
+            wake()
+        except BaseException as error:
+            failures.append(error)
+    interrupt: KeyboardInterrupt | None = None
+    for failure in failures:
+        if isinstance(failure, KeyboardInterrupt):
+            interrupt = failure  # for whoever is interrupted
+        else:
+            log.error("what is called with an answer failed", exc_info=failure)
+    failures.clear()  # or an error, through its traceback, would hold itself
     if interrupt is not None:
         raise interrupt
 

@@ -36,8 +36,6 @@ from flowlang.runtime.observer import Observer
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver, in_words, strip
 from flowlang.runtime.walk import Ended, Work, arrive, begin
 
-PATIENCE_S = 0.05  # of a caller that may have the lock itself
-
 _all: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 log = logging.getLogger("flowlang")
@@ -56,10 +54,12 @@ class _Afterwards:
         self.unexpected: list[Exception] | None = None  # mostly
 
     def run(self) -> None:
-        for bell in self.bells:
-            bell()
-        if self.settled:
-            deliver(self.settled)
+        try:
+            for bell in self.bells:
+                bell()
+        finally:
+            if self.settled:
+                deliver(self.settled)
         if self.unexpected is not None:
             for error in self.unexpected:
                 log.error("a request failed as nobody expected", exc_info=error)
@@ -80,7 +80,7 @@ class Scheduler:
         for stage in self.stages:
             users = [e for e in self.entrances.values() if stage in e.stages]
             stage.batcher.is_ranked = len({e.program.priority for e in users}) > 1
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # which knows whose it is: see `is_held`
         self._quiet = threading.Condition(self._lock)
         self._expiries: list[tuple[float, int, Request, Item | None]] = []
         self._swept_at = SPARE  # entries there may be until those answered are looked for
@@ -132,7 +132,7 @@ class Scheduler:
         except (RequestError, FlowError):
             raise
         except BaseException:
-            self._mend([request])
+            self.mend([request])
             raise
         return request
 
@@ -174,7 +174,7 @@ class Scheduler:
         except (RequestError, FlowError):
             raise
         except BaseException:
-            self._mend(requests)
+            self.mend(requests)
             raise
         return requests
 
@@ -185,35 +185,47 @@ class Scheduler:
 
     def cancel(self, request: Request) -> bool:
         """Give a request up: it leaves the queue and its result is dropped."""
+        if self.is_held:
+            is_left = request.is_inside and not request.is_answered
+            self.give_up([request])
+            return is_left
         after = _Afterwards()
-        with self._lock:
-            is_cancelled = self._cancel(request, self.clock(), after)
-        after.run()
-        return is_cancelled
+        try:
+            with self._lock:
+                return self._cancel(request, self.clock(), after)
+        finally:
+            after.run()
 
     def give_up(self, requests: Iterable[Request]) -> None:
         """Cancel requests, if not at once then soon.
 
-        The garbage collector may call this wherever it runs, and that may be in a thread that has
-        the lock: whoever watches the deadlines does it then.
+        The garbage collector may call this wherever it runs, and that may be under the lock:
+        whoever watches the deadlines does it then.
         """
         self._given_up.extend(requests)
-        if not self._lock.acquire(timeout=PATIENCE_S):
+        if self.is_held:
             self.on_expiry()
             return
         after = _Afterwards()
         try:
-            self._cancel_given_up(self.clock(), after)
+            with self._lock:
+                self._cancel_given_up(self.clock(), after)
         finally:
-            self._lock.release()
-        after.run()
+            after.run()
 
-    def _mend(self, requests: Iterable[Request]) -> None:
-        """Give up requests whose caller was interrupted at sending them, wherever that was.
+    @property
+    def is_held(self) -> bool:
+        """Whether the caller is called under the lock: by the garbage collector, as all else that
+        is called there is of the runtime itself.
+        """
+        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
 
-        An interrupt (Ctrl-C, an alarm) comes between any two steps. Where it came between an
-        instance's leaving those that wait and the ringing of its bell, it would sleep for ever:
-        so all are woken, to see for themselves.
+    def mend(self, requests: Iterable[Request] = ()) -> None:
+        """Be whole again after an interrupt, or an error that nobody expected, wherever it came.
+
+        Those whose caller was at sending them are given up. Where it came between an instance's
+        leaving those that wait and the ringing of its bell, it would sleep for ever: so all are
+        woken, to see for themselves.
         """
         self.give_up(requests)
         for stage in self.stages:
@@ -227,20 +239,25 @@ class Scheduler:
 
         With nothing to take, `bell` is kept and called once when there is.
         """
-        with self._lock:
-            batch = self._take(stage, len(stage.idle) + len(stage.rung) + 1)
-            more = stage.next_bell() if batch and stage.batcher.waiting else None
-            due = None
-            if not batch:
-                due = stage.batcher.due_s()
-                if bell is not None and self._is_closed:
-                    stage.rung.add(bell)
-                    more = bell
-                elif bell is not None:
-                    stage.idle.append(bell)
-                    stage.bells.add(bell)
-        if more is not None:
-            more()
+        batch: list[Item] = []
+        try:
+            with self._lock:
+                batch = self._take(stage, len(stage.idle) + len(stage.rung) + 1)
+                more = stage.next_bell() if batch and stage.batcher.waiting else None
+                due = None
+                if not batch:
+                    due = stage.batcher.due_s()
+                    if bell is not None and self._is_closed:
+                        stage.rung.add(bell)
+                        more = bell
+                    elif bell is not None:
+                        stage.idle.append(bell)
+                        stage.bells.add(bell)
+            if more is not None:
+                more()
+        except BaseException:
+            self._put_back(stage, batch)
+            raise
         return batch, due
 
     def take_ahead(self, stage: Stage, under_way: int) -> list[Item]:
@@ -278,24 +295,26 @@ class Scheduler:
         if len(items) != len(outcomes):
             raise InternalError(f"{len(items)} items went into a batch, {len(outcomes)} came out")
         after = _Afterwards()
-        with self._lock:
-            now = self.clock()
-            if items and busy_s:
-                self._stage_of(items[0]).counts.count_work(len(items), busy_s)
-            for item, outcome in zip(items, outcomes, strict=True):
-                if item.walk is not None:
-                    item.request.end_work(now)
-                is_failure = isinstance(outcome, Exception)
-                if is_failure:
-                    stage = self._stage_of(item)
-                    outcome = self._error_of(outcome, stage.plan.name, after)
-                if item.request.outcome is not UNANSWERED or item.is_settled:
-                    continue
-                item.is_settled = True
-                if is_failure:
-                    stage.counts.count_failure(outcome.code)
-                self._settle(item, outcome, now, after)
-        after.run()
+        try:
+            with self._lock:
+                now = self.clock()
+                if items and busy_s:
+                    self._stage_of(items[0]).counts.count_work(len(items), busy_s)
+                for item, outcome in zip(items, outcomes, strict=True):
+                    if item.walk is not None:
+                        item.request.end_work(now)
+                    is_failure = isinstance(outcome, Exception)
+                    if is_failure:
+                        stage = self._stage_of(item)
+                        outcome = self._error_of(outcome, stage.plan.name, after)
+                    if item.request.outcome is not UNANSWERED or item.is_settled:
+                        continue
+                    if is_failure:
+                        stage.counts.count_failure(outcome.code)
+                    self._settle(item, outcome, now, after)
+                    item.is_settled = True
+        finally:  # those that were answered are told so, whatever befell the others
+            after.run()
 
     def lose_instance(self, stage: Stage) -> None:
         """An instance of a stage is gone until `regain_instance`."""
@@ -312,7 +331,11 @@ class Scheduler:
             items, _ = self.take(stage)
             if not items:
                 return
-            self.finish(items, [StageFailed(message, stage=stage.plan.name) for _ in items])
+            try:
+                self.finish(items, [StageFailed(message, stage=stage.plan.name) for _ in items])
+            except BaseException:
+                self._put_back(stage, items)
+                raise
 
     # Time
 
@@ -326,24 +349,20 @@ class Scheduler:
     def expire(self) -> None:
         """Answer every request whose deadline has passed, or that was given up."""
         after = _Afterwards()
-        with self._lock:
-            now = self.clock()
-            self._cancel_given_up(now, after)
-            heap = self._expiries
-            while heap and heap[0][0] <= now:
-                _, _, request, item = heapq.heappop(heap)
-                if request.is_answered or (item is not None and not item.is_wanted):
-                    continue
-                if item is None:
-                    self._answer(request, DeadlineExceeded(), now, after)
-                    continue
-                item.is_settled = True
-                stage = self._stage_of(item)
-                message = f"stage `{stage.plan.name}` did not finish within its timeout"
-                error = DeadlineExceeded(message, stage=stage.plan.name)
-                stage.counts.count_failure(error.code)
-                self._settle(item, error, now, after)
-        after.run()
+        try:
+            with self._lock:
+                now = self.clock()
+                self._cancel_given_up(now, after)
+                heap = self._expiries
+                while heap and heap[0][0] <= now:
+                    entry = heapq.heappop(heap)
+                    try:
+                        self._expire(entry[2], entry[3], now, after)
+                    except BaseException:
+                        heapq.heappush(heap, entry)  # to be tried again
+                        raise
+        finally:
+            after.run()
 
     # Ending
 
@@ -371,6 +390,7 @@ class Scheduler:
                 if not request.is_answered:
                     error = Draining("the app stopped before it came to this")
                     self._answer(request, error, now, after)
+            self._expiries.clear()  # or answers, errors among them, would hold who asked
             after.bells = [b for s in self.stages for b in s.bells]
             for stage in self.stages:
                 stage.batcher.waiting.clear()
@@ -384,7 +404,7 @@ class Scheduler:
 
     def become_forked(self) -> None:
         """Be the copy in a child process: it has no lane, and its lock may never be released."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._quiet = threading.Condition(self._lock)
         self.is_forked = self._is_draining = self._is_closed = True
         for entrance in self.entrances.values():
@@ -405,7 +425,21 @@ class Scheduler:
 
     def _cancel_given_up(self, now: float, after: _Afterwards) -> None:
         while self._given_up:
-            self._cancel(self._given_up.popleft(), now, after)
+            self._cancel(self._given_up[0], now, after)
+            self._given_up.popleft()
+
+    def _expire(self, request: Request, item: Item | None, now: float, after: _Afterwards) -> None:
+        if not _is_awaited(request, item):
+            return
+        if item is None:
+            self._answer(request, DeadlineExceeded(), now, after)
+            return
+        stage = self._stage_of(item)
+        message = f"stage `{stage.plan.name}` did not finish within its timeout"
+        error = DeadlineExceeded(message, stage=stage.plan.name)
+        stage.counts.count_failure(error.code)
+        self._settle(item, error, now, after)
+        item.is_settled = True
 
     def _admit(self, request: Request) -> None:
         """Count a request in. Raises where there is no place for it."""
@@ -489,20 +523,32 @@ class Scheduler:
         now = self.clock()
         batch = stage.batcher.take(now, free)
         if batch:
-            size, counts = len(batch), stage.counts
-            counts.sizes[size] = counts.sizes.get(size, 0) + 1
-            oldest = first_of(batch) if stage.batcher.is_ranked else batch[0]
-            counts.waited_s.add(now - oldest.arrived_s)
-            if self.observer is not None:
-                for item in batch:
-                    item.taken_s = now
-            for item in batch:
-                request = item.request
-                if item.walk is None:
-                    request.queued_s = now - request.arrived_s
-                else:
-                    request.begin_work(now)
+            try:
+                self._count_taken(stage, batch, now)
+            except BaseException:
+                self._put_back(stage, batch)
+                raise
         return batch
+
+    def _put_back(self, stage: Stage, batch: list[Item]) -> None:
+        """Have a batch wait again that could not be handed over, first of all."""
+        with self._lock:
+            stage.batcher.waiting.extendleft(reversed(batch))
+
+    def _count_taken(self, stage: Stage, batch: list[Item], now: float) -> None:
+        size, counts = len(batch), stage.counts
+        counts.sizes[size] = counts.sizes.get(size, 0) + 1
+        oldest = first_of(batch) if stage.batcher.is_ranked else batch[0]
+        counts.waited_s.add(now - oldest.arrived_s)
+        if self.observer is not None:
+            for item in batch:
+                item.taken_s = now
+        for item in batch:
+            request = item.request
+            if item.walk is None:
+                request.queued_s = now - request.arrived_s
+            else:
+                request.begin_work(now)
 
     def _stage_of(self, item: Item) -> Stage:
         track = item.walk.track if item.walk is not None else item.request.entrance.track
@@ -545,9 +591,13 @@ class Scheduler:
                 else:
                     self._queue(step, now, after)
         except Exception as error:
-            failure = self._error_of(error, None, after)
-            if not request.is_answered:
-                self._answer(request, failure, now, after)
+            self._fail(request, error, now, after)
+
+    def _fail(self, request: Request, error: Exception, now: float, after: _Afterwards) -> None:
+        """Answer a request with an error that nobody expected."""
+        failure = self._error_of(error, None, after)
+        if not request.is_answered:
+            self._answer(request, failure, now, after)
 
     def _error_of(self, error: Exception, stage: str | None, after: _Afterwards) -> RequestError:
         """An error as its request has it. What is no RequestError was expected by nobody."""
@@ -568,14 +618,14 @@ class Scheduler:
             after.bells.append(bell)
 
     def _answer(self, request: Request, outcome: Any, now: float, after: _Afterwards) -> None:
+        after.settled.append(request)  # first: what has an outcome is told of by whoever gave it
         request.outcome = outcome
-        after.settled.append(request)
         request.value = None
         entrance = request.entrance
-        code = outcome.code if isinstance(outcome, RequestError) else None
-        entrance.counts.answer(code, now - request.arrived_s)
         entrance.outstanding -= 1
         entrance.under_way -= request.is_under_way
+        code = outcome.code if isinstance(outcome, RequestError) else None
+        entrance.counts.answer(code, now - request.arrived_s)
         if entrance.backlog and not entrance.is_filling:
             self._fill(entrance, now, after)
         if self._is_draining and self.outstanding == 0:
@@ -590,8 +640,12 @@ class Scheduler:
         try:
             while entrance.backlog and entrance.under_way < entrance.width:
                 following = entrance.backlog.popleft()
-                if not following.is_answered:
+                if following.is_answered:
+                    continue
+                try:
                     self._start(entrance, following, now, after)
+                except Exception as error:  # it is not the fault of the one that made room
+                    self._fail(following, error, now, after)
         finally:
             entrance.is_filling = False
 

@@ -10,8 +10,10 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +30,7 @@ from flowlang.runtime.scheduler import Scheduler
 log = logging.getLogger("flowlang")
 
 MAX_ABANDONED = 16  # threads of one stage that never came back
+RETRY_S = 0.1  # between tries where there is no memory, or no thread
 LONGEST_S = 3600.0  # that a thread waits at a time: it cannot be told to wait for centuries
 
 
@@ -98,8 +101,10 @@ class Lane(threading.Thread):
         self._ring = functools.partial(self._bell.put, None)
 
     def run(self) -> None:
+        instance: Instance | None = None
         try:
-            instance = self._replacement() if self.is_replacement else self._new_instance()
+            if not self.is_replacement:
+                instance = self._new_instance()
         except BaseException as error:
             # Lost before it ever worked, it is one that cannot be made.
             self.failure = EngineError(str(error)) if isinstance(error, InstanceLost) else error
@@ -108,6 +113,8 @@ class Lane(threading.Thread):
         self.is_ready.set()
         while True:
             try:
+                if instance is None:
+                    instance = self._replacement()
                 if isinstance(instance, Overlapping):
                     self._feed_overlapping(instance)
                 else:
@@ -118,8 +125,7 @@ class Lane(threading.Thread):
                 if self.is_abandoned:
                     break
                 self._close(instance)
-            # Outside, where the error is gone, and with it the frames that hold its batch.
-            instance = self._replacement()
+                instance = None
         self._close(instance)
 
     def _give_up(self, error: BaseException) -> None:
@@ -127,14 +133,25 @@ class Lane(threading.Thread):
         because of an error that nobody expected.
         """
         name = self.stage.plan.name
-        if isinstance(error, InstanceLost):
-            log.error("an instance of stage `%s` is lost: %s", name, error, extra=self.fields)
-        else:
-            log.error("stage `%s` gives up an instance", name, exc_info=error, extra=self.fields)
-        items, self.items = self.items, []
-        outcomes = [self._lost(error) for _ in items]
-        self.scheduler.finish(items, outcomes)
-        self._observe(items, outcomes)
+        with _whatever_comes():
+            if isinstance(error, InstanceLost):
+                log.error("an instance of stage `%s` is lost: %s", name, error, extra=self.fields)
+            else:
+                log.error(
+                    "stage `%s` gives up an instance", name, exc_info=error, extra=self.fields
+                )
+        items, outcomes = self.items, []
+        while self.items and not self.scheduler.is_closed:
+            with _whatever_comes():  # memory, say, which others may give back
+                outcomes = [self._lost(error) for _ in items]
+                self.scheduler.finish(items, outcomes)
+                self.items = []
+            if self.items:
+                time.sleep(RETRY_S)
+        with _whatever_comes():
+            self.scheduler.arrived(self.stage, self._ring)
+            self.scheduler.mend()
+            self._observe(items, outcomes)
 
     @property
     def stuck_at_s(self) -> float | None:
@@ -248,30 +265,39 @@ class Lane(threading.Thread):
             raise
         return instance
 
-    def _close(self, instance: Instance) -> None:
+    def _close(self, instance: Instance | None) -> None:
         """Close an instance. A lost one may well fail at it, and its lane goes on."""
         try:
-            instance.close()
+            if instance is not None:
+                instance.close()
         except BaseException:
             name = self.stage.plan.name
-            log.exception("an instance of stage `%s` did not close", name, extra=self.fields)
+            with _whatever_comes():
+                log.exception("an instance of stage `%s` did not close", name, extra=self.fields)
 
     def _replacement(self) -> Instance:
         """A new instance, however often it takes; until then what comes in is answered."""
-        pause_s = 0.1
         self.scheduler.lose_instance(self.stage)
+        try:
+            return self._made_at_last()
+        finally:
+            self.scheduler.regain_instance(self.stage)
+
+    def _made_at_last(self) -> Instance:
+        pause_s = 0.1
         while not self.scheduler.is_closed:
             try:
-                instance = self._new_instance()
+                return self._new_instance()
             except BaseException as error:
                 name = self.stage.plan.name
-                log.error("no new instance of stage `%s` yet: %s", name, error, extra=self.fields)
-                self.scheduler.fail_if_lost(self.stage, self._lost(error).message)
+                with _whatever_comes():
+                    log.error(
+                        "no new instance of stage `%s` yet: %s", name, error, extra=self.fields
+                    )
+                with _whatever_comes():
+                    self.scheduler.fail_if_lost(self.stage, self._lost(error).message)
                 time.sleep(pause_s)
                 pause_s = min(2.0, pause_s * 2)
-                continue
-            self.scheduler.regain_instance(self.stage)
-            return instance
         return _Nothing()
 
     def _next_batch(self) -> list[Item] | None:
@@ -292,6 +318,13 @@ class Lane(threading.Thread):
                 self._bell.get()  # rung just as the patience ran out
             self.scheduler.arrived(self.stage, ring)
         return None
+
+
+def _whatever_comes() -> contextlib.AbstractContextManager[None]:
+    """For what must not end a thread of an app: a lane that ends leaves its stage without an
+    instance. Where the log fails at telling of an error there is nobody left to be told.
+    """
+    return contextlib.suppress(BaseException)
 
 
 class _Failed:
@@ -322,6 +355,7 @@ class Lanes:
     def __init__(self, scheduler: Scheduler, make: Callable[[StagePlan, int], Instance]) -> None:
         self._scheduler = scheduler
         self._make = make
+        self._to_start: deque[Lane] = deque()
         self.all = [
             self._lane(stage, number)
             for stage in scheduler.stages
@@ -351,13 +385,28 @@ class Lanes:
             if stuck_at_s > now:
                 following_s = min(stuck_at_s, following_s or stuck_at_s)
                 continue
-            message = "stage `%s`: a call does not come back, and is left to itself"
-            log.error(message, name, extra=lane.fields)
             lane.is_abandoned = True
             replacement = self._lane(lane.stage, lane.number, is_replacement=True)
             self.all.append(replacement)
-            replacement.start()
+            self._to_start.append(replacement)
+            message = "stage `%s`: a call does not come back, and is left to itself"
+            log.error(message, name, extra=lane.fields)
+        if not self._start():
+            following_s = min(now + RETRY_S, following_s or math.inf)
         return following_s
+
+    def _start(self) -> bool:
+        """Start those that took a stuck one's place. False if there is no thread to be had yet."""
+        while self._to_start:
+            lane = self._to_start[0]
+            try:
+                lane.start()
+            except RuntimeError as error:
+                name = lane.stage.plan.name
+                log.error("no new lane of stage `%s` yet: %s", name, error, extra=lane.fields)
+                return False
+            self._to_start.popleft()
+        return True
 
 
 class Watch(threading.Thread):
@@ -372,25 +421,35 @@ class Watch(threading.Thread):
         self.scheduler = scheduler
         self.look = look
         self.on_left: Callable[[], object] = lambda: None
-        self._is_left = False
+        self._is_left = self._is_over = False
         self._bell = threading.Lock()
         self._bell.acquire()
         scheduler.on_expiry = self._ring
 
     def run(self) -> None:
-        while not (self._is_left or self.scheduler.is_closed):
-            # In this order: what nobody waits for any more is no expiry, and is looked at instead.
-            times = [t for t in (self.scheduler.next_expiry_s(), self.look()) if t is not None]
-            when_s = min(times, default=None)
-            patience_s = None if when_s is None else when_s - self.scheduler.clock()
-            if patience_s is None or patience_s > 0:
-                self._bell.acquire(timeout=-1 if patience_s is None else min(patience_s, LONGEST_S))
-            self.scheduler.expire()
+        while not (self._is_left or self._is_over):  # a closed app may yet be left
+            try:
+                self._wait()
+                self.scheduler.expire()
+            except BaseException:  # memory, the log, what is called with an answer
+                with _whatever_comes():
+                    log.exception("the watch over deadlines failed, and goes on")
+                time.sleep(RETRY_S)
         if self._is_left:
             self.on_left()
 
+    def _wait(self) -> None:
+        """Wait until there may be something to do."""
+        # In this order: what nobody waits for any more is no expiry, and is looked at instead.
+        times = [t for t in (self.scheduler.next_expiry_s(), self.look()) if t is not None]
+        when_s = min(times, default=None)
+        patience_s = None if when_s is None else when_s - self.scheduler.clock()
+        if patience_s is None or patience_s > 0:
+            self._bell.acquire(timeout=-1 if patience_s is None else min(patience_s, LONGEST_S))
+
     def stop(self) -> None:
         """To be called once the scheduler is closed."""
+        self._is_over = True
         self._ring()
 
     def leave(self) -> None:
