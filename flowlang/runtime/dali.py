@@ -13,6 +13,7 @@ import logging
 import os
 import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class Region:
         self._pipe = pipe
         self._wrap = dali.tensors.TensorCPU
         self._feed, self._run, self._outputs = _calls(pipe)
-        self._read: list[Sequence[bytes]] = []  # batches that DALI may be reading
+        self._read: deque[Sequence[bytes]] = deque(maxlen=2)  # batches that DALI may be reading
 
     def start(self, pictures: Sequence[bytes]) -> None:
         """Begin a batch, in DALI's own threads.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,6 +254,30 @@ def test_a_batch_is_begun_before_it_is_asked_for(open_region: Open) -> None:
         region.start([data])
         (got,) = dali.arrays(region.result())
         assert abs(got.astype(int) - on_host(nodes, data)).max() <= 1
+
+
+def test_pictures_are_kept_until_dali_has_read_them(open_region: Open) -> None:
+    """It reads them where they lie, those of a batch that failed too: no more than the last two."""
+    region, _ = open_region("decode -> resize(64) -> rgb")
+    good = files()[0]
+    bad = [bytes([number]) * 5000 for number in range(4)]
+    alone = [sys.getrefcount(picture) for picture in bad]
+
+    def kept() -> list[int]:
+        counts = [sys.getrefcount(picture) for picture in bad]
+        return [number for number in range(4) if counts[number] > alone[number]]
+
+    region.start([bad[0]])
+    assert kept() == [0]
+    with pytest.raises(RuntimeError):
+        region.result()
+    assert kept() == [0]
+    for number in (1, 2, 3):
+        with pytest.raises(RuntimeError):
+            region.run([bad[number]])
+    assert kept() == [2, 3]
+    region.run([good])
+    assert kept() == []
 
 
 def test_a_region_that_took_half_a_batch_is_lost(open_region: Open) -> None:
