@@ -190,7 +190,7 @@ def ceilings(run: Run) -> None:
             context.close()
     run.found["engine"] = found
     print("engine", found, flush=True)
-    decodings = dali.choose_decodings(0, GPU_LANES, vision.sample_pictures(8) * 7)
+    decodings = dali.choose_decodings(0, 2 * GPU_LANES, vision.sample_pictures(7) * 4)
     print(dali.describe(decodings), flush=True)
     run.found["decoding"] = asdict(decodings)
     run.found["decode"] = _decode_rates(run, decodings.large)
@@ -206,18 +206,9 @@ def _decode_rates(run: Run, decoding: dali.Decoding) -> dict[str, int]:
     flow = rewrite(compile_file(path).flows[0])
     nodes = [n for n in flow.nodes() if n is not flow.input]
     found = {}
-    for size, pipelines in (
-        (1, 1),
-        (4, 1),
-        (8, 1),
-        (16, 1),
-        (32, 1),
-        (56, 1),
-        (56, 2),
-        (28, 4),
-        (56, 3),
-        (64, 3),
-    ):
+    most = dali.MOST
+    sizes = ((1, 1), (4, 1), (8, 1), (14, 1), (most, 1), (most, 2), (most, 3), (most, 4), (most, 6))
+    for size, pipelines in sizes:
         regions = [dali.Region(nodes, size, 0, decoding) for _ in range(pipelines)]
         streams = [cuda.Stream() for _ in regions]
 

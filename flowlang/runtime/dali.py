@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import EngineError
+from flowlang.diagnostics import EngineError, InternalError
 from flowlang.plan import graph
 from flowlang.plan.graph import Node
 from flowlang.plan.rewrite import levels_of
@@ -49,6 +49,11 @@ def _dali() -> Any:
 # DALI scales sides in single precision, in which a half that is to be rounded up may come out
 # below it. Where a side is asked for with this much more, it does not.
 SLIGHTLY_MORE = 1 + 2**-22
+# Of a batch of 32 and more DALI (2.4; older ones of more than four for each thread and one) looks
+# at the headers in blocks side by side. Where one of them is none, it goes on before all blocks are
+# done, and those left write to memory that is gone: the process dies of one bad picture. So no
+# region takes so many. It is a multiple of the seven JPEG engines that large GPUs have.
+MOST = 28
 SMALL_BATCH = 8  # up to this a pipeline of its own decodes: it is made for latency
 
 
@@ -65,7 +70,7 @@ class Decodings:
     """How batches of up to SMALL_BATCH pictures are decoded, and larger ones.
 
     `uses_engines` is what a measurement at start-up saw, `rate` the pictures a second that all
-    lanes together decoded in large batches.
+    regions together decoded in large batches.
     """
 
     small: Decoding = Decoding()
@@ -85,10 +90,12 @@ class Region:
         self, nodes: Sequence[Node], batch: int, device: int | None, decoding: Decoding
     ) -> None:
         dali = _dali()
+        if batch > MOST:
+            raise InternalError(f"a region takes {MOST} pictures, not {batch}")
         self.batch = batch
         pipe = dali.Pipeline(
             batch_size=batch,
-            num_threads=decoding.threads,
+            num_threads=_threads(decoding, batch),
             device_id=device,
             prefetch_queue_depth=1,
             exec_dynamic=True,
@@ -102,18 +109,22 @@ class Region:
         self._pipe = pipe
         self._wrap = dali.tensors.TensorCPU
         self._feed, self._run, self._outputs = _calls(pipe)
+        self._is_begun = False
         self._read: deque[Sequence[bytes]] = deque(maxlen=2)  # batches that DALI may be reading
 
     def start(self, pictures: Sequence[bytes]) -> None:
         """Begin a batch, in DALI's own threads.
 
-        Raises InstanceLost where DALI has the pictures and does not begin: they stay there, and
-        each later batch would be given those of the one before.
+        Raises InstanceLost where it is not begun, or where nobody took the result of the one
+        before: from then on each batch would be given the pictures of another.
         """
+        if self._is_begun:
+            raise InstanceLost("a batch was begun whose pictures nobody took")
         wrap = self._wrap  # of DALI's own kind, and so looked at no further
         self._read.append(pictures)
-        self._feed(INPUT, [wrap(p) for p in pictures])
+        self._is_begun = True
         try:
+            self._feed(INPUT, [wrap(p) for p in pictures])
             self._run()
         except RuntimeError as error:
             raise InstanceLost(f"DALI begins no batch: {reason(error)}") from error
@@ -124,6 +135,7 @@ class Region:
         On a GPU it is ordered on `stream` and must be kept until what reads it there is done.
         Raises RuntimeError where any picture cannot be decoded; the pipeline stays usable.
         """
+        self._is_begun = False
         found = self._outputs(None if stream is None else ctypes.c_void_p(stream))[0]
         self._read.clear()
         return found
@@ -136,6 +148,11 @@ class Region:
     def close(self) -> None:
         del self._pipe, self._feed, self._run, self._outputs
         self._read.clear()
+
+
+def _threads(decoding: Decoding, batch: int) -> int:
+    """So many that a batch is not looked at in blocks: see MOST."""
+    return max(decoding.threads, -(-batch // 4) - 1)
 
 
 def _calls(pipe: Any) -> tuple[Any, Any, Any]:
@@ -276,13 +293,14 @@ def _levels(dali: Any, data: Any, node: Node, colour: str) -> Any:
 # Choosing how to decode
 
 
-def choose_decodings(device: int, lanes: int, pictures: Sequence[bytes]) -> Decodings:
+def choose_decodings(device: int, regions: int, pictures: Sequence[bytes]) -> Decodings:
     """The fastest ways to decode here, found by decoding `pictures` a few times each way.
 
-    Hardware engines are never assumed: many GPUs have none, and containers without the `video`
-    capability hide them. Without them CPU threads carry the work, as many as the lanes leave each.
+    `regions` is how many will decode side by side. Hardware engines are never assumed: many GPUs
+    have none, and containers without the `video` capability hide them. Without them CPU threads
+    carry the work, as many as the regions leave each.
     """
-    share = max(2, len(os.sched_getaffinity(0)) // max(1, lanes))
+    share = max(2, len(os.sched_getaffinity(0)) // regions)
     without = _rate(device, Decoding(0.0, 2), 1, pictures)
     uses_engines = _rate(device, Decoding(1.0, 2), 1, pictures) > 1.5 * without
     few = min(4, share)
@@ -292,7 +310,7 @@ def choose_decodings(device: int, lanes: int, pictures: Sequence[bytes]) -> Deco
     else:
         large = [Decoding(load, share) for load in (0.0, 0.65, 1.0)]
         small = large
-    rates = {how: _rate(device, how, lanes, pictures) for how in large}
+    rates = {how: _rate(device, how, regions, pictures) for how in large}
     times_s = {how: _time_s(device, how, pictures[:SMALL_BATCH]) for how in small}
     best = max(rates, key=rates.__getitem__)
     chosen = Decodings(min(times_s, key=times_s.__getitem__), best, uses_engines, rates[best])
@@ -305,28 +323,28 @@ def describe(how: Decodings) -> str:
     who = "the GPU's JPEG engines" if how.uses_engines else "CPU threads and CUDA (no JPEG engines)"
     small, large = how.small, how.large
     return (
-        f"JPEG is decoded by {who}: hardware load {large.hardware_load:g} and {large.threads} "
-        f"threads a lane ({small.hardware_load:g} and {small.threads} up to {SMALL_BATCH} at once),"
-        f" {how.rate:,.0f} pictures/s in all lanes together"
+        f"JPEG is decoded by {who}: hardware load {large.hardware_load:g}, {large.threads} threads "
+        f"a region ({small.hardware_load:g}, {small.threads} up to {SMALL_BATCH} at once), "
+        f"{how.rate:,.0f} pictures/s in all regions together"
     )
 
 
-def _rate(device: int, how: Decoding, lanes: int, pictures: Sequence[bytes]) -> float:
-    """Pictures a second that as many pipelines as there are lanes decode side by side."""
+def _rate(device: int, how: Decoding, regions: int, pictures: Sequence[bytes]) -> float:
+    """Pictures a second that so many pipelines decode side by side."""
     batch, rounds = _arrays(pictures), 6
-    pipes = [_decoder(device, how, len(batch)) for _ in range(lanes)]
+    pipes = [_decoder(device, how, len(batch)) for _ in range(regions)]
 
     def decode(pipe: Any) -> None:
         for _ in range(rounds):
             pipe.run(**{INPUT: batch})
 
-    with ThreadPoolExecutor(lanes) as threads:
+    with ThreadPoolExecutor(regions) as threads:
         best_s = float("inf")
         for _ in range(3):  # the first round warms up
             start_s = time.perf_counter()
             list(threads.map(decode, pipes))
             best_s = min(best_s, time.perf_counter() - start_s)
-    return lanes * rounds * len(batch) / best_s
+    return regions * rounds * len(batch) / best_s
 
 
 def _time_s(device: int, how: Decoding, pictures: Sequence[bytes]) -> float:
@@ -355,7 +373,7 @@ def _decoder(device: int, how: Decoding, batch: int) -> Any:
     """A pipeline that decodes and does nothing else."""
     dali = _dali()
     pipe = dali.Pipeline(
-        batch_size=batch, num_threads=how.threads, device_id=device, prefetch_queue_depth=1
+        batch_size=batch, num_threads=_threads(how, batch), device_id=device, prefetch_queue_depth=1
     )
     with pipe:
         data = dali.fn.external_source(

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowlang.diagnostics import BadRequest, EngineError, InternalError, StageFailed
 from flowlang.plan import graph
@@ -144,7 +144,7 @@ class GpuInstance:
         """Wait for the stream and give each item its outcome."""
         outcomes, good = batch.outcomes, batch.good
         outputs = self.context.collect(len(good)) if good else {}
-        batch.held = None  # DALI's buffers may go back only now that the stream is done with them
+        batch.held = []  # DALI's buffers may go back only now that the stream is done with them
         if good:
             items = [batch.items[i] for i in good]
             for index, value in zip(good, self._values(outputs, items), strict=True):
@@ -168,24 +168,34 @@ class GpuInstance:
 class _Batch:
     """A batch on its way: the outcome of each item so far, and who is still in it.
 
-    `good` has the indices of the items under way, in the order of their rows; `pictures` what is
-    being decoded for them; `held` what must be kept until the stream is done. `items` are what the
-    stage was given, where its operators on the host take more than what flows.
+    `good` has the indices of the items under way, in the order of their rows; `runs` what is being
+    decoded for them; `held` what must be kept until the stream is done. `items` are what the stage
+    was given, where its operators on the host take more than what flows.
     """
 
-    __slots__ = ("good", "held", "items", "outcomes", "pictures", "region", "values")
+    __slots__ = ("good", "held", "items", "outcomes", "runs", "values")
 
     def __init__(self, values: Sequence[Any]) -> None:
         self.values = self.items = values
         self.outcomes: list[Any] = [None] * len(values)
         self.good: list[int] = []
-        self.pictures: list[bytes] = []
-        self.region: dali.Region | None = None
-        self.held: Any = None
+        self.runs: list[_Run] = []
+        self.held: list[Any] = []
+
+
+class _Run(NamedTuple):
+    """What of a batch one region decodes at once."""
+
+    region: dali.Region
+    indices: list[int]
+    pictures: list[bytes]
 
 
 class _Pictures:
-    """Encoded pictures to the engine's input, through DALI."""
+    """Encoded pictures to the engine's input, through DALI.
+
+    A batch larger than one region takes is decoded by several of them side by side.
+    """
 
     def __init__(self, plan: StagePlan, gpu: int, lane: GpuInstance, is_folded: bool) -> None:
         nodes = [n for n in plan.region if not (is_folded and n.op == graph.PACK)]
@@ -198,10 +208,13 @@ class _Pictures:
         self.max_pixels = plan.settings.get("max_pixels", MAX_PIXELS)
         self.allows_truncated = self.decode.params["truncated"] == "allow"
         how, most = lane.resources.decodings, plan.batch[2]
-        self.large = dali.Region(nodes, most, gpu, how.large)
-        self.small = self.large
+        count = -(-most // dali.MOST)
+        self.small = dali.Region(nodes, min(most, dali.SMALL_BATCH), gpu, how.small)
+        self.large = [self.small]
         if most > dali.SMALL_BATCH:
-            self.small = dali.Region(nodes, dali.SMALL_BATCH, gpu, how.small)
+            self.large = [
+                dali.Region(nodes, -(-most // count), gpu, how.large) for _ in range(count)
+            ]
         self.target = next(iter(lane.context.inputs.values()))
         self.row_bytes = next(iter(lane.context.row_bytes.values()))
 
@@ -212,20 +225,22 @@ class _Pictures:
         good if it was of one, the hardware engines left out.
         """
         pictures, stream = sample_pictures(4), self.lane.stream
-        for region in dict.fromkeys((self.large, self.small)):
+        for region in self.regions:
             for count in (region.batch, 1):
                 batch = _Batch([pictures[i % 4] for i in range(count)])
-                batch.good = list(range(count))
                 try:
-                    self._hand_over(region.run(batch.values, stream.handle), batch)
+                    result = region.run(batch.values, stream.handle)
                 except RuntimeError as error:
                     if isinstance(self._try_on_host(batch.values[0]), Exception):
                         continue  # the region refuses such pictures, and the decoder has seen them
                     raise EngineError(f"DALI does not decode here: {dali.reason(error)}") from None
+                self._hand_over(result, list(range(count)), batch)
                 stream.wait()
 
     def begin(self, batch: _Batch) -> None:
         """Sort out what cannot be decoded and start on the rest."""
+        good: list[int] = []
+        pictures: list[bytes] = []
         for index, data in enumerate(batch.values):
             size = plain_jpeg_size(data, self.max_pixels) if len(data) <= self.max_bytes else None
             if size is None or (self.free_side and self._may_grow(*size)):
@@ -234,11 +249,15 @@ class _Pictures:
                 except BadRequest as error:
                     batch.outcomes[index] = error
                     continue
-            batch.good.append(index)
-            batch.pictures.append(data)
-        if batch.good:
-            batch.region = self.small if len(batch.good) <= self.small.batch else self.large
-            batch.region.start(batch.pictures)
+            good.append(index)
+            pictures.append(data)
+        regions = [self.small] if len(good) <= self.small.batch else self.large
+        count = -(-len(good) // regions[0].batch)
+        for number, region in enumerate(regions[:count]):
+            part = slice(len(good) * number // count, len(good) * (number + 1) // count)
+            batch.runs.append(_Run(region, good[part], pictures[part]))
+        for run in batch.runs:
+            run.region.start(run.pictures)
 
     def _may_grow(self, height: int, width: int) -> bool:
         """Whether the region may make too much of a picture stored so, whichever way it is up."""
@@ -266,42 +285,48 @@ class _Pictures:
 
     def load(self, batch: _Batch) -> None:
         """Queue the copy of what was decoded into the engine's input, on the GPU."""
-        if batch.region is None:
-            return
-        try:
-            result = batch.region.result(self.lane.stream.handle)
-        except RuntimeError as error:
-            log.info("a picture failed its batch of %d: %s", len(batch.good), dali.reason(error))
-            self._rescue(batch)
-            return
-        self._hand_over(result, batch)
+        failed: list[_Run] = []
+        decoded: list[tuple[_Run, Any]] = []
+        for run in batch.runs:
+            try:
+                decoded.append((run, run.region.result(self.lane.stream.handle)))
+            except RuntimeError as error:
+                told = "a picture failed its batch of %d: %s"
+                log.info(told, len(run.indices), dali.reason(error))
+                failed.append(run)
+        for run, result in decoded:
+            self._hand_over(result, run.indices, batch)
+        for run in failed:
+            self._rescue(run, batch)
 
-    def _hand_over(self, result: Any, batch: _Batch) -> None:
-        size = len(batch.good) * self.row_bytes
+    def _hand_over(self, result: Any, indices: list[int], batch: _Batch) -> None:
+        """What a region gave goes into the rows behind those that are taken."""
+        size = len(indices) * self.row_bytes
+        target = self.target.address + len(batch.good) * self.row_bytes
         address = int(result.data_ptr())  # the pictures are of one size, so they lie in a row
-        cuda.copy_on_device(self.target.address, address, size, self.lane.stream)
-        batch.held = result
+        cuda.copy_on_device(target, address, size, self.lane.stream)
+        batch.good += indices
+        batch.held.append(result)
 
-    def _rescue(self, batch: _Batch) -> None:
-        """A batch in which something cannot be decoded, once more without it.
+    def _rescue(self, run: _Run, batch: _Batch) -> None:
+        """A run in which something cannot be decoded, once more without it.
 
         DALI names at most one of the culprits. So each picture is worked on by the reference
         operators, which tell exactly whose fault it is, and the rest goes through as bitmaps.
         """
-        checked = list(self.lane.resources.rescuers.map(self._try_on_host, batch.pictures))
+        checked = list(self.lane.resources.rescuers.map(self._try_on_host, run.pictures))
         left: list[int] = []
-        batch.pictures = []
-        for index, found in zip(batch.good, checked, strict=True):
+        bitmaps: list[bytes] = []
+        for index, found in zip(run.indices, checked, strict=True):
             if isinstance(found, Exception):
                 batch.outcomes[index] = found
             else:
                 left.append(index)
-                batch.pictures.append(found)
-        batch.good = left
+                bitmaps.append(found)
         if not left:
             return
         try:
-            self._hand_over(self.large.run(batch.pictures, self.lane.stream.handle), batch)
+            result = run.region.run(bitmaps, self.lane.stream.handle)
         except RuntimeError as error:
             self.lane.stream.wait()  # raises InstanceLost where it is no fault of the pictures
             message = f"decode failed: {dali.reason(error)}"
@@ -309,7 +334,8 @@ class _Pictures:
                 batch.outcomes[index] = StageFailed(
                     message, stage="decode", place=str(self.decode.span)
                 )
-            batch.good = []
+        else:
+            self._hand_over(result, left, batch)
 
     def _try_on_host(self, data: bytes) -> bytes | Exception:
         try:
@@ -320,10 +346,13 @@ class _Pictures:
         except Exception as error:
             return error
 
+    @property
+    def regions(self) -> list[dali.Region]:
+        return list(dict.fromkeys((*self.large, self.small)))
+
     def close(self) -> None:
-        self.large.close()
-        if self.small is not self.large:
-            self.small.close()
+        for region in self.regions:
+            region.close()
 
 
 def _free_side(nodes: Sequence[Node]) -> int:

@@ -197,7 +197,7 @@ def references(place: Place, photos: list[bytes]) -> tuple[list[bytes], list[byt
     """Photographs, and some of them in files that keep every pixel."""
     images = [decoded(data) for data in photos[:4]]
     images[1] = images[1][:251, :127]
-    return photos, [cv2.imencode(".png", image)[1].tobytes() for image in images]
+    return photos[: dali.MOST], [cv2.imencode(".png", image)[1].tobytes() for image in images]
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain.text)
@@ -206,7 +206,7 @@ def test_every_operator_agrees_with_its_reference(
 ) -> None:
     """Results on the GPU are those of the reference operators, within the tolerances."""
     nodes = region_of(chain.text, place.models)
-    region = Region(nodes, 32, 0, Decoding())
+    region = Region(nodes, dali.MOST, 0, Decoding())
     try:
         for files, is_jpeg in zip(references, (True, False), strict=True):
             for data, got in zip(files, in_dali(region, files), strict=True):
@@ -493,6 +493,25 @@ def test_a_bad_picture_fails_alone(place: Place, open_instance: Any, photos: lis
         for outcome, single in zip(outcomes, alone, strict=True):
             assert isinstance(outcome, np.ndarray), name
             assert abs(outcome - single).max() <= CELL_LEVELS, name
+
+
+def test_one_bad_picture_of_a_full_batch_takes_nobody_along(
+    place: Place, open_instance: Any, photos: list[bytes]
+) -> None:
+    """Nor the process, which DALI alone would: it refuses the header of the first of the two."""
+    instance = open_instance(CELLS.format(1).replace("1..32", "1..56"))
+    refused, broken = good()["tiff-1-bit"].data, damaged("png-rgb")
+    alone = {data: instance.run([data])[0] for data in (*photos, refused)}
+    for count in (56, 33, 28, 9, 56):
+        for at in (0, count // 2, count - 1):
+            given = [photos[(index + at) % len(photos)] for index in range(count)]
+            given[at], given[at - 1] = refused, broken
+            outcomes = instance.run(given)
+            for data, outcome in zip(given, outcomes, strict=True):
+                if data is broken:
+                    assert isinstance(outcome, BadRequest)
+                else:
+                    assert abs(outcome - alone[data]).max() <= CELL_LEVELS
 
 
 def test_several_bad_pictures_fail_alone(

@@ -103,7 +103,7 @@ def test_what_was_decoded_stays_until_its_copy_is_done() -> None:
             order.append("let go")
 
     def load(batch: _Batch) -> None:
-        batch.good, batch.held = [0], Held()
+        batch.good, batch.held = [0], [Held()]
 
     def refuse(count: int) -> None:
         raise EngineError("no graph")

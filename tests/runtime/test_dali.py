@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,15 +160,15 @@ def test_a_picture_that_would_explode_is_refused_before_its_region(
     batch = _Batch([LONG, TURNED, SHORT])
     pictures.begin(batch)
     assert [o is None for o in batch.outcomes] == list(outcomes)
-    assert batch.good == [i for i, is_good in enumerate(outcomes) if is_good]
+    (run,) = batch.runs
+    assert run.indices == [i for i, is_good in enumerate(outcomes) if is_good]
     for error in batch.outcomes:
         if error is not None:
             assert isinstance(error, BadRequest)
             assert error.stage == "resize"
             assert "resize failed: an image of" in error.message
             assert "of more than 67,108,864 pixels" in error.message
-    assert batch.region is not None
-    batch.region.result()
+    run.region.result()
 
 
 def test_every_format_is_refused_alike_where_it_would_explode(
@@ -228,9 +230,8 @@ def test_a_batch_may_be_of_any_size_up_to_the_most(open_region: Open) -> None:
         assert len(results) == count
         for data, got in zip(batch, results, strict=True):
             assert abs(got.astype(int) - on_host(nodes, data)).max() <= 1
-    with pytest.raises(RuntimeError, match=r"batch.size"):
+    with pytest.raises(InstanceLost, match=r"batch.size"):
         in_dali(region, given * 3)
-    assert len(in_dali(region, given)) == 4
 
 
 def test_a_result_stays_as_it_is_while_more_batches_run(open_region: Open) -> None:
@@ -292,6 +293,14 @@ def test_a_region_that_took_half_a_batch_is_lost(open_region: Open) -> None:
         region.start(files())
 
 
+def test_a_region_whose_result_nobody_took_is_lost(open_region: Open) -> None:
+    """The next batch would be given it."""
+    region, _ = open_region("decode -> resize(64) -> rgb")
+    region.start(files()[:1])
+    with pytest.raises(InstanceLost, match="a batch was begun whose pictures nobody took"):
+        region.start(files()[1:2])
+
+
 def test_the_reason_of_a_failure_is_told_without_its_traceback(open_region: Open) -> None:
     """DALI puts the pipeline's definition before what it met there."""
     region, _ = open_region("decode -> resize(64) -> rgb")
@@ -325,6 +334,45 @@ class Warmed:
         monkeypatch.setattr(cuda, "copy_on_device", copy)
 
 
+def test_one_bad_picture_of_a_full_batch_takes_nobody_along(
+    open_pictures: Callable[[str], _Pictures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the process, which DALI alone would. All others are right, in rows of their own."""
+    pictures = open_pictures('export flow f = decode -> resize(64) -> rgb -> trt("chw.onnx")')
+    lane: Any = pictures.lane
+    lane.stream = SimpleNamespace(handle=None, wait=lambda: None)
+    rows = np.zeros((56, 64 * 64 * 3), np.uint8)
+    pictures.row_bytes = rows.shape[1]
+    pictures.target = SimpleNamespace(address=rows.ctypes.data)  # type: ignore[assignment]
+
+    def copy(target: int, source: int, size_bytes: int, stream: object) -> None:
+        ctypes.memmove(target, source, size_bytes)
+
+    monkeypatch.setattr(cuda, "copy_on_device", copy)
+    nodes = pictures.nodes
+    given = photographs(8)
+    wanted = {data: on_host(nodes, data).ravel().astype(int) for data in given}
+    tiff = good()["tiff-1-bit"].data
+    wanted[tiff] = on_host(nodes, tiff).ravel().astype(int)
+    with ThreadPoolExecutor(4) as rescuers:
+        lane.resources.rescuers = rescuers
+        for count in (56, 56, 33, 29, 28, 9, 8, 56):
+            for at in (0, count // 2, count - 1):
+                values = [given[(index + at) % 8] for index in range(count)]
+                values[at] = tiff  # which DALI refuses, and a host decodes
+                values[at - 1] = b"no picture"
+                batch = _Batch(values)
+                pictures.begin(batch)
+                pictures.load(batch)
+                left = [index for index in range(count) if index != (at - 1) % count]
+                assert sorted(batch.good) == left
+                assert [i for i, o in enumerate(batch.outcomes) if o is not None] == [
+                    (at - 1) % count
+                ]
+                for row, index in enumerate(batch.good):
+                    assert abs(rows[row] - wanted[values[index]]).max() <= 1
+
+
 def test_each_region_decodes_a_full_batch_first(
     open_pictures: Callable[[str], _Pictures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +385,9 @@ def test_each_region_decodes_a_full_batch_first(
     few = Warmed(open_pictures(text.format(4)), monkeypatch)
     few.pictures.warm()
     assert few.sizes == [(4, 4), (4, 1)]
+    many = Warmed(open_pictures(text.format(56)), monkeypatch)
+    many.pictures.warm()
+    assert many.sizes == [(28, 28), (28, 1), (28, 28), (28, 1), (8, 8), (8, 1)]
 
 
 def test_a_gpu_that_does_not_decode_is_told_before_the_first_request(
@@ -347,13 +398,13 @@ def test_a_gpu_that_does_not_decode_is_told_before_the_first_request(
         open_pictures(f"export flow f = decode -> crop(640) -> resize(64){TAKER}"), monkeypatch
     )
     refusing.pictures.warm()
-    assert len(refusing.sizes) == 4
+    assert len(refusing.sizes) == 6
     assert not refusing.copied
     failing = Warmed(open_pictures(f"export flow f = decode -> resize(64){TAKER}"), monkeypatch)
 
     def fail(stream: object) -> Any:
         raise RuntimeError("no memory")
 
-    failing.pictures.large._outputs = fail
+    failing.pictures.large[0]._outputs = fail
     with pytest.raises(EngineError, match="DALI does not decode here: no memory"):
         failing.pictures.warm()

@@ -86,8 +86,11 @@ def server(flow: Path) -> Iterator[Server]:
 
 
 def lines_of(server: Server, **wanted: Any) -> list[dict[str, Any]]:
-    """The lines it wrote that have these values. Every line is an object."""
-    told = [json.loads(line) for line in server.errors.splitlines()]
+    """The lines it wrote that have these values. Every line is an object.
+
+    The last one counts once its end is there: it may be written just now.
+    """
+    told = [json.loads(line) for line in server.errors.rpartition("\n")[0].splitlines()]
     return [line for line in told if wanted.items() <= line.items()]
 
 
