@@ -8,6 +8,9 @@ EXAMPLE := examples/read_text.flow
 # Tests wait a third of their time, for deadlines and for other processes.
 TESTERS := $(shell expr $$(nproc) \* 3 / 2)
 
+# Tests start hundreds of processes: what those import is compiled once, whatever is set outside.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup serve test chaos lint bench clean
 
 setup: $(VENV)/.done

@@ -156,7 +156,7 @@ class Engine:
         Overloaded where it is too far behind, and DeadlineExceeded where it is late.
         """
         if not self.is_loaded:
-            raise _gone()
+            raise self._gone()
         if self.channel.is_full:
             raise Overloaded("too much is on its way to the engine")
         number = next(self._numbers) & 0xFFFFFFFF
@@ -247,20 +247,22 @@ class Engine:
         """The engine is gone: whoever waits is told, and whoever comes, until it is there again."""
         self.is_loaded = self._is_connected = False
         self._probed_s = None
-        self._fail_all(_gone())
+        self._fail_all(self._gone())
         if not self._is_closed:
             self._shut()
             self._connecting = asyncio.get_running_loop().create_task(self._connect_again())
+
+    def _gone(self) -> RequestError:
+        """Why nothing can be asked: who stops lets go of the engine too, and it does not fail."""
+        if self._is_held:
+            return Draining("the app is stopping and takes no more requests")
+        return Refusal("restarting", 503, "the engine has stopped, and is being started again")
 
     def _fail_all(self, error: RequestError) -> None:
         calls, self._calls = self._calls, {}
         for future in calls.values():
             if not future.done():
                 future.set_exception(error)
-
-
-def _gone() -> Refusal:
-    return Refusal("restarting", 503, "the engine has stopped, and is being started again")
 
 
 class FrontService(Service):

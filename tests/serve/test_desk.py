@@ -15,6 +15,7 @@ import flowlang
 from flowlang.app import App
 from flowlang.diagnostics import DeadlineExceeded, Draining, Overloaded
 from flowlang.serve import channel
+from flowlang.serve.answer import Refusal
 from flowlang.serve.desk import Desk, Kind
 from flowlang.serve.front import RETRY_S, Engine, RemoteFlow
 from flowlang.serve.trace import Tracer
@@ -123,6 +124,32 @@ def test_a_front_that_leaves_answers_first(app: App, tmp_path: Path) -> None:
                     await asked
         assert await desk.deserted(PATIENCE_S)
         desk.close()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_where_the_engine_went_is_told(app: App, tmp_path: Path, holds: bool) -> None:
+    """To a front that stops it is no failure that the engine goes too; to others it is."""
+
+    async def go() -> None:
+        desk = Desk(path := str(tmp_path / "engine"), {"late": asyncio.sleep}, 1)
+        desk.start(lambda: None)
+        desk.let_in(app)
+        front = await _meet(path)
+        flow = await front.be_open()
+        asked = asyncio.ensure_future(front.engine.ask("late", 60.0, "told"))
+        await asyncio.sleep(0)  # so that it is under way
+        if holds:
+            front.engine.hold()
+        desk.close()
+        wanted, code = (Draining, "draining") if holds else (Refusal, "restarting")
+        with pytest.raises(wanted) as under_way:
+            await asyncio.wait_for(asked, PATIENCE_S)
+        with pytest.raises(wanted) as after:
+            await flow.acall(b"x")
+        assert under_way.value.code == after.value.code == code
+        await front.engine.close(PATIENCE_S)
 
     asyncio.run(go())
 
