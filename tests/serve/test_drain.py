@@ -70,7 +70,7 @@ def test_it_is_not_ready_and_answers_as_ever(flow: Path, kind: tuple[str, ...]) 
     """All health checks say no at once; all protocols let in until the time is over."""
     grpc_port = free_port()
     with (
-        draining(flow, 2.0, "--grpc-port", str(grpc_port), *kind) as server,
+        draining(flow, 3.0, "--grpc-port", str(grpc_port), *kind) as server,
         triton.InferenceServerClient(f"127.0.0.1:{grpc_port}") as client,
         grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel,
         ThreadPoolExecutor(1) as pool,
@@ -83,7 +83,7 @@ def test_it_is_not_ready_and_answers_as_ever(flow: Path, kind: tuple[str, ...]) 
         assert (next(watching), check(b"")) == (NOT_SERVING, NOT_SERVING)
         watching.cancel()
         assert not client.is_server_ready()
-        for _ in range(12):  # whichever front has the connection
+        for _ in range(8):  # whichever front has the connection
             with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as other:
                 ready = other.get("/health/ready")
                 assert (ready.status_code, ready.json()["status"]) == (503, "draining")
@@ -98,7 +98,7 @@ def test_it_is_not_ready_and_answers_as_ever(flow: Path, kind: tuple[str, ...]) 
         sent.set_data_from_numpy(np.array([b"x"], object))
         assert client.infer("echo", [sent]).as_numpy("output").tolist() == [b"x"]
         late = pool.submit(server.client.post, "/flows/slow", content=b"3")
-        assert time.monotonic() - began_s < 1.9, "the machine is too slow for this test"
+        assert time.monotonic() - began_s < 2.9, "the machine is too slow for this test"
         assert late.result().content == b"3"
         assert server.wait() == 0
         assert 3 < time.monotonic() - began_s < 10
