@@ -190,7 +190,8 @@ def ceilings(run: Run) -> None:
             context.close()
     run.found["engine"] = found
     print("engine", found, flush=True)
-    decodings = dali.choose_decodings(0, 2 * GPU_LANES, vision.sample_pictures(7) * 4)
+    regions = GPU_LANES * dali.regions_for(GPU_BATCH)
+    decodings = dali.choose_decodings(0, regions, vision.sample_pictures(7))
     print(dali.describe(decodings), flush=True)
     run.found["decoding"] = asdict(decodings)
     run.found["decode"] = _decode_rates(run, decodings.large)

@@ -150,6 +150,11 @@ class Region:
         self._read.clear()
 
 
+def regions_for(batch: int) -> int:
+    """How many regions decode a batch side by side."""
+    return -(-batch // MOST)
+
+
 def _threads(decoding: Decoding, batch: int) -> int:
     """So many that a batch is not looked at in blocks: see MOST."""
     return max(decoding.threads, -(-batch // 4) - 1)
@@ -294,13 +299,15 @@ def _levels(dali: Any, data: Any, node: Node, colour: str) -> Any:
 
 
 def choose_decodings(device: int, regions: int, pictures: Sequence[bytes]) -> Decodings:
-    """The fastest ways to decode here, found by decoding `pictures` a few times each way.
+    """The fastest ways to decode here, found by decoding `pictures` a few times each way, as many
+    at once as a region takes.
 
     `regions` is how many will decode side by side. Hardware engines are never assumed: many GPUs
     have none, and containers without the `video` capability hide them. Without them CPU threads
     carry the work, as many as the regions leave each.
     """
     share = max(2, len(os.sched_getaffinity(0)) // regions)
+    pictures = [pictures[i % len(pictures)] for i in range(MOST)]
     without = _rate(device, Decoding(0.0, 2), 1, pictures)
     uses_engines = _rate(device, Decoding(1.0, 2), 1, pictures) > 1.5 * without
     few = min(4, share)

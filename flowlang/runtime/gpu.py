@@ -208,7 +208,7 @@ class _Pictures:
         self.max_pixels = plan.settings.get("max_pixels", MAX_PIXELS)
         self.allows_truncated = self.decode.params["truncated"] == "allow"
         how, most = lane.resources.decodings, plan.batch[2]
-        count = -(-most // dali.MOST)
+        count = dali.regions_for(most)
         self.small = dali.Region(nodes, min(most, dali.SMALL_BATCH), gpu, how.small)
         self.large = [self.small]
         if most > dali.SMALL_BATCH:

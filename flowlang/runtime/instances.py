@@ -91,10 +91,10 @@ class Instances:
 
         cuda.use(gpu)
         lanes = [s for s in self._plan.stages for g in s.gpus if g == gpu]
-        regions = sum(-(-s.batch[2] // dali.MOST) for s in lanes if decodes_on_gpu(s.region))
+        regions = sum(dali.regions_for(s.batch[2]) for s in lanes if decodes_on_gpu(s.region))
         decodings = dali.Decodings()
         if regions:
-            decodings = dali.choose_decodings(gpu, regions, sample_pictures(7) * (dali.MOST // 7))
+            decodings = dali.choose_decodings(gpu, regions, sample_pictures(7))
         store = EngineStore(self._engines or default_directory(), self._key)
         return GpuResources(trt.Engines(store), decodings)
 

@@ -284,7 +284,7 @@ class Lane(threading.Thread):
             self.scheduler.regain_instance(self.stage)
 
     def _made_at_last(self) -> Instance:
-        pause_s = 0.1
+        pause_s = RETRY_S
         while not self.scheduler.is_closed:
             try:
                 return self._new_instance()
