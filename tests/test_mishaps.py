@@ -32,8 +32,8 @@ from flowlang.runtime.entrance import Stage
 from flowlang.runtime.metrics import FlowCounts, Histogram
 from flowlang.runtime.scheduler import Scheduler
 from flowlang.runtime.stage import Lane
+from tests.waiting import LONG_S, eventually
 
-LONG_S = 20.0  # far beyond what anything here takes
 OPERATORS = """
 import time
 import weakref
@@ -87,13 +87,6 @@ def is_lane() -> bool:
 def lanes() -> set[threading.Thread]:
     """The threads of apps that are alive."""
     return {t for t in threading.enumerate() if t.name.startswith("flowlang-")}
-
-
-def eventually(is_so: Callable[[], bool]) -> bool:
-    end_s = time.monotonic() + LONG_S
-    while not is_so() and time.monotonic() < end_s:
-        time.sleep(0.002)
-    return is_so()
 
 
 def test_an_error_that_has_no_words_fails_its_item_alone(app: App) -> None:

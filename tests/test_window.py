@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowlang import App, BadRequest, Draining, load
+from tests.waiting import eventually
 
 OPERATORS = """
 import time
@@ -78,13 +79,6 @@ def numbers(count: int) -> list[bytes]:
     return [b"%d" % number for number in range(count)]
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 20.0
-    while not is_so():
-        assert time.monotonic() < end_s, "it did not come true"
-        time.sleep(0.001)
-
-
 class Items(Sequence[bytes]):
     """A sequence that is the caller's own, with code that no lane may run."""
 
@@ -108,7 +102,7 @@ def test_a_lane_sends_the_next_of_a_list_itself(
     sent = Sent(app, "value", monkeypatch)
     answers = app["value"].map(kind(numbers(400)), ahead=6)
     assert next(answers) == 0
-    wait_until(lambda: sent.by_lanes >= 5)  # though nobody asks for an answer
+    assert eventually(lambda: sent.by_lanes >= 5)  # though nobody asks for an answer
     assert list(answers) == list(range(1, 400))
     assert sum(sent.by_thread.values()) == 400
     assert sent.most <= 6
@@ -119,7 +113,7 @@ def test_a_lane_goes_no_further_ahead_than_twice(app: App, monkeypatch: pytest.M
     sent = Sent(app, "value", monkeypatch)
     answers = app["value"].map(numbers(400), ahead=6)
     assert next(answers) == 0
-    wait_until(lambda: sum(sent.by_thread.values()) >= 12)
+    assert eventually(lambda: sum(sent.by_thread.values()) >= 12)
     time.sleep(0.05)
     assert sum(sent.by_thread.values()) <= 13
     assert list(answers) == list(range(1, 400))
@@ -145,7 +139,7 @@ def test_while_all_lanes_have_work_they_send_nothing(
     sent = Sent(app, "value", monkeypatch)
     answers = app["value"].map(numbers(400), ahead=100)
     assert next(answers) == 0
-    wait_until(lambda: bool(sent.before_lanes))
+    assert eventually(lambda: bool(sent.before_lanes))
     assert max(sent.before_lanes) < app.scheduler.entrances["value"].room
     assert list(answers) == list(range(1, 400))
 

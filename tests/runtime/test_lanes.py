@@ -39,8 +39,8 @@ from flowlang.runtime.batcher import Item
 from flowlang.runtime.instances import Instances
 from flowlang.runtime.stage import Instance, InstanceLost
 from tests.simulation import write_models
+from tests.waiting import LONG_S, eventually
 
-LONG_S = 20.0  # far beyond what anything here takes
 # One stage taking any bytes, since what its instances do with them is up to each test.
 NET = """
     export flow f = decode -> resize(8) -> rgb -> trt("heads.onnx", batch=1..4) x{}
@@ -133,14 +133,6 @@ def poison(values: Sequence[Any]) -> list[Any]:
     if b"poison" in values:
         raise InstanceLost("the context is gone")
     return list(values)
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether a condition comes true in other threads before long."""
-    end_s = time.monotonic() + LONG_S
-    while not condition() and time.monotonic() < end_s:
-        time.sleep(0.002)
-    return condition()
 
 
 def test_a_lost_instance_is_replaced_while_others_go_on(start: Start) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flowlang.app import App
 from flowlang.diagnostics import DeadlineExceeded, Draining, Overloaded
 from flowlang.serve import channel
 from flowlang.serve.answer import Refusal
-from flowlang.serve.desk import Desk, Kind
+from flowlang.serve.desk import Desk, Kind, Question
 from flowlang.serve.front import RETRY_S, Engine, RemoteFlow
 from flowlang.serve.trace import Tracer
 from tests.serve.collector import collecting
@@ -54,6 +55,24 @@ async def _meet(path: str, tracer: Tracer | None = None) -> Front:
     return front
 
 
+@asynccontextmanager
+async def _open(
+    app: App,
+    folder: Path,
+    questions: Mapping[str, Question] | None = None,
+    tracer: Tracer | None = None,
+) -> AsyncIterator[tuple[Desk, Front, RemoteFlow]]:
+    """A desk, the one front before it, and its flow; in the end the front leaves."""
+    desk = Desk(path := str(folder / "engine"), questions or {}, 1, tracer)
+    desk.start(lambda: None)
+    desk.let_in(app)
+    front = await _meet(path, tracer)
+    yield desk, front, await front.be_open()
+    await front.engine.close(PATIENCE_S)
+    assert await desk.deserted(PATIENCE_S)
+    desk.close()
+
+
 def test_all_fronts_are_there_once_each_of_them_is(app: App, tmp_path: Path) -> None:
     """One that went and came again is one; and that all are there is said once."""
 
@@ -84,20 +103,13 @@ def test_a_flow_that_was_taken_over_from_refuses(app: App, tmp_path: Path) -> No
     """However often that was, so that the front asks the one that has taken over."""
 
     async def go() -> None:
-        desk = Desk(path := str(tmp_path / "engine"), {}, 1)
-        desk.start(lambda: None)
-        desk.let_in(app)
-        front = await _meet(path)
-        first = await front.be_open()
-        for _ in range(2):
-            desk.let_in(app)
-            with pytest.raises(Draining):
-                await first.acall(b"late")
-        last = await front.be_open()
-        assert await last.acall(b"x") == b"x"
-        await front.engine.close(PATIENCE_S)
-        assert await desk.deserted(PATIENCE_S)
-        desk.close()
+        async with _open(app, tmp_path) as (desk, front, first):
+            for _ in range(2):
+                desk.let_in(app)
+                with pytest.raises(Draining):
+                    await first.acall(b"late")
+            last = await front.be_open()
+            assert await last.acall(b"x") == b"x"
 
     asyncio.run(go())
 
@@ -160,34 +172,27 @@ def test_the_time_on_the_way_counts(
     """A deadline is one from when the front was asked, whenever the engine reads of it."""
 
     async def go() -> None:
-        desk = Desk(path := str(tmp_path / "engine"), {}, 1)
-        desk.start(lambda: None)
-        desk.let_in(app)
-        front = await _meet(path)
-        flow = await front.be_open()
-        spent_s: list[float] = []
-        put = app["main"].put
+        async with _open(app, tmp_path) as (_, _, flow):
+            spent_s: list[float] = []
+            put = app["main"].put
 
-        def note(*given: Any) -> Any:
-            spent_s.append(time.monotonic() - given[-1])
-            return put(*given)
+            def note(*given: Any) -> Any:
+                spent_s.append(time.monotonic() - given[-1])
+                return put(*given)
 
-        monkeypatch.setattr(app["main"], "put", note)
-        for within_s in (60.0, 0.1):
-            asked = asyncio.ensure_future(flow.acall(b"x", deadline_s=within_s))
-            await asyncio.sleep(0)  # so that it is sent at the end of this turn
-            await asyncio.sleep(0)
-            time.sleep(0.2)
-            if within_s > 1:
-                assert await asked == b"x"
-            else:
-                with pytest.raises(DeadlineExceeded, match="not answered by its deadline"):
-                    await asked
-        assert len(spent_s) == 1, "it was worked for although it was too late"
-        assert 0.2 <= spent_s[0] < 1
-        await front.engine.close(PATIENCE_S)
-        assert await desk.deserted(PATIENCE_S)
-        desk.close()
+            monkeypatch.setattr(app["main"], "put", note)
+            for within_s in (60.0, 0.1):
+                asked = asyncio.ensure_future(flow.acall(b"x", deadline_s=within_s))
+                await asyncio.sleep(0)  # so that it is sent at the end of this turn
+                await asyncio.sleep(0)
+                time.sleep(0.2)
+                if within_s > 1:
+                    assert await asked == b"x"
+                else:
+                    with pytest.raises(DeadlineExceeded, match="not answered by its deadline"):
+                        await asked
+            assert len(spent_s) == 1, "it was worked for although it was too late"
+            assert 0.2 <= spent_s[0] < 1
 
     asyncio.run(go())
 
@@ -216,33 +221,26 @@ def test_a_trace_is_told_where_it_is_of_use(
     """A call that is not followed costs no message more, and has no trace in the engine."""
 
     async def go() -> None:
-        desk = Desk(path := str(tmp_path / "engine"), {"trace": tracer.trace_id}, 1, tracer)
-        desk.start(lambda: None)
-        desk.let_in(app)
-        front = await _meet(path, tracer)
-        flow = await front.be_open()
-        kinds: list[int] = []
-        send = front.engine.channel.send
+        async with _open(app, tmp_path, {"trace": tracer.trace_id}, tracer) as (_, front, flow):
+            kinds: list[int] = []
+            send = front.engine.channel.send
 
-        def note(number: int, kind: int, *rest: Any) -> None:
-            kinds.append(kind)
-            send(number, kind, *rest)
+            def note(number: int, kind: int, *rest: Any) -> None:
+                kinds.append(kind)
+                send(number, kind, *rest)
 
-        monkeypatch.setattr(front.engine.channel, "send", note)
-        if parent is not None:
-            tracer.begin("main", {"traceparent": parent}, {})
-        await flow.acall(b"x")
-        assert kinds == [*([Kind.TRACE] if is_told[0] else []), Kind.CALL]
-        kinds.clear()
-        told = await front.engine.ask("trace")
-        assert kinds == [*([Kind.TRACE] if is_told[1] else []), Kind.ASK]
-        assert told == (TRACE if is_told[1] else None)
-        # What comes behind it is none of it.
-        fresh = contextvars.Context()
-        assert await fresh.run(asyncio.ensure_future, front.engine.ask("trace")) is None
-        await front.engine.close(PATIENCE_S)
-        assert await desk.deserted(PATIENCE_S)
-        desk.close()
+            monkeypatch.setattr(front.engine.channel, "send", note)
+            if parent is not None:
+                tracer.begin("main", {"traceparent": parent}, {})
+            await flow.acall(b"x")
+            assert kinds == [*([Kind.TRACE] if is_told[0] else []), Kind.CALL]
+            kinds.clear()
+            told = await front.engine.ask("trace")
+            assert kinds == [*([Kind.TRACE] if is_told[1] else []), Kind.ASK]
+            assert told == (TRACE if is_told[1] else None)
+            # What comes behind it is none of it.
+            fresh = contextvars.Context()
+            assert await fresh.run(asyncio.ensure_future, front.engine.ask("trace")) is None
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         asyncio.run(go())
@@ -252,18 +250,11 @@ def test_a_front_that_stops_lets_no_flows_in(app: App, tmp_path: Path) -> None:
     """Nor those that the engine, which has not heard of the end yet, tells it of just then."""
 
     async def go() -> None:
-        desk = Desk(path := str(tmp_path / "engine"), {"told": lambda: "told"}, 1)
-        desk.start(lambda: None)
-        desk.let_in(app)
-        front = await _meet(path)
-        flow = await front.be_open()
-        front.engine.hold()
-        desk.let_in(app)
-        assert await front.engine.ask("told") == "told"  # behind the word of the others
-        assert front.flows["main"] is flow
-        await front.engine.close(PATIENCE_S)
-        assert await desk.deserted(PATIENCE_S)
-        desk.close()
+        async with _open(app, tmp_path, {"told": lambda: "told"}) as (desk, front, flow):
+            front.engine.hold()
+            desk.let_in(app)
+            assert await front.engine.ask("told") == "told"  # behind the word of the others
+            assert front.flows["main"] is flow
 
     asyncio.run(go())
 
@@ -299,23 +290,16 @@ def test_refusals_that_the_engine_does_not_read_of_are_not_kept(
     monkeypatch.setattr(channel, "WAITING_BYTES", 100_000)
 
     async def go() -> None:
-        desk = Desk(path := str(tmp_path / "engine"), {}, 1)
-        desk.start(lambda: None)
-        desk.let_in(app)
-        front = await _meet(path)
-        flow = await front.be_open()
-        told: list[str] = []
-        monkeypatch.setattr(desk, "count_refusal", lambda number, code: told.append(code))
-        for _ in range(100_000):  # in one turn of the loop, so that nobody reads
-            flow.count_refusal("bad-request")
-        with pytest.raises(Overloaded):
-            await flow.acall(b"x")
-        while front.engine.channel.is_full:
-            await asyncio.sleep(0.01)
-        assert await flow.acall(b"x") == b"x"  # behind all the others
-        assert 5_000 < len(told) < 20_000
-        await front.engine.close(PATIENCE_S)
-        assert await desk.deserted(PATIENCE_S)
-        desk.close()
+        async with _open(app, tmp_path) as (desk, front, flow):
+            told: list[str] = []
+            monkeypatch.setattr(desk, "count_refusal", lambda number, code: told.append(code))
+            for _ in range(100_000):  # in one turn of the loop, so that nobody reads
+                flow.count_refusal("bad-request")
+            with pytest.raises(Overloaded):
+                await flow.acall(b"x")
+            while front.engine.channel.is_full:
+                await asyncio.sleep(0.01)
+            assert await flow.acall(b"x") == b"x"  # behind all the others
+            assert 5_000 < len(told) < 20_000
 
     asyncio.run(go())
