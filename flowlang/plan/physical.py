@@ -38,7 +38,7 @@ MAX_PIXELS = 64 << 20  # of a picture: three times a 24-megapixel camera's
 QUEUE = 256
 LIGHT_BATCH = 64  # stages without a model share out what waits; this bounds one hand-over
 PYTHON_TIMEOUT_S = 30.0  # of an operator in Python, which may well never come back
-GPU_LANES = 2  # each decodes a batch while its last one is in the model
+GPU_LANES = 3  # each decodes a batch while its last one is in the model
 GPU_BATCH = 56  # a multiple of the seven JPEG engines that large GPUs have
 HOST_OPS = frozenset(op.name for op in OPS.values() if op.kind == "host")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,14 @@ LOST = frozenset({"cudaErrorIllegalAddress", "cudaErrorLaunchFailure", "cudaErro
                   "cudaErrorExternalDevice"})  # fmt: skip
 
 
+# Streams of one of these queues wait for each other, and there are eight of them unless more are
+# asked for before CUDA starts: too few for the pipelines and contexts of an app.
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
 @functools.cache
 def _runtime() -> Any:
+    os.environ.setdefault(QUEUES, "32")
     try:
         from cuda.bindings import runtime
     except ImportError as error:

@@ -14,8 +14,7 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +68,8 @@ class Decoding:
 class Decodings:
     """How batches of up to SMALL_BATCH pictures are decoded, and larger ones.
 
-    `uses_engines` is what a measurement at start-up saw, `rate` the pictures a second that all
-    regions together decoded in large batches.
+    `uses_engines` is what a measurement at start-up saw, `rate` the pictures a second that one
+    region decoded in large batches.
     """
 
     small: Decoding = Decoding()
@@ -89,25 +88,18 @@ class Region:
     def __init__(
         self, nodes: Sequence[Node], batch: int, device: int | None, decoding: Decoding
     ) -> None:
-        dali = _dali()
         if batch > MOST:
             raise InternalError(f"a region takes {MOST} pictures, not {batch}")
         self.batch = batch
-        pipe = dali.Pipeline(
-            batch_size=batch,
-            num_threads=_threads(decoding, batch),
-            device_id=device,
-            prefetch_queue_depth=1,
+        pipe = _pipeline(
+            batch,
+            device,
+            decoding,
+            lambda data: _lower(_dali(), nodes, data, device, decoding),
             exec_dynamic=True,
         )
-        with pipe:
-            data = dali.fn.external_source(
-                name=INPUT, ndim=1, dtype=dali.types.UINT8, no_copy=True, device="cpu"
-            )
-            pipe.set_outputs(_lower(dali, nodes, data, device, decoding))
-        pipe.build()
         self._pipe = pipe
-        self._wrap = dali.tensors.TensorCPU
+        self._wrap = _dali().tensors.TensorCPU
         self._feed, self._run, self._outputs = _calls(pipe)
         self._is_begun = False
         self._read: deque[Sequence[bytes]] = deque(maxlen=2)  # batches that DALI may be reading
@@ -153,6 +145,27 @@ class Region:
 def regions_for(batch: int) -> int:
     """How many regions decode a batch side by side."""
     return -(-batch // MOST)
+
+
+def _pipeline(
+    batch: int, device: int | None, how: Decoding, work: Callable[[Any], Any], **options: Any
+) -> Any:
+    """A pipeline of what `work` makes of up to `batch` encoded pictures."""
+    dali = _dali()
+    pipe = dali.Pipeline(
+        batch_size=batch,
+        num_threads=_threads(how, batch),
+        device_id=device,
+        prefetch_queue_depth=1,
+        **options,
+    )
+    with pipe:
+        data = dali.fn.external_source(
+            name=INPUT, ndim=1, dtype=dali.types.UINT8, no_copy=True, device="cpu"
+        )
+        pipe.set_outputs(work(data))
+    pipe.build()
+    return pipe
 
 
 def _threads(decoding: Decoding, batch: int) -> int:
@@ -304,23 +317,23 @@ def choose_decodings(device: int, regions: int, pictures: Sequence[bytes]) -> De
 
     `regions` is how many will decode side by side. Hardware engines are never assumed: many GPUs
     have none, and containers without the `video` capability hide them. Without them CPU threads
-    carry the work, as many as the regions leave each.
+    carry the work, as many as the regions leave each. Making a
+    pipeline takes long, so no more is tried than has made a difference.
     """
     share = max(2, len(os.sched_getaffinity(0)) // regions)
     pictures = [pictures[i % len(pictures)] for i in range(MOST)]
-    without = _rate(device, Decoding(0.0, 2), 1, pictures)
-    uses_engines = _rate(device, Decoding(1.0, 2), 1, pictures) > 1.5 * without
-    few = min(4, share)
+    rates = {how: _rate(device, how, pictures) for how in (Decoding(0.0, 2), Decoding(1.0, 2))}
+    without, engines = rates.values()
+    uses_engines = engines > 1.5 * without
     if uses_engines:
-        large = [Decoding(1.0, 2), Decoding(1.0, few)]
-        small = [Decoding(1.0, 1), Decoding(1.0, 2), Decoding(1.0, few), Decoding(0.65, few)]
+        large = Decoding(1.0, 2)
+        small = [Decoding(1.0, 1), large]
     else:
-        large = [Decoding(load, share) for load in (0.0, 0.65, 1.0)]
-        small = large
-    rates = {how: _rate(device, how, regions, pictures) for how in large}
+        small = [Decoding(load, share) for load in (0.0, 0.65, 1.0)]
+        rates |= {how: _rate(device, how, pictures) for how in small}
+        large = max(small, key=rates.__getitem__)
     times_s = {how: _time_s(device, how, pictures[:SMALL_BATCH]) for how in small}
-    best = max(rates, key=rates.__getitem__)
-    chosen = Decodings(min(times_s, key=times_s.__getitem__), best, uses_engines, rates[best])
+    chosen = Decodings(min(times_s, key=times_s.__getitem__), large, uses_engines, rates[large])
     log.info("%s", describe(chosen))
     return chosen
 
@@ -332,26 +345,21 @@ def describe(how: Decodings) -> str:
     return (
         f"JPEG is decoded by {who}: hardware load {large.hardware_load:g}, {large.threads} threads "
         f"a region ({small.hardware_load:g}, {small.threads} up to {SMALL_BATCH} at once), "
-        f"{how.rate:,.0f} pictures/s in all regions together"
+        f"{how.rate:,.0f} pictures/s in one region"
     )
 
 
-def _rate(device: int, how: Decoding, regions: int, pictures: Sequence[bytes]) -> float:
-    """Pictures a second that so many pipelines decode side by side."""
+def _rate(device: int, how: Decoding, pictures: Sequence[bytes]) -> float:
+    """Pictures a second that one pipeline decodes."""
     batch, rounds = _arrays(pictures), 6
-    pipes = [_decoder(device, how, len(batch)) for _ in range(regions)]
-
-    def decode(pipe: Any) -> None:
+    pipe = _decoder(device, how, len(batch))
+    best_s = float("inf")
+    for _ in range(3):  # the first round warms up
+        start_s = time.perf_counter()
         for _ in range(rounds):
             pipe.run(**{INPUT: batch})
-
-    with ThreadPoolExecutor(regions) as threads:
-        best_s = float("inf")
-        for _ in range(3):  # the first round warms up
-            start_s = time.perf_counter()
-            list(threads.map(decode, pipes))
-            best_s = min(best_s, time.perf_counter() - start_s)
-    return regions * rounds * len(batch) / best_s
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return rounds * len(batch) / best_s
 
 
 def _time_s(device: int, how: Decoding, pictures: Sequence[bytes]) -> float:
@@ -378,14 +386,4 @@ def _arrays(pictures: Sequence[bytes]) -> list[NDArray[Any]]:
 
 def _decoder(device: int, how: Decoding, batch: int) -> Any:
     """A pipeline that decodes and does nothing else."""
-    dali = _dali()
-    pipe = dali.Pipeline(
-        batch_size=batch, num_threads=_threads(how, batch), device_id=device, prefetch_queue_depth=1
-    )
-    with pipe:
-        data = dali.fn.external_source(
-            name=INPUT, ndim=1, dtype=dali.types.UINT8, no_copy=True, device="cpu"
-        )
-        pipe.set_outputs(_decode(dali, data, device, how))
-    pipe.build()
-    return pipe
+    return _pipeline(batch, device, how, lambda data: _decode(_dali(), data, device, how))

@@ -34,6 +34,7 @@ from flowlang.runtime import cuda, dali, trt
 from flowlang.runtime.dali import Decoding, Decodings, Region
 from flowlang.runtime.instances import Instances
 from flowlang.runtime.stage import InstanceLost
+from tests.engines import build_soon
 from tests.pictures import bad, good, photographs
 from tests.regions import (
     CHAINS,
@@ -101,6 +102,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dali, "choose_decodings", measure_once)
+        build_soon(patch)
         yield Place(root, tmp_path_factory.mktemp("engines"))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import flowlang
 from flowlang.runtime import cuda
+from tests.engines import build_soon
 from tests.furnish import furnish
 from tests.pictures import photographs
 
@@ -31,6 +32,7 @@ def test_a_program_answers_on_a_gpu_as_on_a_cpu(
 ) -> None:
     """One model, one with a schedule, one with parameters, and three behind one decode."""
     monkeypatch.delenv("MODELS", raising=False)
+    build_soon(monkeypatch)
     path = folder / f"{name}.flow"
     with flowlang.load(path, device="cpu") as app:
         wanted = [app(picture, deadline_s=60.0) for picture in PICTURES]

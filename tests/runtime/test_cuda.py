@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import enum
+import os
+import sys
+import types
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,3 +118,18 @@ def test_what_was_decoded_stays_until_its_copy_is_done() -> None:
     with pytest.raises(EngineError, match="no graph"):
         lane.launch(_Batch([b"picture"]))
     assert order == ["waited", "let go"]
+
+
+@pytest.mark.parametrize(("set_before", "wanted"), [(None, "32"), ("8", "8")])
+def test_cuda_is_asked_for_more_queues_than_it_has(
+    set_before: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads the number when it starts, so that is set before; a number that is set stays."""
+    monkeypatch.setenv(cuda.QUEUES, set_before or "")
+    if set_before is None:
+        monkeypatch.delenv(cuda.QUEUES)
+    runtime = types.ModuleType("cuda.bindings")
+    runtime.runtime = None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", runtime)
+    cuda._runtime.__wrapped__()
+    assert os.environ[cuda.QUEUES] == wanted
