@@ -206,7 +206,10 @@ def explain(
     schedule: str | None,
     key: Key | None,
 ) -> None:
-    """Print the plan of FILES: operators and types, or with --physical the stages of them all."""
+    """Print the plan of FILES: operators and types, or with --physical the stages of them all.
+
+    Where they decode on a GPU it is measured, and said, what decodes there.
+    """
     _collect_no_garbage()
     from flowlang.plan.explain import explain_physical, explain_plan
     from flowlang.plan.files import compile_files
@@ -214,10 +217,18 @@ def explain(
     from flowlang.runtime.machine import this_machine
 
     plans = compile_files(files, values=values, schedule=schedule, opener=opener_of(key))
-    if physical:
-        click.echo(explain_physical(lower(plans, this_machine(device))), nl=False)
-    else:
+    if not physical:
         click.echo("\n".join(map(explain_plan, plans)), nl=False)
+        return
+    stages = lower(plans, this_machine(device))
+    click.echo(explain_physical(stages), nl=False)
+    if gpus := sorted({gpu for stage in stages.stages for gpu in stage.gpus}):
+        from flowlang.runtime import dali
+        from flowlang.runtime.gpu import decodings_of
+
+        for gpu in gpus:
+            if (how := decodings_of(stages, gpu)) is not None:
+                click.echo(f"\ngpu:{gpu}  {dali.describe(how)}")
 
 
 @main.command()

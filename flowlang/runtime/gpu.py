@@ -16,7 +16,7 @@ from flowlang.diagnostics import BadRequest, EngineError, InternalError, StageFa
 from flowlang.plan import graph
 from flowlang.plan.chain import decodes_on_gpu
 from flowlang.plan.graph import Node
-from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, StagePlan
+from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, PhysicalPlan, StagePlan
 from flowlang.plan.types import Image, Tensor
 from flowlang.runtime import cuda, dali, trt
 from flowlang.runtime.cpu import RowChain
@@ -41,12 +41,20 @@ def is_decoded(picture: Picture) -> bool:
     return picture.format in DECODED and picture.is_complete and not picture.stores_rgb
 
 
+def decodings_of(plan: PhysicalPlan, gpu: int) -> dali.Decodings | None:
+    """How pictures are decoded best on a GPU, measured there; None where no stage decodes on it."""
+    cuda.use(gpu)
+    lanes = [stage for stage in plan.stages for number in stage.gpus if number == gpu]
+    regions = sum(dali.regions_for(s.batch[2]) for s in lanes if decodes_on_gpu(s.region))
+    return dali.choose_decodings(gpu, regions, sample_pictures(7)) if regions else None
+
+
 class GpuResources:
     """What the instances of an app share on one GPU: engines, how to decode, rescue threads."""
 
-    def __init__(self, engines: trt.Engines, decodings: dali.Decodings) -> None:
+    def __init__(self, engines: trt.Engines, decodings: dali.Decodings | None) -> None:
         self.engines = engines
-        self.decodings = decodings
+        self.decodings = decodings or dali.Decodings()
         self.rescuers = ThreadPoolExecutor(8, thread_name_prefix="flowlang-rescue")
 
     def close(self) -> None:

@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from flowlang.plan import graph
-from flowlang.plan.chain import decodes_on_gpu
 from flowlang.plan.physical import PhysicalPlan, StagePlan
 from flowlang.runtime.stage import Instance
 
@@ -84,17 +83,11 @@ class Instances:
             return self._resources[gpu]
 
     def _new_resources(self, gpu: int) -> GpuResources:
-        from flowlang.runtime import cuda, dali, trt
+        from flowlang.runtime import trt
         from flowlang.runtime.engine_store import EngineStore, default_directory
-        from flowlang.runtime.gpu import GpuResources
-        from flowlang.runtime.vision import sample_pictures
+        from flowlang.runtime.gpu import GpuResources, decodings_of
 
-        cuda.use(gpu)
-        lanes = [s for s in self._plan.stages for g in s.gpus if g == gpu]
-        regions = sum(dali.regions_for(s.batch[2]) for s in lanes if decodes_on_gpu(s.region))
-        decodings = dali.Decodings()
-        if regions:
-            decodings = dali.choose_decodings(gpu, regions, sample_pictures(7))
+        decodings = decodings_of(self._plan, gpu)
         store = EngineStore(self._engines or default_directory(), self._key)
         return GpuResources(trt.Engines(store), decodings)
 
