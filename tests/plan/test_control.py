@@ -383,8 +383,6 @@ def test_a_match_of_conditions_is_called_a_match() -> None:
 
 # Names
 
-SIZED = "export flow f(size: int = 8): bytes -> image = decode -> resize(8)"
-
 
 @pytest.mark.parametrize(
     ("text", "value"),
