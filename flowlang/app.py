@@ -135,6 +135,7 @@ class Flow:
         self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> tuple[Any, float]:
         """The answer for one item, and how many seconds it waited with nothing at work on it."""
+        # Not one with `acall`: if either called the other, each request would pay for a coroutine.
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         request = self.put(item, self._reply_of(loop), future, deadline_s, priority, parameters)
@@ -147,7 +148,7 @@ class Flow:
             del future, request  # as in `acall`
 
     def _reply_of(self, loop: asyncio.AbstractEventLoop) -> LoopReply:
-        """The reply of an event loop; the last one used is found without a look-up."""
+        """The reply of an event loop, noted as the last one used: `acall` looks there first."""
         reply = self._loops.get(loop)
         if reply is None:
             reply = self._loops[loop] = LoopReply(loop)

@@ -274,10 +274,10 @@ class CompileError(FlowError):
         super().__init__(self.diagnostics)
 
     def __str__(self) -> str:
-        shown = [render(d) for d in self.diagnostics[:MAX_SHOWN]]
-        if more := len(self.diagnostics) - len(shown):
-            shown.append(f"and {more} more")
-        return "\n\n".join(shown)
+        told = [render(d) for d in self.diagnostics[:MAX_SHOWN]]
+        if more := len(self.diagnostics) - len(told):
+            told.append(f"and {more} more")
+        return "\n\n".join(told)
 
 
 class EngineError(FlowError):

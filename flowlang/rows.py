@@ -112,8 +112,8 @@ def _summary(answer: Any) -> str:
 
 def _finding(answer: dict[str, Any]) -> str:
     """A label, detection or reading: what it is, how sure that is, and all that comes with it."""
-    shown = answer.get("text", answer.get("label"))
-    text = f"{shown} ({answer['score']:.3f})"
+    found = answer.get("text", answer.get("label"))
+    text = f"{found} ({answer['score']:.3f})"
     if "box" in answer:
         text += f" at {', '.join(f'{side:.0f}' for side in answer['box'])}"
     known = ("index", "label", "text", "score", "box", "quad")

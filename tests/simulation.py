@@ -6,12 +6,15 @@ holds here of order, waiting and counting holds of the threads there.
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from examples import models
@@ -44,6 +47,14 @@ def write_models(folder: Path) -> Path:
     models.two_heads(folder / "heads.onnx", size=8)
     models.two_inputs(folder / "pair.onnx", size=8)
     return folder
+
+
+@cache
+def models_folder() -> Path:
+    """A folder with the models, for what hypothesis makes up where no fixture reaches."""
+    made = TemporaryDirectory()
+    atexit.register(made.cleanup)
+    return write_models(Path(made.name))
 
 
 def plan_of(text: str, folder: Path, cores: int = 8) -> PhysicalPlan:

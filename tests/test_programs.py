@@ -22,7 +22,6 @@ NAMES = (
     *("p07_map", "p08_cascade", "p09_imports", "p10_street"),
 )
 PICTURES = photographs(3)
-GOLDEN = Path(__file__).parent / "programs"
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from flowlang.serve.token import Token
     from flowlang.serve.trace import Tracer
 
+PORT = click.IntRange(0, 65535)
+
 
 def _check_number(context: click.Context, option: click.Parameter, value: float) -> float:
     if math.isnan(value):  # which is in every range
@@ -44,7 +46,7 @@ def _check_number(context: click.Context, option: click.Parameter, value: float)
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--port", default=8000, show_default=True, type=PORT)
 @click.option(
     "--ingest",
     "fronts",
@@ -70,18 +72,18 @@ def _check_number(context: click.Context, option: click.Parameter, value: float)
 )
 @click.option(
     "--grpc-port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     help="Serve the Open Inference Protocol over gRPC there too; Triton's port is 8001.",
 )
 @click.option(
     "--thrift-port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     help="Serve InferenceService over Thrift there too; its clients look at 8888.",
 )
 @click.option("--thrift-flow", metavar="NAME", help="The flow that Thrift means if it names none.")
 @click.option(
     "--metrics-port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     help="Tell /metrics there too, and nothing else, to everybody; Triton's port is 8002.",
 )
 @click.option(

@@ -371,7 +371,7 @@ class _Walk:
             named = re.search(r"([A-Za-z_][A-Za-z0-9_.]*)\s*$", self.text[:at])
             callee = named.group(1) if named else ""
         top.is_match = top.is_match and kind != "arms"
-        self.stack.append(Frame(kind, _FIRST[kind], callee, is_header=False))
+        self.stack.append(Frame(kind, _FIRST[kind], callee))
 
     def _kind(self, mark: str, at: int) -> str:
         top = self.top
@@ -416,8 +416,6 @@ class _Walk:
 
 
 _KEYWORDS = frozenset({"if", "then", "else", "match", "as", "let", "return", "and", "or", "not"})
-
-
 _BRANCHES = {"then": " then pass else pass", "else": " else pass"}
 
 

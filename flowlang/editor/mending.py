@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from flowlang.diagnostics import Diagnostic, Span
+from flowlang.syntax.wording import one_line
 
 _MEANT = re.compile(r"did you mean (?:`([^`]+)`|(\"[^\"]*\"))\?")
 _WRONG = re.compile(r"(?:named|field) `([^`]+)`")
@@ -74,11 +75,11 @@ def _file(span: Span, meant: str) -> Mend | None:
 def _before(diagnostic: Diagnostic) -> Mend | None:
     """Stages missing before the marked one: the help ends with it."""
     span, text = diagnostic.span, diagnostic.help or ""
-    if not text.endswith(f" -> {_one_line(span)}"):
+    if not text.endswith(f" -> {one_line(span)}"):
         return None
     for label in diagnostic.secondary:
         between = span.source.text[label.span.end : span.start]
-        if text.startswith(f"{_one_line(label.span)} -> ") and label.span.source is span.source:
+        if text.startswith(f"{one_line(label.span)} -> ") and label.span.source is span.source:
             if between.strip() != "->":
                 return None
             return _mend(label.span.to(span), text, diagnostic.severity == "error")
@@ -100,7 +101,3 @@ def _whole(diagnostic: Diagnostic) -> Mend | None:
     if diagnostic.slug not in _WHOLE or not diagnostic.help:
         return None
     return _mend(diagnostic.span, diagnostic.help, False)
-
-
-def _one_line(span: Span) -> str:
-    return " ".join(span.text.split())

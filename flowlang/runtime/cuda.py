@@ -96,7 +96,6 @@ class Gpu:
     name: str
     compute_capability: str
     driver: str
-    memory_bytes: int
 
 
 @functools.cache
@@ -115,7 +114,6 @@ def gpu(index: int) -> Gpu:
         found.name.decode().rstrip("\0"),
         f"{found.major}.{found.minor}",
         f"{driver // 1000}.{driver % 1000 // 10}",
-        int(found.totalGlobalMem),
     )
 
 

@@ -64,8 +64,9 @@ _DIFFERENCES = {
 class EngineKey:
     """Everything that makes an engine the right one; two equal keys may share an engine.
 
-    `model_sha256` is 64 hex digits; `normalisation` is (mean, std) or None when it is not part
-    of the engine; `driver_class` names the drivers an engine may be shared between.
+    `model_sha256` is 64 hex digits; `normalisation` is the mean, the std and the picture's height,
+    width and channels, or None when it is not part of the engine; `driver_class` names the drivers
+    an engine may be shared between.
     """
 
     model_sha256: str

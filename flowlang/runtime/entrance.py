@@ -49,11 +49,11 @@ class Stage:
 
 
 class Entrance:
-    """The door of a flow: its program made ready to run, and its bounded queue.
+    """The way into a flow: its program made ready to run, and its bounded queue.
 
     At most `limit` requests are inside: those that wait, and as many as the stages can work on at
-    the same time. Of those, at most `width` are under way in the stages; the
-    rest wait here as they came (compressed pictures are small, decoded ones are not).
+    the same time. Of those, at most `width` are under way in the stages; the rest wait here, by
+    rank and as they came (compressed pictures are small, decoded ones are not).
     """
 
     def __init__(self, program: FlowProgram, stages: Sequence[Stage]) -> None:

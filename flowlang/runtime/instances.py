@@ -6,7 +6,6 @@ here, when the first stage asks for it.
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 from pathlib import Path
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from flowlang.runtime.gpu import GpuResources
     from flowlang.runtime.ort import Sessions
     from flowlang.runtime.seal import Key
-
-log = logging.getLogger("flowlang")
 
 # The interpreter lets a thread run for 5 ms before another gets its turn. A lane that comes back
 # from the GPU would wait that long for a client's thread, which is several batches.

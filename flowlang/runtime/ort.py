@@ -1,7 +1,8 @@
 """Models on the CPU: ONNX Runtime sessions of one model, shared by its instances.
 
-Layer 3, and the only file importing onnxruntime. `InferenceSession.run` may be called from several
-threads at once, so N instances are N concurrent calls and each session's weights are held once.
+Layer 3, and the only file that runs anything with onnxruntime, of which `runtime.rework` has a
+converter. `InferenceSession.run` may be called from several threads at once, so N instances are N
+concurrent calls and each session's weights are held once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from flowlang.plan.onnx import Model
-from flowlang.plan.physical import StagePlan
+    from flowlang.plan.physical import StagePlan
 
 _DTYPE = {
     "f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8", "i8": "int8",

@@ -1,6 +1,6 @@
 """Turns the bytes of a picture file into what the file says of itself, before it is decoded.
 
-Layer: runtime, pure Python. It reads headers and block lengths, never pixels, so that a picture
+Layer 3, pure Python. It reads headers and block lengths, never pixels, so that a picture
 too large, cut short or not a picture at all costs microseconds instead of a decoder's memory.
 It knows nothing of who decodes the picture.
 """

@@ -91,12 +91,7 @@ def _argmax(node: Node, settings: Mapping[str, Any]) -> Work:
 
 def label(index: int, score: float, names: list[str] | None) -> dict[str, Any]:
     """A label, by its name where there is one."""
-    named = names is not None and index < len(names)
-    return {
-        "index": index,
-        "label": names[index] if named and names else str(index),
-        "score": score,
-    }
+    return {"index": index, "label": boxes.name_of(index, names), "score": score}
 
 
 def _top(node: Node, settings: Mapping[str, Any]) -> Work:

@@ -11,17 +11,10 @@ from flowlang.editor.offers import Completion
 from flowlang.plan.ops import OPS
 from flowlang.plan.schedule import SETTINGS
 from flowlang.plan.types import DTYPES, NAMED
-from tests.editor.programs import CURSOR, TEXT, typed, write_used
-from tests.standins import furnish
+from tests.editor.programs import CURSOR, TEXT, typed
 
 FLOWS = {"net", "classify", "views"}
 PARAMS = {"size", "models"}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_used(furnish(tmp_path))
-    return tmp_path
 
 
 def offered(folder: Path, end: str, text: str = TEXT) -> dict[str, Completion]:

@@ -7,14 +7,7 @@ from pathlib import Path
 import pytest
 
 from flowlang.editor.hover import hover
-from tests.editor.programs import TEXT, at, opened, write_used
-from tests.standins import furnish
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_used(furnish(tmp_path))
-    return tmp_path
+from tests.editor.programs import TEXT, at, opened
 
 
 def said(folder: Path, marked: str, inside: int = 1, text: str = TEXT) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from flowlang.editor.navigation import definition, symbols
-from tests.editor.programs import TEXT, at, opened, write_used
-from tests.standins import furnish
+from tests.editor.programs import TEXT, at, opened
 
 MORE = """\
 flow z(side: int = 8): pair -> image<rgb> = .left -> as image -> resize(side)
@@ -17,12 +16,6 @@ flow x = z(side=9) -> post.shout
 flow w: post.Face -> str = .name
 flow v = decode -> normalize(unit) -> net -> top(3, names="imagenet.txt")
 """
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_used(furnish(tmp_path))
-    return tmp_path
 
 
 def found(folder: Path, marked: str, inside: int = 1) -> tuple[str, str, int] | None:

@@ -37,7 +37,7 @@ def test_a_program_answers_on_a_gpu_as_on_a_cpu(
     with flowlang.load(path, device="cpu") as app:
         wanted = [app(picture, deadline_s=60.0) for picture in PICTURES]
     with flowlang.load(path, device="gpu", engines=folder / "engines") as app:
-        found = list(app.map(PICTURES))
+        found = list(app.map(PICTURES, deadline_s=60.0))
         with pytest.raises(flowlang.BadRequest, match="decode failed"):
             app(b"no picture")
     for one, other in zip(found, wanted, strict=True):

@@ -16,22 +16,13 @@ from flowlang.plan.graph import Node
 from flowlang.plan.physical import Machine, PhysicalPlan, lower
 from flowlang.plan.schedule import SETTINGS
 from flowlang.plan.schedule import TABLE as SETTING_TABLE
-from tests.standins import furnish, write_model
+from tests.standins import write_model
+
+pytestmark = pytest.mark.usefixtures("folder")
 
 NET = 'flow net = trt("resnet50.onnx")\n'
 HEAD = "decode -> resize(224) -> rgb -> normalize(imagenet)"
 CLASSIFY = f"{NET}export flow classify = {HEAD} -> net\n"
-
-
-@pytest.fixture(scope="module")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return furnish(tmp_path_factory.mktemp("app"))
-
-
-@pytest.fixture(autouse=True)
-def folder(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(furnished)
-    return furnished
 
 
 def plan(text: str, choices: Choices = NO_CHOICES) -> Plan:

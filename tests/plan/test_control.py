@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,21 +21,11 @@ from flowlang.plan.rewrite import rewrite
 from flowlang.syntax.format import format_program
 from flowlang.syntax.parse import parse
 from tests.cases import applied
-from tests.standins import furnish
+
+pytestmark = pytest.mark.usefixtures("folder")
 
 EACH = "type e = { k: str, v: int, w: int? }\nexport flow f: list<e> -> "
 ONE = "type e = { k: str, v: int, w: int? }\nexport flow f: e -> "
-
-
-@pytest.fixture(scope="module")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return furnish(tmp_path_factory.mktemp("control"))
-
-
-@pytest.fixture(autouse=True)
-def folder(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(furnished)
-    return furnished
 
 
 def source(text: str) -> Source:
@@ -382,8 +371,6 @@ def test_a_match_of_conditions_is_called_a_match() -> None:
 
 
 # Names
-
-SIZED = "export flow f(size: int = 8): bytes -> image = decode -> resize(8)"
 
 
 @pytest.mark.parametrize(

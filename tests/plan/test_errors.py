@@ -9,23 +9,12 @@ import pytest
 
 from flowlang.diagnostics import Diagnostic, as_json, render
 from tests.cases import ERRORS, REGENERATE, Case, all_cases, applied, check, read_cases
-from tests.standins import furnish
+
+pytestmark = pytest.mark.usefixtures("folder")
 
 CASES = list(all_cases())
 FILES = sorted(ERRORS.glob("*.flow"))
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-@pytest.fixture(scope="module")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return furnish(tmp_path_factory.mktemp("app"))
-
-
-@pytest.fixture(autouse=True)
-def folder(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Programs stand in a folder with the files they name."""
-    monkeypatch.chdir(furnished)
-    return furnished
 
 
 def told(found: list[Diagnostic]) -> list[Diagnostic]:

@@ -12,22 +12,13 @@ from flowlang.plan.declare import Choices
 from flowlang.plan.explain import explain_physical, explain_plan
 from flowlang.plan.physical import Machine, lower
 from tests.cases import REGENERATE
-from tests.standins import furnish
+
+pytestmark = pytest.mark.usefixtures("folder")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROGRAMS = sorted(GOLDEN.glob("*.flow"))
 EACH_PROGRAM = pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.stem)
 CPU, GPU = Machine(4), Machine(8, "gpu", (0, 1))
-
-
-@pytest.fixture(scope="module")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return furnish(tmp_path_factory.mktemp("golden"))
-
-
-@pytest.fixture(autouse=True)
-def folder(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(furnished)
 
 
 def compiled(file: Path, choices: Choices = NO_CHOICES) -> Plan:

@@ -16,22 +16,13 @@ from flowlang.plan.check import check_source, compile_source
 from flowlang.plan.graph import FlowPlan, Node, check_legal
 from flowlang.plan.rewrite import PASSES, levels_of, rewrite
 from flowlang.plan.types import BYTES, STR
-from tests.standins import furnish
+
+pytestmark = pytest.mark.usefixtures("folder")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROGRAMS = {file.stem: file.read_text("utf-8") for file in sorted(GOLDEN.glob("*.flow"))}
 EACH_PROGRAM = pytest.mark.parametrize("name", PROGRAMS)
 HEAD = "decode -> resize(224) -> rgb"
-
-
-@pytest.fixture(scope="module")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return furnish(tmp_path_factory.mktemp("app"))
-
-
-@pytest.fixture(autouse=True)
-def folder(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(furnished)
 
 
 def flows(text: str) -> tuple[FlowPlan, ...]:

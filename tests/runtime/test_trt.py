@@ -16,7 +16,7 @@ from flowlang.runtime import trt
 from flowlang.runtime.cuda import Gpu
 from flowlang.runtime.trt import EngineSpec
 
-GPU = Gpu(0, "NVIDIA H200", "9.0", "13.0", 140 << 30)
+GPU = Gpu(0, "NVIDIA H200", "9.0", "13.0")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import zlib
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from flowlang.diagnostics import DeadlineExceeded, RequestError, StageFailed
 from flowlang.plan.physical import PhysicalPlan, StagePlan
 from flowlang.runtime.batcher import Item
-from tests.simulation import Simulation, interpret, plan_of, trace, write_models
+from tests.simulation import Simulation, interpret, models_folder, plan_of, trace
 
 NETS = """
     flow first = trt("net.onnx", batch=1..3) x2
@@ -58,15 +56,8 @@ FLOWS = {
 
 
 @cache
-def folder() -> TemporaryDirectory[str]:
-    made = TemporaryDirectory()
-    write_models(Path(made.name))
-    return made
-
-
-@cache
 def plan(name: str, settings: str = "") -> PhysicalPlan:
-    return plan_of(NETS.format(settings) + FLOWS[name], Path(folder().name))
+    return plan_of(NETS.format(settings) + FLOWS[name], models_folder())
 
 
 def luck(*parts: object) -> int:
@@ -152,7 +143,7 @@ def test_a_missed_timeout_falls_back() -> None:
         """flow big = trt("net.onnx", timeout=50ms) x1
         flow small = trt("net.onnx") x1
         export flow f = big ?? small""",
-        Path(folder().name),
+        models_folder(),
     )
 
     def service_s(stage: StagePlan, items: Any) -> float:

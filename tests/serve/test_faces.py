@@ -18,21 +18,12 @@ from thriftpy2.rpc import client_context
 
 import flowlang
 from tests.pictures import photographs
-from tests.serve.faces import write_types
 from tests.serve.server import KINDS, PATIENCE_S, free_port, refused, serving, wait_until, write
 
 PICTURE = photographs(1)[0]
 IDL = thriftpy2.load(
     str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_thrift"
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, `all.flow` and `types.flow`."""
-    folder = tmp_path_factory.mktemp("flows")
-    write_types(folder)
-    return folder
 
 
 def _sent(data: bytes) -> list[triton.InferInput]:

@@ -28,20 +28,12 @@ import flowlang
 from flowlang.serve.proto import read_protocol
 from flowlang.serve.tensor import BYTES, NUMPY
 from tests.pictures import bad, photographs
-from tests.serve.faces import facing, write_types
+from tests.serve.faces import facing
 from tests.serve.server import PATIENCE_S, Server, wait_until
 
 PICTURES = photographs(2)
 HEALTH = read_protocol("health.proto").messages
 SERVICE = "/inference.GRPCInferenceService"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, `all.flow` and `types.flow`."""
-    folder = tmp_path_factory.mktemp("flows")
-    write_types(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

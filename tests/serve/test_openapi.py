@@ -18,6 +18,7 @@ from flowlang import diagnostics
 from flowlang.plan.types import FLOAT, LABEL, UNKNOWN, Image, ListOf, Optional, Scalar, Tensor
 from flowlang.serve.openapi import ERRORS, schema_of
 from tests.pictures import photographs
+from tests.serve.asking import ask_application
 from tests.serve.browser import Browser, opened
 from tests.serve.faces import write_types
 from tests.serve.server import Server, serving, write
@@ -333,16 +334,9 @@ def test_it_is_there_once_the_flows_are(folder: Path) -> None:
     """While flows load there is nothing to describe, which is said as for all else."""
     from flowlang.serve.routes import Service
 
-    async def ask(path: str) -> httpx.Response:
-        transport = httpx.ASGITransport(Service())
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.get(path)
-
-    import asyncio
-
-    response = asyncio.run(ask("/openapi.json"))
+    response = ask_application(Service(), "GET", "/openapi.json")
     assert (response.status_code, response.json()["error"]["code"]) == (503, "loading")
-    assert asyncio.run(ask("/docs")).status_code == 200
+    assert ask_application(Service(), "GET", "/docs").status_code == 200
 
 
 # The page that shows it
