@@ -110,6 +110,8 @@ class Binder:
             return
         if isinstance(arg.value, tree.Repeat):
             raise self._replica(call, op, arg.value)
+        if arg.name is not None and op.param(arg.name) is None and arg.name not in op.settings:
+            raise self._unknown_parameter(op, arg.name, arg)
         given = evaluate(arg.value, names.constants)
         if arg.name is not None:
             self._bind_named(call, op, arg, given, bound)
@@ -140,7 +142,7 @@ class Binder:
             bound.bodies[param.name] = arg.value
             self._put(op, param, None, arg.value.span, bound)
             return True
-        if not names.is_live(arg.value):
+        if not names.is_live(arg.value) and not (op.kind == "python" and _is_record(arg.value)):
             return False
         if arg.name is None:
             if op.kind == "python" and not free:
@@ -195,15 +197,13 @@ class Binder:
         param = op.param(name)
         if param is not None:
             self._put(op, param, self.fit_param(op, param, given), given.span, bound)
-        elif name in op.settings:
-            first = bound.settings.get(name)
-            if first:
-                message = f"`{name}` of `{op.name}` is given twice"
-                label = Label(first.span, "first here")
-                raise refuse("given-twice", message, given.span, secondary=(label,))
-            bound.settings[name] = given_setting(name, given, arg)
-        else:
-            raise self._unknown_parameter(op, name, arg)
+            return
+        first = bound.settings.get(name)
+        if first:
+            message = f"`{name}` of `{op.name}` is given twice"
+            label = Label(first.span, "first here")
+            raise refuse("given-twice", message, given.span, secondary=(label,))
+        bound.settings[name] = given_setting(name, given, arg)
 
     def _unknown_parameter(self, op: Op, name: str, arg: tree.Arg) -> Refused:
         span = Span(arg.span.source, arg.span.start, arg.span.start + len(name))
@@ -551,6 +551,15 @@ def _type_of(value: Any) -> Type | None:
     return ListOf(kind) if kind is not None else None
 
 
+def _is_record(expr: tree.Expr) -> bool:
+    """Whether an expression is a record, or a list of them: none is a constant."""
+    if isinstance(expr, tree.Group):
+        return _is_record(expr.value)
+    if isinstance(expr, tree.ListOf):
+        return any(map(_is_record, expr.items))
+    return isinstance(expr, tree.Record)
+
+
 def _listed(value: Any) -> Any:
     """A list as Python has it, and what is in it too."""
     return [_listed(part) for part in value] if isinstance(value, tuple) else value
@@ -575,8 +584,10 @@ def _wants(param: Param) -> str:
 
 def _signature(op: Op) -> str | None:
     """What an operator can be told, as the note under an unknown name."""
+    fields = ", ".join(op.function.fields) if op.function is not None else ""
     algorithm = " ".join(p.name for p in op.params)
     settings = " ".join(op.settings)
-    parts = [f"algorithm: {algorithm}"] if algorithm else []
+    parts = [f"item: {{ {fields} }}"] if fields else []
+    parts += [f"algorithm: {algorithm}"] if algorithm else []
     parts += [f"schedule: {settings}"] if settings else []
     return "   ".join(parts) or f"`{op.name}` takes no arguments"

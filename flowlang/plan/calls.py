@@ -345,8 +345,11 @@ class Calls:
     def _with_live(self, node: Node, op: Op, bound: Bound, item: Node, scope: Scope) -> Node:
         """A node that also gets the values which each request brings for its parameters."""
         for name, expr in bound.live.items():
+            param = op.param(name)
             value = self._elaborator.operand(expr, item, scope)
-            self._check_live(op, op.param(name), expr, value)
+            self._check_live(op, param, expr, value)
+            if op.function is not None and param is not None and param.kind == "value":
+                value = widened(value, param.type)
             node.params[name] = Live(len(node.inputs))  # type: ignore[index]
             node = replace(node, inputs=(*node.inputs, value))
         return node

@@ -49,9 +49,10 @@ _ARRAYS = frozenset({"ndarray", "NDArray", "ArrayLike"})
 class PythonFunction:
     """Which function an operator is. `fields` are the record's fields it takes one by one.
 
-    One that is `is_batched` takes a list of items and gives a list of results. `classes` are the
-    records of its file that are made objects of it; others are dicts. `problem` is why it cannot be
-    an operator: that is told where it is mentioned, for not every function is one.
+    One that is `is_batched` takes a list of items and gives a list of results. `arguments` are what
+    it can be told besides, with their types. `classes` are the records of its file that are made
+    objects of it; others are dicts. `problem` is why it cannot be an operator: that is told where
+    it is mentioned, for not every function is one.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class PythonFunction:
     gives: Type
     is_batched: bool
     fields: tuple[str, ...] = ()
+    arguments: tuple[tuple[str, Type], ...] = ()
     classes: frozenset[str] = frozenset()
     problem: Diagnostic | None = None
 
@@ -198,15 +200,16 @@ class _Reader:
         gives = self._element(node.returns, gives) if is_batched else gives
         item = takes[0][1] if len(takes) == 1 else Record(tuple(takes))
         fields = tuple(name for name, _ in takes) if len(takes) > 1 else ()
-        function = PythonFunction(
-            self.path, node.name, shown, item, gives, is_batched, fields, self.classes
-        )
         defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
         params = [self._param(a, d) for a, d in zip(positional, defaults, strict=True) if a in rest]
         params += [
             self._param(a, d, is_named=True)
             for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True)
         ]
+        arguments = tuple((p.name, p.type) for p in params)
+        function = PythonFunction(
+            self.path, node.name, shown, item, gives, is_batched, fields, arguments, self.classes
+        )
         doc = (ast.get_docstring(node) or "").partition("\n")[0]
         return _op(function, doc, tuple(params), _rule(function))
 

@@ -220,6 +220,68 @@ def test_records_arrive_as_their_classes(load: Load) -> None:
             app[name]({**shape, "points": []})
 
 
+TOLD = """
+class Point(NamedTuple):
+    x: int
+    y: float = 0.5
+@dataclasses.dataclass
+class Shape:
+    points: list[Point]
+    first: Point | None
+class Loose(TypedDict):
+    a: float
+    b: int | None
+def shape(x: int, *, of: Shape) -> str: return f"{x} {of.points} {of.first}"
+def point(x: int, *, at: Point | None = None) -> str: return f"{x} {at}"
+def points(x: int, *, at: list[Point] = []) -> str: return f"{x} {at}"
+def loose(x: int, *, at: Loose) -> str: return f"{x} {at}"
+@batched
+def many(xs: list[int], *, of: Shape) -> list[str]: return [f"{x} {of.first}" for x in xs]
+def make(x: int) -> Point: return Point(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        ("shape(of=shape)", "7 [Point(x=1, y=2.0)] Point(x=3, y=4.0)"),
+        ("many(of=shape)", "7 Point(x=3, y=4.0)"),
+        ("shape(of={ points: [] })", "7 [] None"),
+        ("point(at={ x: 1, y: 2 })", "7 Point(x=1, y=2.0)"),
+        ("point(at=in -> p.make)", "7 Point(x=7, y=0.5)"),
+        ("point", "7 None"),
+        ("points(at=[{ x: 1, y: 2 }, { x: 3, y }])", "7 [Point(x=1, y=2.0), Point(x=3, y=0.25)]"),
+        ("points(at=([]))", "7 []"),
+        ("loose(at={ a: 1 })", "7 {'a': 1.0, 'b': None}"),
+    ],
+)
+def test_arguments_arrive_as_their_classes(load: Load, call: str, answer: str) -> None:
+    """Like items do, whether they come with the request or are written out."""
+    app = load(
+        TOLD,
+        f"param y = 0.25\nexport flow a(shape: p.Shape): int -> str {{ return in -> p.{call} }}",
+    )
+    shape = {"points": [{"x": 1, "y": 2}], "first": {"x": 3, "y": 4}}
+    assert app(7, shape=shape) == answer
+
+
+def test_arguments_are_a_calls_own(load: Load) -> None:
+    """Lists can be changed, and the next call sees nothing of it; arrays cannot be written to."""
+    app = load(
+        "def add(x: int, *, to: list[int]) -> list[int]:\n    to.append(x)\n    return to\n"
+        "@batched\ndef each(xs: list[int], *, to: list[int]) -> list[int]:\n"
+        "    to.append(xs[0])\n    return [len(to) for x in xs]\n"
+        "def clear(image: np.ndarray, *, other: np.ndarray) -> float:\n"
+        "    other[:] = 0\n    return 0.0\n",
+        "export flow add = p.add(to=[1])\nexport flow each = p.each(to=[1])\n"
+        "export flow clear: image<rgb> -> float { return in -> p.clear(other=in) }",
+    )
+    assert [app["add"](i) for i in (2, 3)] == [[1, 2], [1, 3]]
+    assert [app["each"](i) for i in (2, 3)] == [2, 2]
+    error = error_of(lambda: app["clear"](np.ones((2, 2, 3), np.uint8)))
+    assert "write to a copy of it)" in str(error)
+
+
 def test_pictures_pass_through(load: Load) -> None:
     """An image reaches Python as an array, and an array is an image to what follows."""
     app = load(
@@ -282,6 +344,24 @@ def test_items_told_the_same_share_a_call(load: Load, shared: ModuleType) -> Non
     wanted = ["09", *(f"{i}{i % 3}" for i in range(1, 13))]
     assert [f.result(LONG_S) for f in futures] == wanted
     assert sorted(shared.seen[1:]) == [(0, 4), (1, 4), (2, 4)]
+
+
+def test_items_told_other_arrays_do_not_share_a_call(load: Load) -> None:
+    """Each is told its own; one that all of a list are told may be one call's."""
+    app = load(
+        "class Pair(TypedDict):\n    x: int\n    row: np.ndarray\n"
+        "def row(x: int) -> Annotated[np.ndarray, 'tensor<i64, ?>']: return np.arange(x + 1)\n"
+        "@batched\ndef f(pairs: list[Pair], *, of: np.ndarray) -> list[int]:\n"
+        "    return [int(of.sum()) for p in pairs]\n"
+        "@batched\ndef g(xs: list[int], *, of: np.ndarray) -> list[int]:\n"
+        "    return [x + len(of) for x in xs]\n",
+        "export flow own: list<int> -> list<int> =\n"
+        "  map({ x: pass, row: p.row } -> p.f(of=.row))\n"
+        "export flow shared: list<int> -> list<int> {\n"
+        "  let row = 9 -> p.row\n  return in -> map(p.g(of=row))\n}",
+    )
+    assert app["own"](list(range(30))) == [n * (n + 1) // 2 for n in range(30)]
+    assert app["shared"](list(range(30))) == list(range(10, 40))
 
 
 def test_a_bad_item_fails_alone(load: Load, caplog: pytest.LogCaptureFixture) -> None:
