@@ -42,7 +42,8 @@ from flowlang.syntax.parse import parse_leniently
 class Plan:
     """A checked program: its served flows, the settings, the params and the hints.
 
-    `files` are all that it was made from: flow files, Python files and models.
+    `files` are all that it was made from: flow files, Python files and models. `unserved` says why
+    a file of parts serves no flow: it can be checked, and not be run.
     """
 
     source: Source
@@ -51,6 +52,7 @@ class Plan:
     params: tuple[ParamValue, ...]
     hints: tuple[Diagnostic, ...]
     files: tuple[str, ...] = ()
+    unserved: tuple[Diagnostic, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +73,18 @@ def _has_defaults(declared: Declared) -> bool:
 
 
 NO_CHOICES = Choices({}, {})
+OF_PARTS = "checked as a file of parts, which others use: by itself it serves nothing"
 MAX_DIAGNOSTICS = 300
 
 
 def compile_source(source: Source, choices: Choices = NO_CHOICES) -> Plan:
-    """Source to Plan. Raises CompileError with every error found."""
+    """Source to the Plan of what it serves. Raises CompileError with every error found."""
     plan, diagnostics = check_source(source, choices)
     errors = [d for d in diagnostics if d.severity == "error"]
     if errors or plan is None:
         raise CompileError(errors)
+    if plan.unserved:
+        raise CompileError(list(plan.unserved))
     return plan
 
 
@@ -123,6 +128,7 @@ def inspect_source(
         params,
         tuple(found),
         tuple(dict.fromkeys(files)),
+        tuple(checker.unserved),
     )
     return Inspection(plan, found, seen, module)
 
@@ -144,6 +150,7 @@ class _Checker:
         self.source = source
         self.choices = choices
         self.diagnostics: list[Diagnostic] = []
+        self.unserved: list[Diagnostic] = []
         self.is_cut = False
         self.declarations = Declarations(choices, self.report, read, texts)
         self.module: Module | None = None
@@ -189,6 +196,9 @@ class _Checker:
         ]
         if not extents.can_unroll(roots):
             return ()
+        if reasons := self._why_unserved(module, served):
+            served = []
+            self._tell_unserved(module, reasons)
         plans = []
         for name in roots:
             plan = self._flow_plan(flows[name], elaborator, name in served)
@@ -246,25 +256,61 @@ class _Checker:
         exported = [n for n, f in flows.items() if f.is_exported]
         if exported or (len(flows) == 1 and not module.lost):
             return exported or list(flows)
-        if self.diagnostics or module.lost:
-            return []
-        if flows:
-            last = list(flows.values())[-1]
-            start = Span(last.span.source, last.span.start, last.name_span.end)
-            self.error(
-                "nothing-exported",
-                "none of the flows is exported, so there is nothing to serve",
-                last.name_span,
-                help=f"export flow {last.name}",
-                note="a file of parts alone is checked with those that use it",
-                fix=start,
-            )
-        else:
-            end = len(self.source.text.rstrip())
-            self.error(
-                "empty-program", "there is no flow in this file", Span(self.source, end, end)
-            )
         return []
+
+    def _why_unserved(self, module: Module, served: list[str]) -> list[Diagnostic]:
+        """Why a file that could be read has nothing to serve, but at most parts for others."""
+        if module.lost or any(d.severity == "error" for d in self.diagnostics):
+            return []
+        if not module.flows:
+            end = len(self.source.text.rstrip())
+            place = Label(Span(self.source, end, end))
+            return [Diagnostic("empty-program", "there is no flow in this file", place)]
+        last = list(module.flows.values())[-1]
+        declared = Declared(last, module)
+        if served:
+            return [] if last.is_exported else self._never_brought(declared)
+        is_servable = not any(d.severity == "error" for d in self._trial(declared, is_served=True))
+        message = "none of the flows is exported, so there is nothing to serve"
+        start = Span(last.span.source, last.span.start, last.name_span.end)
+        return [
+            Diagnostic(
+                "nothing-exported",
+                message,
+                Label(last.name_span),
+                help=f"export flow {last.name}" if is_servable else None,
+                fix=start if is_servable else None,
+            )
+        ]
+
+    def _never_brought(self, declared: Declared) -> list[Diagnostic]:
+        """What no request can bring the only flow of a file, and another flow could give it."""
+        if not declared.flow.inputs:
+            return []
+        asked, of_part = (
+            [d for d in self._trial(declared, is_served) if d.slug == "not-a-constant"]
+            for is_served in (True, False)
+        )
+        return asked if not of_part else []
+
+    def _trial(self, declared: Declared, is_served: bool) -> list[Diagnostic]:
+        """What would be said of a flow."""
+        before = len(self.diagnostics)
+        elaborator = Elaborator(self.declarations.flows(), self.report, self.choices.opener)
+        self._flow_plan(declared, elaborator, is_served)
+        told = self.diagnostics[before:]
+        del self.diagnostics[before:]
+        return told
+
+    def _tell_unserved(self, module: Module, reasons: list[Diagnostic]) -> None:
+        """A hint, for a file of parts is right as such; nothing at all is an error."""
+        is_used = module.flows or module.params or module.types.names() or module.uses
+        if not is_used:
+            self.report(reasons[0])
+            return
+        self.unserved = reasons
+        for reason in reasons:
+            self.report(replace(reason, severity="hint", note=OF_PARTS))
 
     def _flow_plan(self, declared: Declared, elaborator: Elaborator, is_served: bool) -> FlowPlan:
         flow = declared.flow

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import pytest
 
-from flowlang.diagnostics import Diagnostic, Source, render
+from flowlang.diagnostics import CompileError, Diagnostic, Source, render
 from flowlang.plan.check import NO_CHOICES, Plan, check_source, compile_source
 from flowlang.plan.declare import Choices
 from flowlang.plan.explain import explain_physical, explain_plan
@@ -263,6 +263,51 @@ def test_long_ways_through_files(write: Write) -> None:
     text = 'use "lib/c99.flow" as last\nexport flow f = decode -> last.a'
     assert kind(text).endswith("8x8>")
     assert len(explain_physical(physical(text))) < 1000
+
+
+PARTS = [
+    "flow prep(size: int) = resize(size) -> rgb",
+    'flow prep(size: int) = resize(size) -> rgb\nflow net = trt("net.onnx")',
+    'flow net = trt("net.onnx")\nflow words(k: int) = net -> top(k)',
+    "type pair = { a: int, b: int }",
+    "param size = 224",
+]
+
+
+@pytest.mark.parametrize("text", PARTS)
+def test_a_file_of_parts_is_right_and_cannot_be_served(text: str) -> None:
+    """Checking it says in a hint that it serves nothing; whoever wants it served is told why."""
+    checked, (hint,) = check_source(Source("app.flow", text))
+    assert checked is not None
+    assert not checked.flows
+    assert hint.severity == "hint"
+    assert "a file of parts" in (hint.note or "")
+    with pytest.raises(CompileError) as caught:
+        compile_source(Source("app.flow", text))
+    (error,) = caught.value.diagnostics
+    assert (error.severity, error.slug, error.message) == ("error", hint.slug, hint.message)
+
+
+@pytest.mark.parametrize("text", PARTS[:3])
+def test_a_file_of_parts_is_checked(text: str) -> None:
+    """What is wrong in its flows is told, whatever their parameters will be."""
+    wrong = text.replace("rgb", "rbg").replace("net ->", "net -> soft ->")
+    assert {d.slug for d in found(wrong)} == {"unknown-operator"}
+
+
+def test_a_flow_alone_is_a_part_for_its_parameters_only() -> None:
+    """Only what another flow could give it is no error, and not of one that is exported."""
+    assert "must be known" in told("flow f(k: int): { n: int } -> bytes = resize(.n)")
+    assert "must be known" in told("export flow f(size: int) = decode -> resize(size)")
+
+
+def test_exporting_is_proposed_where_it_mends() -> None:
+    """A flow that cannot be served is not proposed for it."""
+    flows = "flow a = decode\nflow b(k: int) = {}"
+    (hint,) = check_source(Source("app.flow", flows.format("a -> resize(k)")))[1]
+    assert hint.help is None
+    (hint,) = check_source(Source("app.flow", flows.format("a -> rgb")))[1]
+    assert hint.help == "export flow b"
 
 
 # Python files
