@@ -132,6 +132,9 @@ class WrittenTypes:
         if isinstance(used, PythonFile) and len(rest) == 1:
             if rest[0] in used.types:
                 return used.types[rest[0]]
+            if rest[0] in used.problems:
+                self._report(used.problems[rest[0]])
+                return UNKNOWN
             self._unknown(given, (f"{alias}.{name}" for name in used.types))
         elif isinstance(used, Module) and len(rest) == 1:
             declared = used.types.declared(rest[0])

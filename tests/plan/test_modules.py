@@ -341,6 +341,7 @@ class Shape:
     name: Optional[str]
 @dataclasses.dataclass
 class Circle(Shape):
+    SIDES: t.ClassVar[int] = 0
     r: "float"
     def area(self) -> float: return 3.0
 """
@@ -362,6 +363,7 @@ ANNOTATIONS: dict[str, str] = {
     "None | int": "int?",
     "Optional[int]": "int?",
     "t.Optional[list[int]]": "list<int>?",
+    "t.Union[None, int]": "int?",
     "np.ndarray": "tensor<any>",
     "npt.NDArray[np.float32]": "tensor<any>",
     "np.ndarray[t.Any, np.dtype[np.float32]]": "tensor<any>",
@@ -433,6 +435,8 @@ def test_what_an_annotation_says(furnished: Path, annotation: str) -> None:
         ("f(x: dict[str, int]) -> int", "`dict[str, int]` is no type", "dict[str, int]"),
         ("f(x: tuple[int, int]) -> int", "`tuple[int, int]` is no type", "tuple[int, int]"),
         ("f(x: int | str) -> int", "a type is one type, or one or None", "int | str"),
+        ("f(x: t.Union[int, str]) -> int", "a type is one type, or one", "t.Union[int, str]"),
+        ("f(x: t.Union[int]) -> int", "`t.Union[int]` is no type", "t.Union[int]"),
         ("f(x: int) -> list", "`list` is no type of the language", "list"),
         ("f(x: 'tensor<f32, many>') -> int", "no type of the language", "'tensor<f32, many>'"),
         ("f(x: 'nope') -> int", "`nope` is no type of the language", "'nope'"),
@@ -450,6 +454,39 @@ def test_what_a_signature_cannot_say(
     assert message in error.message
     assert error.span.source.name.endswith("p.py")
     assert place is None or error.span.text == place
+
+
+@pytest.mark.parametrize(
+    ("signature", "mended"),
+    [
+        ("f(x)", "f(x: bytes) -> str"),
+        ("f(x, /, y, k=3, *, n=4)", "f(x: bytes, /, y: bytes, k=3, *, n=4) -> str"),
+        ("f(x: 'int | None') -> int", "f(x: int | None) -> int"),
+        ("f(x: 'list[Found]') -> int", "f(x: list[Found]) -> int"),
+        ("f(x: int) -> tuple[int, int]", "f(x: int) -> list[int]"),
+        ("f(x: t.Iterator[str]) -> int", "f(x: list[str]) -> int"),
+    ],
+)
+def test_the_signature_that_is_proposed_is_one(write: Write, signature: str, mended: str) -> None:
+    """Taking the help in place of what is wrong makes the function an operator."""
+    text = f"{IMPORTS}{RECORDS}\ndef {signature}: ...\n"
+    path = write("p.py", text)
+    (error,) = found('use "p.py" as p\nexport flow a = p.f')
+    span, help_text = error.span, (error.help or "").removesuffix(":")
+    whole = f"{help_text}: ..." if help_text.startswith("def ") else help_text
+    text = text[: span.start] + whole + text[span.end :]
+    assert f"def {mended}: ..." in text
+    path.write_text(text, "utf-8")
+    assert kind('use "p.py" as p\nexport flow a = p.f')
+
+
+def test_a_type_that_cannot_be_read_is_told_where_a_flow_names_it(write: Write) -> None:
+    """The reason is the file's; no other type is proposed for it."""
+    write("p.py", f"{IMPORTS}class R(TypedDict):\n    c: complex\ndef r(x: int) -> R: ...\n")
+    for name in ("R", "r"):
+        error = told(f'use "p.py" as p\nexport flow f: p.{name} -> int = .c')
+        assert "`complex` is no type of the language" in error
+        assert "p.py:" in error
 
 
 def test_a_default_that_cannot_be_read_is_left_to_python(write: Write) -> None:

@@ -24,7 +24,7 @@ LONG_S = 20.0  # far beyond what anything here takes
 HEAD = """
 from __future__ import annotations
 import asyncio, dataclasses, sys, threading, time
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, ClassVar, NamedTuple, TypedDict
 import numpy as np
 import flowlang
 from flowlang import batched
@@ -187,6 +187,12 @@ class Shape:
     image: np.ndarray
     def __post_init__(self):
         if not self.points: raise flowlang.BadRequest("a shape has points")
+@dataclasses.dataclass
+class Sized:
+    UNIT: ClassVar[str] = "px"
+    side: int
+    area: int = dataclasses.field(init=False)
+    def __post_init__(self): self.area = self.side**2
 class Loose(TypedDict):
     shape: Shape
 def point(p: Point) -> float: return p.x + p.y
@@ -196,6 +202,8 @@ def two(a: Point, b: Point | None) -> str: return f"{a.x} {b}"
 @batched
 def many(shapes: list[Shape]) -> list[int]: return [s.points[0].x for s in shapes]
 def make(x: int) -> Point: return Point(x, x)
+def size(x: int) -> Sized: return Sized(x)
+def sized(s: Sized) -> str: return f"{s.area} {s.UNIT}"
 """
 
 
@@ -205,7 +213,7 @@ def test_records_arrive_as_their_classes(load: Load) -> None:
         RECORDS,
         "export flow point = p.point\nexport flow shape = p.shape\nexport flow loose = p.loose\n"
         "export flow two = p.two\nexport flow many = p.many\n"
-        "export flow made = p.make -> p.point",
+        "export flow made = p.make -> p.point\nexport flow sized = p.size -> p.sized",
     )
     image = np.zeros((2, 2))
     shape = {"points": [{"x": 1, "y": 2.0}], "first": None, "image": image}
@@ -215,6 +223,7 @@ def test_records_arrive_as_their_classes(load: Load) -> None:
     assert app["two"]({"a": {"x": 1, "y": 2}}) == "1 None"
     assert app["many"](shape) == 1
     assert app["made"](2) == 4.0
+    assert app["sized"](3) == "9 px"
     for name in ("shape", "many"):
         with pytest.raises(flowlang.BadRequest, match="a shape has points"):
             app[name]({**shape, "points": []})
@@ -452,7 +461,8 @@ LIES: dict[str, tuple[str, str]] = {
     "'tensor<f16>'": ("np.array([70_000])", "a number too large is not tensor<f16>"),
     "'tensor<f32>'": ("np.array([1.0, 1e39])", "a number too large is not tensor<f32>"),
     "'tensor<i64>'": ("np.zeros(3)", "an array of float64 is not tensor<i64>"),
-    "'image<rgb>'": ("np.zeros((4, 4), np.uint8)", "an array of shape 4x4 is not image<rgb"),
+    "'image<rgb>'": ("np.zeros((4, 4), np.uint8)", "is not image<rgb, u8, hwc>, which is ?x?x3"),
+    "'image<gray>'": ("np.zeros((4, 4, 1), np.uint8)", "shape 4x4x1 is not image<gray, u8, hwc>"),
 }
 
 
