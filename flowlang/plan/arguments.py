@@ -62,6 +62,19 @@ class Names(Protocol):
         """Whether an expression needs the item or a value of the flow."""
 
 
+# What others call a parameter.
+_FOREIGN = {
+    **dict.fromkeys(("confidence", "conf_thres", "conf_threshold", "score", "min_score"), "conf"),
+    **dict.fromkeys(("iou_thres", "iou_threshold", "nms", "nms_threshold"), "iou"),
+    **dict.fromkeys(("classes", "labels", "class_names"), "names"),
+    **dict.fromkeys(("max_det", "limit"), "max"),
+    **dict.fromkeys(("sep", "delimiter"), "separator"),
+    **dict.fromkeys(("angle", "deg"), "degrees"),
+    "height": "h",
+    "width": "w",
+    "key": "by",
+    "charset": "keys",
+}
 _COPIES = frozenset({"instances", "instance_num", "replicas", "copies", "workers", "num_workers"})
 
 
@@ -207,7 +220,8 @@ class Binder:
 
     def _unknown_parameter(self, op: Op, name: str, arg: tree.Arg) -> Refused:
         span = Span(arg.span.source, arg.span.start, arg.span.start + len(name))
-        like = nearest(name, [*(p.name for p in op.params), *op.settings])
+        known = [*(p.name for p in op.params), *op.settings]
+        like = _FOREIGN[name] if _FOREIGN.get(name) in known else nearest(name, known)
         value = arg.value.span.text
         help_text = f"did you mean `{like}`?   {like}={value}" if like else None
         if like is None and name in SETTINGS:
@@ -478,11 +492,15 @@ def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:
     is_quoted = given.kind == "str" and (
         value in param.words or (param.kind == "int" and value.isdecimal())
     )
+    help_text = value if is_quoted else did_you_mean(value, param.words)
+    if param.name == "size" and given.kind == "list" and [*map(type, given.value)] == [int, int]:
+        h, w = given.value
+        help_text = f"name the sides so they cannot be swapped: {op.name}(h={h}, w={w})"
     return refuse(
         "wrong-kind",
         message,
         given.span,
-        help=value if is_quoted else did_you_mean(value, param.words),
+        help=help_text,
         note=note,
         fix=given.span if is_quoted else None,
     )

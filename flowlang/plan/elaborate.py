@@ -245,14 +245,16 @@ class Elaborator:
 
     def literal(self, expr: tree.Expr, item: Node, scope: Scope) -> Node:
         """The node of a value that is written out, or of a param by its name."""
+        message = f"`{expr.span.text}` is a value, and a stage belongs here"
         try:
             given = evaluate(expr, scope.constants)
             if given.kind in LITERALS:
                 return self.constant(given, scope)
+            if given.kind in ("range", "bytes"):
+                message = f"`{expr.span.text}` is {given.noun}, which only settings take"
         except Refused as refused:
             if refused.diagnostic is None:
                 return self.unknown(expr.span, item, scope)
-        message = f"`{expr.span.text}` is a value, and a stage belongs here"
         self.report(Diagnostic("not-a-stage", message, Label(expr.span)))
         return self.unknown(expr.span, item, scope)
 

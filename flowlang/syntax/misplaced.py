@@ -99,12 +99,15 @@ def _branch(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             Label(span),
             note="if .wide then (cut(w=512) -> map(rec) -> join) else rec",
         )
+    before = stage_before(span.source.text, span.start)
+    left = Span(span.source, *before) if before else None
+    gap = "" if span.text in ")]}," else " "
     return Diagnostic(
         "unexpected-token",
         f"`if` needs its `else` before `{span.text}`",
         Label(span),
-        help=f"else pass {span.text}",
-        fix=span,
+        help=f"{one_line(left) if left else ''} else pass{gap}{span.text}".strip(),
+        fix=left.to(span) if left else span,
     )
 
 

@@ -131,6 +131,8 @@ RIGHT = [
     "decode -> cut(h=64) -> map(rgb -> gray",
     'flow f: { a: str } -> int = match .a { "x" => 1 }',
     'flow f: { a: str } -> str = match .a { "x" => .a }',
+    "flow f: int -> int = (if pass > 3 then pass) -> pass",
+    "flow f: list<int> -> list<int> = map(if pass > 3 then pass, max=3)",
 ]
 
 
