@@ -318,7 +318,8 @@ def _key(element: Type) -> str | None:
     if element in (INT, FLOAT, STR):
         return "pass"
     fields = element.fields if isinstance(element, Record) else ()
-    return next((f".{name}" for name, kind in fields if kind in (FLOAT, INT)), None)
+    keys = (name for wanted in (FLOAT, INT) for name, kind in fields if kind == wanted)
+    return next((f".{name}" for name in keys), None)
 
 
 def _mend(first: Type, other: Type, one: tree.Expr, two: tree.Expr) -> str | None:

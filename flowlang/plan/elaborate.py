@@ -420,9 +420,24 @@ class Elaborator:
         if kind is None and fields_of(without_null(item.type)):
             self._unknown_field(item, name, span, scope)
         elif kind is None and not isinstance(item.type, Unknown):
-            mismatch(self.report, span, item, f"there is no field `{name}` here", "wants a record")
+            is_mapped = self._is_of_elements(item.type, name, span)
+            mismatch(
+                self.report,
+                span,
+                item,
+                f"there is no field `{name}` here",
+                "wants a record",
+                help=f"map({span.text})" if is_mapped else None,
+                fix=span if is_mapped else None,
+            )
         params = {"name": name}
         return Node(graph.FIELD, params, (item,), kind or UNKNOWN, span, scope.site(span))
+
+    @staticmethod
+    def _is_of_elements(kind: Type, name: str, span: Span) -> bool:
+        """Whether the field that `span` begins with is one of each element of a list."""
+        is_first = span.text == f".{name}" or span.text.startswith(f".{name}.")
+        return is_first and isinstance(kind, ListOf) and field_type(kind.item, name) is not None
 
     def _unknown_field(self, item: Node, name: str, span: Span, scope: Scope) -> None:
         kind = without_null(item.type)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from flowlang.diagnostics import Diagnostic, Label, Span
-from flowlang.plan.arguments import Report, did_you_mean
+from flowlang.plan.arguments import Report
 from flowlang.plan.module import Module, PythonFile
 from flowlang.plan.types import (
     COLOURS,
@@ -25,6 +25,7 @@ from flowlang.plan.types import (
     optional,
     why_vast,
 )
+from flowlang.plan.values import nearest
 from flowlang.syntax import tree
 
 BUILT_IN = frozenset({*NAMED, "image", "tensor", "list"})
@@ -114,15 +115,20 @@ class WrittenTypes:
         if name in NAMED and not given.arguments:
             return NAMED[name]
         if name not in self._module.lost:
-            self._unknown(given, sorted({*BUILT_IN, *self._declared} - {name}))
+            self._unknown(given, {*BUILT_IN, *self._declared} - {name})
         return UNKNOWN
 
     def _unknown(self, given: tree.TypeExpr, known: Iterable[str]) -> None:
+        """`known` are the types of the file that it is looked for in."""
+        file, dot, name = str(given.name).rpartition(".")
+        names = sorted(known)
+        near = nearest(name, names)
         self._error(
             "unknown-type",
             f"there is no type `{given.name}`",
             given.name.span if given.name is not None else given.span,
-            help=did_you_mean(str(given.name), known),
+            help=f"did you mean `{file}{dot}{near}`?" if near else None,
+            note=f"types are {', '.join(names)}" if names and near is None else None,
         )
 
     def _elsewhere(self, given: tree.TypeExpr) -> Type:
@@ -135,12 +141,12 @@ class WrittenTypes:
             if rest[0] in used.problems:
                 self._report(used.problems[rest[0]])
                 return UNKNOWN
-            self._unknown(given, (f"{alias}.{name}" for name in used.types))
+            self._unknown(given, used.types)
         elif isinstance(used, Module) and len(rest) == 1:
             declared = used.types.declared(rest[0])
             if declared is not None:
                 return declared
-            self._unknown(given, (f"{alias}.{name}" for name in used.types.names()))
+            self._unknown(given, used.types.names())
         elif alias not in self._module.lost:
             self._unknown(given, ())
         return UNKNOWN

@@ -15,6 +15,7 @@ from flowlang.syntax.scan import (
     RESERVED,
     declaration_like,
     is_in_call,
+    is_let,
     lacks_return,
     open_bracket,
     stage_after,
@@ -130,6 +131,8 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         return None
     if found == "[" and before[1] == span.start and text[before[0]].isidentifier():
         return _swapped(span, "arguments stand in parentheses", "(")
+    if kind == "FIELD" and before[1] == span.start and {"COLON", "RBRACE"} <= accepts:
+        return _nameless(Span(span.source, before[0], span.end))
     if re.fullmatch("X[1-9][0-9]*", found):
         return _swapped(span, "copies are written with a small x", found.lower())
     if found.startswith("x") and (said := _copies(span)):
@@ -156,7 +159,8 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         )
     if "ARROW" not in accepts:
         return None
-    if "RETURN" in accepts and starts_line(text, span.start) and lacks_return(text, span.start):
+    is_last = starts_line(text, span.start) or is_let(text, span)
+    if "RETURN" in accepts and is_last and lacks_return(text, span.start):
         return _swapped(span, "the body of a flow ends with `return`", f"return {found}")
     right = Span(span.source, *stage_after(text, span.start))
     return Diagnostic(
@@ -166,6 +170,15 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         help=f"{one_line(left)} -> {one_line(right)}",
         fix=left.to(right),
     )
+
+
+def _nameless(span: Span) -> Diagnostic | None:
+    """`{ size.height }`: a field of a record that is made of another's, and has no name."""
+    path = re.compile(r"\w*(\.(\w+))+").match(span.source.text, span.start)
+    if path is None:
+        return None
+    whole = Span(span.source, *path.span())
+    return _swapped(whole, "a record's field has a name", f"{path[2]}: {whole.text}")
 
 
 def _copies(span: Span) -> Diagnostic | None:
@@ -209,6 +222,8 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             return _swapped(span, "a value in a body is named with `let`", f"let {found}")
         return _swapped(span, "the body of a flow ends with `return`", f"return {found}")
     is_field = {"NAME", "RBRACE"} <= accepts and "ARROW" not in accepts
+    if is_field and kind == "FIELD":
+        return _nameless(span)
     if is_field and re.fullmatch(r'"[A-Za-z_]\w*"', found, re.ASCII):
         return _swapped(span, "a field's name has no quotes", found.strip('"'))
     word = re.compile(r"[\w./-]+").match(text, span.start)
@@ -218,11 +233,14 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         start = span.start - len(before.group() if before else "")
         return unquoted(Span(span.source, start, word.end()))
     if found == "?":
+        is_optional = accepts == {"COLON"}
         return Diagnostic(
             "unexpected-token",
             "`?` cannot stand here",
             Label(span),
-            note="a choice is written `if CONDITION then STAGE else STAGE`; `a ?? b` is a fallback",
+            note="a field that may be missing is written `name: TYPE?`"
+            if is_optional
+            else "a choice is written `if CONDITION then STAGE else STAGE`; `a ?? b` is a fallback",
         )
     if found == "," and accepts <= {"NAME", "RBRACE", "LPAR", "REPEAT", "FIELD", "__FIELD"}:
         return Diagnostic(

@@ -132,6 +132,13 @@ RIGHT = [
     'flow f: { a: str } -> int = match .a { "x" => 1 }',
     'flow f: { a: str } -> str = match .a { "x" => .a }',
     "flow f: int -> int = (if pass > 3 then pass) -> pass",
+    "flow f { let s = in -> decode -> size return { s.height } }",
+    "flow f { let s = in -> decode -> size return { h: 3, s.width } }",
+    "flow f = decode -> { .height }",
+    "flow f = decode -> size -> { ..., .height }",
+    "flow f { let img = in -> decode img -> rgb }",
+    "flow f: list<{ a: { b: int } }> -> list<int> = .a.b",
+    "flow f: list<label> -> list<label> = top(2)",
     "flow f: list<int> -> list<int> = map(if pass > 3 then pass, max=3)",
 ]
 
