@@ -480,6 +480,17 @@ def test_the_signature_that_is_proposed_is_one(write: Write, signature: str, men
     assert kind('use "p.py" as p\nexport flow a = p.f')
 
 
+def test_fields_that_an_operator_takes_are_picked_out_of_more(write: Write) -> None:
+    """The help is a record of just those; not where the call names what it would leave behind."""
+    write("p.py", "def f(x: int, y: int, *, z: int = 0) -> int: ...\n")
+    flow = 'use "p.py" as p\nexport flow a: { y: int, q: int, x: int } -> int = '
+    (error,) = found(flow + "p.f(z=3)")
+    assert error.help == "{ x: .x, y: .y } -> p.f(z=3)"
+    assert kind(flow + error.help)
+    (error,) = found(flow + "p.f(z=.q)")
+    assert error.help is None
+
+
 def test_a_type_that_cannot_be_read_is_told_where_a_flow_names_it(write: Write) -> None:
     """The reason is the file's; no other type is proposed for it."""
     write("p.py", f"{IMPORTS}class R(TypedDict):\n    c: complex\ndef r(x: int) -> R: ...\n")
