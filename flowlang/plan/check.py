@@ -204,13 +204,22 @@ class _Checker:
             plan = self._flow_plan(flows[name], elaborator, name in served)
             if name in served:
                 plans.append(plan)
-        for each in self.declarations.modules:
-            settler = Settler(each, elaborator, self.choices.schedule, self.report)
-            for schedule in sorted(each.schedules, key=lambda s: s.name is not None):
-                settler.place(schedule)
-            settler.check_batches(plans)
+        self._settle(elaborator, plans)
         self._check_schedule(module)
         return tuple(plans)
+
+    def _settle(self, elaborator: Elaborator, plans: list[FlowPlan]) -> None:
+        """Place what the blocks of all files say, those of used files first, and the named last."""
+        settlers = [
+            (module, Settler(module, elaborator, self.choices.schedule, self.report))
+            for module in self.declarations.modules
+        ]
+        for is_named in (False, True):
+            for module, settler in settlers:
+                for schedule in module.schedules:
+                    if (schedule.name is not None) is is_named:
+                        settler.place(schedule)
+        settlers[-1][1].check_batches(plans)  # which are of all files
 
     def _check_choices(self) -> None:
         known = [
