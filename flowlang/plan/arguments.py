@@ -554,15 +554,15 @@ def _is_of(given: Constant, wanted: Type) -> bool:
     """Whether an argument of a Python operator is of its type."""
     if given.kind not in ("int", "float", "str", "bool", "list", "percent"):
         return False
-    kind = _type_of(given.value)
+    kind = type_of(given.value)
     return isinstance(wanted, Unknown) or (kind is not None and fits(kind, wanted))
 
 
-def _type_of(value: Any) -> Type | None:
+def type_of(value: Any) -> Type | None:
     """The type of what stands in the file, or None where a list is of several."""
     if not isinstance(value, tuple):
         return {bool: BOOL, int: INT, float: FLOAT, str: STR}.get(type(value))
-    kinds = [_type_of(part) for part in value]
+    kinds = [type_of(part) for part in value]
     kind = kinds[0] if kinds else UNKNOWN
     for other in kinds[1:]:
         kind = unify(kind, other) if kind is not None and other is not None else None

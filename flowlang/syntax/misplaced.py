@@ -28,6 +28,10 @@ _UNITS = ("us", "ms", "s", "KiB", "MiB", "GiB")
 _ARROWS = frozenset({"=>", "|>", ">", ">>", "|", "~>", "-->", "->>", "--", "- >"})
 
 
+_COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">="})
+_OPERATORS = _COMPARISONS | {"+", "-", "*", "/", "and", "or", "??"}
+
+
 def _arrow(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
     """Something drawn like an arrow, where `->` is meant."""
     text = span.source.text
@@ -99,6 +103,13 @@ def _branch(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             "a way out of an `if` that has several stages needs parentheses",
             Label(span),
             note="if .wide then (cut(w=512) -> map(rec) -> join) else rec",
+        )
+    if span.text in _OPERATORS:
+        return Diagnostic(
+            "unexpected-token",
+            "a way out of an `if` that is an expression needs parentheses",
+            Label(span),
+            note="if .a > 3 then (.a - 3) else .a",
         )
     before = stage_before(span.source.text, span.start)
     left = Span(span.source, *before) if before else None
@@ -241,6 +252,13 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             note="a field that may be missing is written `name: TYPE?`"
             if is_optional
             else "a choice is written `if CONDITION then STAGE else STAGE`; `a ?? b` is a fallback",
+        )
+    if found in _COMPARISONS and "OR" in accepts:
+        return Diagnostic(
+            "unexpected-token",
+            f"`{found}` cannot compare what is a comparison already",
+            Label(span),
+            note="`.a > 1 and .a < 3` is two of them",
         )
     if found == "," and accepts <= {"NAME", "RBRACE", "LPAR", "REPEAT", "FIELD", "__FIELD"}:
         return Diagnostic(
