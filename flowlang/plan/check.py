@@ -306,7 +306,10 @@ class _Checker:
         """What would be said of a flow."""
         before = len(self.diagnostics)
         elaborator = Elaborator(self.declarations.flows(), self.report, self.choices.opener)
-        self._flow_plan(declared, elaborator, is_served)
+        try:
+            self._flow_plan(declared, elaborator, is_served)
+        except _Enough:
+            self.is_cut = False
         told = self.diagnostics[before:]
         del self.diagnostics[before:]
         return told
@@ -335,7 +338,8 @@ class _Checker:
         else:
             elaborator.calls.set_defaults(declared, item, scope)
         output = elaborator.flow(declared, item, scope)
-        if is_served and isinstance(kind, Unknown) and len(self.diagnostics) == before:
+        is_open = isinstance(kind, Unknown) and not flow.signature  # a lost one was told
+        if is_served and is_open and len(self.diagnostics) == before:
             self._check_input(declared, item, output)
         if is_served and is_undecided(output.type) and len(self.diagnostics) == before:
             self._tell_undecided(flow.name, output)

@@ -133,21 +133,24 @@ class WrittenTypes:
 
     def _elsewhere(self, given: tree.TypeExpr) -> Type:
         """A type of a file that is used. A Python operator's name is the type it gives."""
-        alias, *rest = given.name.names if given.name else ("",)
-        used = self._module.uses.get(alias)
-        if isinstance(used, PythonFile) and len(rest) == 1:
-            if rest[0] in used.types:
-                return used.types[rest[0]]
-            if rest[0] in used.problems:
-                self._report(used.problems[rest[0]])
+        names = given.name.names if given.name else ("",)
+        *files, name = names
+        used: Module | PythonFile | None = self._module
+        for file in files:
+            used = used.uses.get(file) if isinstance(used, Module) else None
+        if isinstance(used, PythonFile):
+            if name in used.types:
+                return used.types[name]
+            if name in used.problems:
+                self._report(used.problems[name])
                 return UNKNOWN
             self._unknown(given, used.types)
-        elif isinstance(used, Module) and len(rest) == 1:
-            declared = used.types.declared(rest[0])
+        elif isinstance(used, Module):
+            declared = used.types.declared(name)
             if declared is not None:
                 return declared
             self._unknown(given, used.types.names())
-        elif alias not in self._module.lost:
+        elif not self._module.is_lost(names):
             self._unknown(given, ())
         return UNKNOWN
 

@@ -111,6 +111,20 @@ def test_paths_are_looked_for_beside_the_file_that_names_them(write: Write) -> N
     assert kind('use "lib/outer.flow" as outer\nexport flow f = outer.net -> outer.inner.net')
 
 
+def test_types_of_the_files_of_a_file_are_reached_like_its_flows(write: Write) -> None:
+    """Behind the names of both, whether they are declared or a Python file's."""
+    write("lib/p.py", "def far(x: int) -> 'list<int>': ...\n")
+    write("lib/chain.flow", 'use "lib.flow" as it\nuse "p.py" as p\nflow net = it.net')
+    use = 'use "lib/chain.flow" as c\n'
+    assert kind(use + "export flow f: c.it.pair -> int = .a") == "pair -> int"
+    assert kind(use + "export flow f: c.p.far -> int = 3") == "list<int> -> int"
+    assert "no type `c.it.pear`" in told(use + "export flow f: c.it.pear -> int = 3")
+    assert "did you mean `c.it.pair`?" in told(use + "export flow f: c.it.pear -> int = 3")
+    assert "no type `c.no.pair`" in told(use + "export flow f: c.no.pair -> int = 3")
+    write("lib/chain.flow", 'use "nowhere.flow" as it\nflow net = decode')
+    assert "nowhere.flow" in told(use + "export flow f: c.it.pair -> int = 3")
+
+
 def test_arguments_reach_flows_of_other_files() -> None:
     """By position, by name and with defaults; and requests bring those that are live."""
     assert kind(USE + "export flow f = lib.net -> lib.part(1)")
