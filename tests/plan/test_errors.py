@@ -139,6 +139,8 @@ RIGHT = [
     "flow f { let img = in -> decode img -> rgb }",
     "flow f: list<{ a: { b: int } }> -> list<int> = .a.b",
     "flow f: list<label> -> list<label> = top(2)",
+    "flow f: { b: box, of: bytes } -> size { let i = in -> .of -> decode"
+    " return in -> .b -> crop -> size }",
     "flow f: list<int> -> list<int> = map(if pass > 3 then pass, max=3)",
 ]
 

@@ -428,6 +428,12 @@ def test_the_traceback_is_for_the_log(load: Load, caplog: pytest.LogCaptureFixtu
     assert "raise ValueError('no good')" in caplog.text
 
 
+def test_an_exception_without_words_is_told_by_its_kind(load: Load) -> None:
+    """As those are that Python itself raises to end things."""
+    app = load("def f(x: int) -> int: raise KeyError", "export flow a = p.f")
+    assert str(error_of(lambda: app(1))).startswith("`p.f` failed: KeyError (")
+
+
 def test_an_operator_may_tell_the_client_why(load: Load, caplog: pytest.LogCaptureFixture) -> None:
     """A BadRequest reaches who asked as it is, with the place; nothing is logged."""
     app = load(
