@@ -5,7 +5,7 @@ Layer 2. All diagnostics of a program are collected in one run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -201,8 +201,15 @@ class _Checker:
             self._tell_unserved(module, reasons)
         plans = []
         for name in roots:
+            before = len(self.diagnostics)
             plan = self._flow_plan(flows[name], elaborator, name in served)
-            if name in served:
+            if name not in served:
+                continue
+            told = self.diagnostics[before:]
+            if reasons := self._never_brought(flows[name], told):
+                self.diagnostics[before:] = [d for d in told if d not in reasons]
+                self._tell_unserved(module, reasons)
+            else:
                 plans.append(plan)
         self._settle(elaborator, plans)
         self._check_schedule(module)
@@ -269,7 +276,7 @@ class _Checker:
 
     def _why_unserved(self, module: Module, served: list[str]) -> list[Diagnostic]:
         """Why a file that could be read has nothing to serve, but at most parts for others."""
-        if module.lost or any(d.severity == "error" for d in self.diagnostics):
+        if served or module.lost or any(d.severity == "error" for d in self.diagnostics):
             return []
         if not module.flows:
             end = len(self.source.text.rstrip())
@@ -277,8 +284,6 @@ class _Checker:
             return [Diagnostic("empty-program", "there is no flow in this file", place)]
         last = list(module.flows.values())[-1]
         declared = Declared(last, module)
-        if served:
-            return [] if last.is_exported else self._never_brought(declared)
         is_servable = not any(d.severity == "error" for d in self._trial(declared, is_served=True))
         message = "none of the flows is exported, so there is nothing to serve"
         start = Span(last.span.source, last.span.start, last.name_span.end)
@@ -292,15 +297,16 @@ class _Checker:
             )
         ]
 
-    def _never_brought(self, declared: Declared) -> list[Diagnostic]:
-        """What no request can bring the only flow of a file, and another flow could give it."""
-        if not declared.flow.inputs:
+    def _never_brought(self, declared: Declared, told: Sequence[Diagnostic]) -> list[Diagnostic]:
+        """What no request can bring the only flow of a file, and another flow could give it.
+
+        `told` is what was said of it as one that is served.
+        """
+        asked = [d for d in told if d.slug == "not-a-constant"]
+        if not asked or declared.flow.is_exported or not declared.flow.inputs:
             return []
-        asked, of_part = (
-            [d for d in self._trial(declared, is_served) if d.slug == "not-a-constant"]
-            for is_served in (True, False)
-        )
-        return asked if not of_part else []
+        of_part = self._trial(declared, is_served=False)
+        return asked if all(d.slug != "not-a-constant" for d in of_part) else []
 
     def _trial(self, declared: Declared, is_served: bool) -> list[Diagnostic]:
         """What would be said of a flow."""
