@@ -69,6 +69,9 @@ def word(item: str) -> str:
 def part(image: np.ndarray, *, side: int) -> str:
     return str(image.shape)
 
+def both(left: str, right: str) -> str:
+    return left + right
+
 def mirror(image: "image<rgb>") -> "image<rgb>":
     return image[:, ::-1]
 """,

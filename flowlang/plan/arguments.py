@@ -62,6 +62,19 @@ class Names(Protocol):
         """Whether an expression needs the item or a value of the flow."""
 
 
+# What others call a parameter.
+_FOREIGN = {
+    **dict.fromkeys(("confidence", "conf_thres", "conf_threshold", "score", "min_score"), "conf"),
+    **dict.fromkeys(("iou_thres", "iou_threshold", "nms", "nms_threshold"), "iou"),
+    **dict.fromkeys(("classes", "labels", "class_names"), "names"),
+    **dict.fromkeys(("max_det", "limit"), "max"),
+    **dict.fromkeys(("sep", "delimiter"), "separator"),
+    **dict.fromkeys(("angle", "deg"), "degrees"),
+    "height": "h",
+    "width": "w",
+    "key": "by",
+    "charset": "keys",
+}
 _COPIES = frozenset({"instances", "instance_num", "replicas", "copies", "workers", "num_workers"})
 
 
@@ -110,6 +123,8 @@ class Binder:
             return
         if isinstance(arg.value, tree.Repeat):
             raise self._replica(call, op, arg.value)
+        if arg.name is not None and op.param(arg.name) is None and arg.name not in op.settings:
+            raise self._unknown_parameter(op, arg.name, arg)
         given = evaluate(arg.value, names.constants)
         if arg.name is not None:
             self._bind_named(call, op, arg, given, bound)
@@ -140,7 +155,7 @@ class Binder:
             bound.bodies[param.name] = arg.value
             self._put(op, param, None, arg.value.span, bound)
             return True
-        if not names.is_live(arg.value):
+        if not names.is_live(arg.value) and not (op.kind == "python" and _is_record(arg.value)):
             return False
         if arg.name is None:
             if op.kind == "python" and not free:
@@ -195,19 +210,18 @@ class Binder:
         param = op.param(name)
         if param is not None:
             self._put(op, param, self.fit_param(op, param, given), given.span, bound)
-        elif name in op.settings:
-            first = bound.settings.get(name)
-            if first:
-                message = f"`{name}` of `{op.name}` is given twice"
-                label = Label(first.span, "first here")
-                raise refuse("given-twice", message, given.span, secondary=(label,))
-            bound.settings[name] = given_setting(name, given, arg)
-        else:
-            raise self._unknown_parameter(op, name, arg)
+            return
+        first = bound.settings.get(name)
+        if first:
+            message = f"`{name}` of `{op.name}` is given twice"
+            label = Label(first.span, "first here")
+            raise refuse("given-twice", message, given.span, secondary=(label,))
+        bound.settings[name] = given_setting(name, given, arg)
 
     def _unknown_parameter(self, op: Op, name: str, arg: tree.Arg) -> Refused:
         span = Span(arg.span.source, arg.span.start, arg.span.start + len(name))
-        like = nearest(name, [*(p.name for p in op.params), *op.settings])
+        known = [*(p.name for p in op.params), *op.settings]
+        like = _FOREIGN[name] if _FOREIGN.get(name) in known else nearest(name, known)
         value = arg.value.span.text
         help_text = f"did you mean `{like}`?   {like}={value}" if like else None
         if like is None and name in SETTINGS:
@@ -478,11 +492,15 @@ def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:
     is_quoted = given.kind == "str" and (
         value in param.words or (param.kind == "int" and value.isdecimal())
     )
+    help_text = value if is_quoted else did_you_mean(value, param.words)
+    if param.name == "size" and given.kind == "list" and [*map(type, given.value)] == [int, int]:
+        h, w = given.value
+        help_text = f"name the sides so they cannot be swapped: {op.name}(h={h}, w={w})"
     return refuse(
         "wrong-kind",
         message,
         given.span,
-        help=value if is_quoted else did_you_mean(value, param.words),
+        help=help_text,
         note=note,
         fix=given.span if is_quoted else None,
     )
@@ -536,19 +554,28 @@ def _is_of(given: Constant, wanted: Type) -> bool:
     """Whether an argument of a Python operator is of its type."""
     if given.kind not in ("int", "float", "str", "bool", "list", "percent"):
         return False
-    kind = _type_of(given.value)
+    kind = type_of(given.value)
     return isinstance(wanted, Unknown) or (kind is not None and fits(kind, wanted))
 
 
-def _type_of(value: Any) -> Type | None:
+def type_of(value: Any) -> Type | None:
     """The type of what stands in the file, or None where a list is of several."""
     if not isinstance(value, tuple):
         return {bool: BOOL, int: INT, float: FLOAT, str: STR}.get(type(value))
-    kinds = [_type_of(part) for part in value]
+    kinds = [type_of(part) for part in value]
     kind = kinds[0] if kinds else UNKNOWN
     for other in kinds[1:]:
         kind = unify(kind, other) if kind is not None and other is not None else None
     return ListOf(kind) if kind is not None else None
+
+
+def _is_record(expr: tree.Expr) -> bool:
+    """Whether an expression is a record, or a list of them: none is a constant."""
+    if isinstance(expr, tree.Group):
+        return _is_record(expr.value)
+    if isinstance(expr, tree.ListOf):
+        return any(map(_is_record, expr.items))
+    return isinstance(expr, tree.Record)
 
 
 def _listed(value: Any) -> Any:
@@ -575,8 +602,10 @@ def _wants(param: Param) -> str:
 
 def _signature(op: Op) -> str | None:
     """What an operator can be told, as the note under an unknown name."""
+    fields = ", ".join(op.function.fields) if op.function is not None else ""
     algorithm = " ".join(p.name for p in op.params)
     settings = " ".join(op.settings)
-    parts = [f"algorithm: {algorithm}"] if algorithm else []
+    parts = [f"item: {{ {fields} }}"] if fields else []
+    parts += [f"algorithm: {algorithm}"] if algorithm else []
     parts += [f"schedule: {settings}"] if settings else []
     return "   ".join(parts) or f"`{op.name}` takes no arguments"

@@ -252,6 +252,8 @@ class Calls:
         if op.function is not None and op.function.problem is not None:
             self._report(op.function.problem)
             return self._elaborator.unknown(call.span, item, scope)
+        if op.name == "crop" and self._lacks_image(call, item, scope):
+            return self._elaborator.unknown(call.span, item, scope)
         bound = self.bind(call, op, scope)
         site = scope.site(call.span)
         if bound.settings:
@@ -267,6 +269,29 @@ class Calls:
         if op.kind == "image" and op.name != "decode" and isinstance(item.type, Unknown):
             return node
         return self._framed(self.typed(node, op), scope)
+
+    def _lacks_image(self, call: tree.Call, item: Node, scope: Scope) -> bool:
+        """Whether a box is to be cut out of no image. Reports it, with one that it may lie in."""
+        place = without_null(item.type)
+        is_place = isinstance(place, Scalar) and place.name in ("box", "quad")
+        if not is_place or any(scope.is_live(arg.value) for arg in call.args or ()):
+            return False
+        values = {name: scope.value(name) for name in sorted(scope.names())}
+        images = {n: v.type for n, v in values.items() if v and isinstance(v.type, Image)}
+        of_frame = (n for n, kind in images.items() if kind.frame == getattr(place, "frame", None))
+        name = next(iter([*of_frame, *images]), None)
+        self._report(
+            Diagnostic(
+                "missing-parameter",
+                f"`crop` of a {place} needs the image that it lies in",
+                Label(call.span),
+                (Label(item.span, f"gives {place}"),),
+                help=f"crop({name})" if name else None,
+                note=None if name else "let picture = in -> decode ... crop(picture)",
+                fix=call.span if name else None,
+            )
+        )
+        return True
 
     def _framed(self, node: Node, scope: Scope) -> Node:
         """`decode`, with the picture it gives told from others: by where the file comes from."""
@@ -345,8 +370,11 @@ class Calls:
     def _with_live(self, node: Node, op: Op, bound: Bound, item: Node, scope: Scope) -> Node:
         """A node that also gets the values which each request brings for its parameters."""
         for name, expr in bound.live.items():
+            param = op.param(name)
             value = self._elaborator.operand(expr, item, scope)
-            self._check_live(op, op.param(name), expr, value)
+            self._check_live(op, param, expr, value)
+            if op.function is not None and param is not None and param.kind == "value":
+                value = widened(value, param.type)
             node.params[name] = Live(len(node.inputs))  # type: ignore[index]
             node = replace(node, inputs=(*node.inputs, value))
         return node

@@ -5,7 +5,7 @@ Layer 2. All diagnostics of a program are collected in one run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,7 +42,8 @@ from flowlang.syntax.parse import parse_leniently
 class Plan:
     """A checked program: its served flows, the settings, the params and the hints.
 
-    `files` are all that it was made from: flow files, Python files and models.
+    `files` are all that it was made from: flow files, Python files and models. `unserved` says why
+    a file of parts serves no flow: it can be checked, and not be run.
     """
 
     source: Source
@@ -51,6 +52,7 @@ class Plan:
     params: tuple[ParamValue, ...]
     hints: tuple[Diagnostic, ...]
     files: tuple[str, ...] = ()
+    unserved: tuple[Diagnostic, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +73,18 @@ def _has_defaults(declared: Declared) -> bool:
 
 
 NO_CHOICES = Choices({}, {})
+OF_PARTS = "checked as a file of parts, which others use: by itself it serves nothing"
 MAX_DIAGNOSTICS = 300
 
 
 def compile_source(source: Source, choices: Choices = NO_CHOICES) -> Plan:
-    """Source to Plan. Raises CompileError with every error found."""
+    """Source to the Plan of what it serves. Raises CompileError with every error found."""
     plan, diagnostics = check_source(source, choices)
     errors = [d for d in diagnostics if d.severity == "error"]
     if errors or plan is None:
         raise CompileError(errors)
+    if plan.unserved:
+        raise CompileError(list(plan.unserved))
     return plan
 
 
@@ -123,6 +128,7 @@ def inspect_source(
         params,
         tuple(found),
         tuple(dict.fromkeys(files)),
+        tuple(checker.unserved),
     )
     return Inspection(plan, found, seen, module)
 
@@ -144,6 +150,7 @@ class _Checker:
         self.source = source
         self.choices = choices
         self.diagnostics: list[Diagnostic] = []
+        self.unserved: list[Diagnostic] = []
         self.is_cut = False
         self.declarations = Declarations(choices, self.report, read, texts)
         self.module: Module | None = None
@@ -189,18 +196,37 @@ class _Checker:
         ]
         if not extents.can_unroll(roots):
             return ()
+        if reasons := self._why_unserved(module, served):
+            served = []
+            self._tell_unserved(module, reasons)
         plans = []
         for name in roots:
+            before = len(self.diagnostics)
             plan = self._flow_plan(flows[name], elaborator, name in served)
-            if name in served:
+            if name not in served:
+                continue
+            told = self.diagnostics[before:]
+            if reasons := self._never_brought(flows[name], told):
+                self.diagnostics[before:] = [d for d in told if d not in reasons]
+                self._tell_unserved(module, reasons)
+            else:
                 plans.append(plan)
-        for each in self.declarations.modules:
-            settler = Settler(each, elaborator, self.choices.schedule, self.report)
-            for schedule in sorted(each.schedules, key=lambda s: s.name is not None):
-                settler.place(schedule)
-            settler.check_batches(plans)
+        self._settle(elaborator, plans)
         self._check_schedule(module)
         return tuple(plans)
+
+    def _settle(self, elaborator: Elaborator, plans: list[FlowPlan]) -> None:
+        """Place what the blocks of all files say, those of used files first, and the named last."""
+        settlers = [
+            (module, Settler(module, elaborator, self.choices.schedule, self.report))
+            for module in self.declarations.modules
+        ]
+        for is_named in (False, True):
+            for module, settler in settlers:
+                for schedule in module.schedules:
+                    if (schedule.name is not None) is is_named:
+                        settler.place(schedule)
+        settlers[-1][1].check_batches(plans)  # which are of all files
 
     def _check_choices(self) -> None:
         known = [
@@ -246,25 +272,63 @@ class _Checker:
         exported = [n for n, f in flows.items() if f.is_exported]
         if exported or (len(flows) == 1 and not module.lost):
             return exported or list(flows)
-        if self.diagnostics or module.lost:
-            return []
-        if flows:
-            last = list(flows.values())[-1]
-            start = Span(last.span.source, last.span.start, last.name_span.end)
-            self.error(
-                "nothing-exported",
-                "none of the flows is exported, so there is nothing to serve",
-                last.name_span,
-                help=f"export flow {last.name}",
-                note="a file of parts alone is checked with those that use it",
-                fix=start,
-            )
-        else:
-            end = len(self.source.text.rstrip())
-            self.error(
-                "empty-program", "there is no flow in this file", Span(self.source, end, end)
-            )
         return []
+
+    def _why_unserved(self, module: Module, served: list[str]) -> list[Diagnostic]:
+        """Why a file that could be read has nothing to serve, but at most parts for others."""
+        if served or module.lost or any(d.severity == "error" for d in self.diagnostics):
+            return []
+        if not module.flows:
+            end = len(self.source.text.rstrip())
+            place = Label(Span(self.source, end, end))
+            return [Diagnostic("empty-program", "there is no flow in this file", place)]
+        last = list(module.flows.values())[-1]
+        declared = Declared(last, module)
+        is_servable = not any(d.severity == "error" for d in self._trial(declared, is_served=True))
+        message = "none of the flows is exported, so there is nothing to serve"
+        start = Span(last.span.source, last.span.start, last.name_span.end)
+        return [
+            Diagnostic(
+                "nothing-exported",
+                message,
+                Label(last.name_span),
+                help=f"export flow {last.name}" if is_servable else None,
+                fix=start if is_servable else None,
+            )
+        ]
+
+    def _never_brought(self, declared: Declared, told: Sequence[Diagnostic]) -> list[Diagnostic]:
+        """What no request can bring the only flow of a file, and another flow could give it.
+
+        `told` is what was said of it as one that is served.
+        """
+        asked = [d for d in told if d.slug == "not-a-constant"]
+        if not asked or declared.flow.is_exported or not declared.flow.inputs:
+            return []
+        of_part = self._trial(declared, is_served=False)
+        return asked if all(d.slug != "not-a-constant" for d in of_part) else []
+
+    def _trial(self, declared: Declared, is_served: bool) -> list[Diagnostic]:
+        """What would be said of a flow."""
+        before = len(self.diagnostics)
+        elaborator = Elaborator(self.declarations.flows(), self.report, self.choices.opener)
+        try:
+            self._flow_plan(declared, elaborator, is_served)
+        except _Enough:
+            self.is_cut = False
+        told = self.diagnostics[before:]
+        del self.diagnostics[before:]
+        return told
+
+    def _tell_unserved(self, module: Module, reasons: list[Diagnostic]) -> None:
+        """A hint, for a file of parts is right as such; nothing at all is an error."""
+        is_used = module.flows or module.params or module.types.names() or module.uses
+        if not is_used:
+            self.report(reasons[0])
+            return
+        self.unserved = reasons
+        for reason in reasons:
+            self.report(replace(reason, severity="hint", note=OF_PARTS))
 
     def _flow_plan(self, declared: Declared, elaborator: Elaborator, is_served: bool) -> FlowPlan:
         flow = declared.flow
@@ -280,7 +344,8 @@ class _Checker:
         else:
             elaborator.calls.set_defaults(declared, item, scope)
         output = elaborator.flow(declared, item, scope)
-        if is_served and isinstance(kind, Unknown) and len(self.diagnostics) == before:
+        is_open = isinstance(kind, Unknown) and not flow.signature  # a lost one was told
+        if is_served and is_open and len(self.diagnostics) == before:
             self._check_input(declared, item, output)
         if is_served and is_undecided(output.type) and len(self.diagnostics) == before:
             self._tell_undecided(flow.name, output)

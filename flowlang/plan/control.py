@@ -174,15 +174,15 @@ class Control:
         if last.patterns or any(not arm.patterns for arm in arms):
             place = next((arm for arm in arms if not arm.patterns), last)
             message = "the last way of a `match`, and only that, is `else`"
-            way = self._otherwise(expr.arms, item, scope) if place is last else None
+            mended = self._with_else(expr.arms, item, scope) if place is last else None
             self._report(
                 Diagnostic(
                     "missing-else",
                     message,
                     Label(place.span),
-                    help=f"{place.span.text}, else => {way}" if way else None,
-                    note=None if way else "`else => STAGE` says what becomes of all others",
-                    fix=place.span if way else None,
+                    help=mended,
+                    note=None if mended else "`else => STAGE` says what becomes of all others",
+                    fix=place.span if mended else None,
                 )
             )
             return self._elaborator.unknown(expr.span, item, scope)
@@ -200,14 +200,18 @@ class Control:
         params = {"cases": cases, "otherwise": len(arms)}
         return self._control(graph.ROUTE, params, bodies, kind, expr, scope)
 
-    def _otherwise(self, arms: Sequence[tree.Arm], item: Node, scope: Scope) -> str | None:
-        """What `else` could give of the type that the ways of a `match` without it give."""
+    def _with_else(self, arms: Sequence[tree.Arm], item: Node, scope: Scope) -> str | None:
+        """The last arm of a `match` without `else`, as one or with one of the type of its ways."""
+        last = arms[-1]
+        if [p.span.text for p in last.patterns] in (["_"], ["default"], ["otherwise"]):
+            return f"else => {last.value.span.text}"
         bodies = Bodies([item])
         for arm in arms:
             self._body(bodies, arm.value, item.type, scope)
         ways = [arm.value for arm in arms]
         kind = self._one_type(bodies.made, ways, "the ways out of this `match`")
-        return "pass" if unify(kind, item.type) is not None else EMPTY.get(without_null(kind))
+        way = "pass" if unify(kind, item.type) is not None else EMPTY.get(without_null(kind))
+        return f"{last.span.text}, else => {way}" if way else None
 
     def _case(
         self, pattern: tree.Expr, subject: Node, cases: dict[Any, int], number: int, scope: Scope
@@ -314,7 +318,8 @@ def _key(element: Type) -> str | None:
     if element in (INT, FLOAT, STR):
         return "pass"
     fields = element.fields if isinstance(element, Record) else ()
-    return next((f".{name}" for name, kind in fields if kind in (FLOAT, INT)), None)
+    keys = (name for wanted in (FLOAT, INT) for name, kind in fields if kind == wanted)
+    return next((f".{name}" for name in keys), None)
 
 
 def _mend(first: Type, other: Type, one: tree.Expr, two: tree.Expr) -> str | None:

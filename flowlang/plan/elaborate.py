@@ -7,10 +7,11 @@ are written, so that all mentions share one physical thing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan import graph
-from flowlang.plan.arguments import Report, did_you_mean
+from flowlang.plan.arguments import Report, did_you_mean, type_of
 from flowlang.plan.calls import Calls
 from flowlang.plan.control import Control
 from flowlang.plan.expression import (
@@ -245,14 +246,18 @@ class Elaborator:
 
     def literal(self, expr: tree.Expr, item: Node, scope: Scope) -> Node:
         """The node of a value that is written out, or of a param by its name."""
+        message = f"`{expr.span.text}` is a value, and a stage belongs here"
         try:
             given = evaluate(expr, scope.constants)
             if given.kind in LITERALS:
                 return self.constant(given, scope)
+            if given.kind == "list" and (kind := type_of(given.value)) is not None:
+                return self._constants(given.value, kind, expr.span, scope)
+            if given.kind in ("range", "bytes"):
+                message = f"`{expr.span.text}` is {given.noun}, which only settings take"
         except Refused as refused:
             if refused.diagnostic is None:
                 return self.unknown(expr.span, item, scope)
-        message = f"`{expr.span.text}` is a value, and a stage belongs here"
         self.report(Diagnostic("not-a-stage", message, Label(expr.span)))
         return self.unknown(expr.span, item, scope)
 
@@ -263,6 +268,8 @@ class Elaborator:
         return Node(graph.LITERAL, params, (), kind, given.span, scope.site(given.span))
 
     def _binary(self, expr: tree.Binary, item: Node, scope: Scope) -> Node:
+        if isinstance(expr.left, tree.If):
+            self._tell_both_ways(expr, expr.left)
         sides = tuple(self.operand(e, item, scope) for e in (expr.left, expr.right))
         kind: Type = UNKNOWN
         try:
@@ -277,6 +284,32 @@ class Elaborator:
             self.report(Diagnostic("out-of-range", "this divides by zero", place))
         params = {"operator": expr.operator}
         return Node(graph.BINARY, params, sides, kind, expr.span, scope.site(expr.span))
+
+    def _constants(self, value: Any, kind: Type, span: Span, scope: Scope) -> Node:
+        """A list that a param is, each of its elements a node."""
+        if not isinstance(kind, ListOf):
+            return Node(graph.LITERAL, {"value": value}, (), kind, span, scope.site(span))
+        of = [(part, type_of(part) or UNKNOWN) for part in value]
+        parts = tuple(self._constants(p, k, span, scope) for p, k in of)
+        parts = tuple(widened(part, kind.item) for part in parts)
+        return Node(graph.LIST, {}, parts, kind, span, scope.site(span))
+
+    def _tell_both_ways(self, expr: tree.Binary, choice: tree.If) -> None:
+        """What stands behind the last way of an `if` is done with what either gives."""
+        rest = f"{expr.operator} {' '.join(expr.right.span.text.split())}"
+        last = " ".join(choice.otherwise.span.text.split())
+        self.report(
+            Diagnostic(
+                "unclear-branch",
+                f"`{rest}` is done with what either way of this `if` gives",
+                Label(expr.right.span),
+                (Label(choice.span),),
+                help=f"({choice.span.text})",
+                note=f"of the last way alone it is `else ({last} {rest})`",
+                severity="hint",
+                fix=choice.span,
+            )
+        )
 
     def _unary(self, expr: tree.Unary, item: Node, scope: Scope) -> Node:
         side = self.operand(expr.value, item, scope)
@@ -387,6 +420,14 @@ class Elaborator:
                     )
                 )
             spans[part.name] = part.span
+            if part.value is None and self._is_field_meant(part.name, item, scope):
+                message = f"there is no operator or flow named `{part.name}`"
+                help_text, place = f"{part.name}: .{part.name}", Label(part.span)
+                self.report(
+                    Diagnostic("unknown-operator", message, place, help=help_text, fix=part.span)
+                )
+                fields[part.name] = self.unknown(part.span, item, scope)
+                continue
             fields[part.name] = self.apply(field_value(part), item, scope)
         kind = UNKNOWN if is_open else Record(tuple((n, f.type) for n, f in fields.items()))
         if slug := why_vast(kind):
@@ -397,6 +438,13 @@ class Elaborator:
         inputs = tuple(fields.values())
         names = {"names": tuple(fields)}
         return Node(graph.RECORD, names, inputs, kind, expr.span, scope.site(expr.span))
+
+    @staticmethod
+    def _is_field_meant(name: str, item: Node, scope: Scope) -> bool:
+        """Whether `{ name }` names nothing but a field of what arrives."""
+        is_known = name in scope.names() or name in scope.constants or name in OPS
+        is_known = is_known or scope.module.declared((name,)) is not None
+        return not is_known and field_type(item.type, name) is not None
 
     def _may_copy(self, kind: Record, span: Span) -> bool:
         """Whether `...` may copy these fields. Reports the first that are too many."""
@@ -418,9 +466,24 @@ class Elaborator:
         if kind is None and fields_of(without_null(item.type)):
             self._unknown_field(item, name, span, scope)
         elif kind is None and not isinstance(item.type, Unknown):
-            mismatch(self.report, span, item, f"there is no field `{name}` here", "wants a record")
+            is_mapped = self._is_of_elements(item.type, name, span)
+            mismatch(
+                self.report,
+                span,
+                item,
+                f"there is no field `{name}` here",
+                "wants a record",
+                help=f"map({span.text})" if is_mapped else None,
+                fix=span if is_mapped else None,
+            )
         params = {"name": name}
         return Node(graph.FIELD, params, (item,), kind or UNKNOWN, span, scope.site(span))
+
+    @staticmethod
+    def _is_of_elements(kind: Type, name: str, span: Span) -> bool:
+        """Whether the field that `span` begins with is one of each element of a list."""
+        is_first = span.text == f".{name}" or span.text.startswith(f".{name}.")
+        return is_first and isinstance(kind, ListOf) and field_type(kind.item, name) is not None
 
     def _unknown_field(self, item: Node, name: str, span: Span, scope: Scope) -> None:
         kind = without_null(item.type)

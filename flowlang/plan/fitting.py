@@ -38,6 +38,11 @@ def from_part(node: Node, op: Op) -> dict[str, Any]:
     parts: list[tuple[Type, str]] = []
     if isinstance(kind, Record):
         parts = [(part, f".{name} -> {call}") for name, part in kind.fields]
+        wanted = [name for name, _ in op.takes.fields] if isinstance(op.takes, Record) else []
+        if wanted and len(node.inputs) == 1:  # what else the call names may be left behind
+            some = Record(tuple((n, t) for n, t in kind.fields if n in wanted))
+            picked = ", ".join(f"{n}: .{n}" for n in wanted)
+            parts.append((some, f"{{ {picked} }} -> {call}"))
     elif isinstance(kind, ListOf):
         parts = [(kind.item, f"map({call})")]
     for part, mended in parts:

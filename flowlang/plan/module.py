@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from flowlang.diagnostics import Source
+from flowlang.diagnostics import Diagnostic, Source
 from flowlang.plan.ops import Op
 from flowlang.plan.types import Type
 from flowlang.plan.values import Constant
@@ -33,12 +33,14 @@ class ParamValue:
 class PythonFile:
     """A Python file's operators and record types by name, read without running it.
 
-    `imports` are the files beside it that it imports.
+    `problems` say of the others of either kind why they cannot be read; `imports` are the files
+    beside it that it imports.
     """
 
     path: Path
     operators: dict[str, Op]
     types: dict[str, Type]
+    problems: dict[str, Diagnostic]
     imports: tuple[str, ...] = ()
 
 

@@ -6,6 +6,7 @@ of an operator or the name of a flow.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,14 +172,22 @@ def _batch(setting: Setting, given: Constant) -> tuple[int, ...]:
             "wrong-kind",
             f"`{setting.name}` is a whole number or a range of them",
             given.span,
-            help=f"{setting.name}={setting.example}",
+            help=f"{setting.name}={_range_meant(given) or setting.example}",
         )
     if values[0] < 1:
+        least = "..".join(str(max(1, v)) for v in values[: 1 if given.kind == "int" else 3])
         raise refuse(
             "bad-range",
             "a batch has at least one item",
             given.span,
-            help=f"{setting.name}="
-            + "..".join(str(max(1, v)) for v in values[: 1 if given.kind == "int" else 3]),
+            help=f"{setting.name}={_range_meant(given) or least}",
         )
     return tuple(values)
+
+
+def _range_meant(given: Constant) -> str | None:
+    """`1-4`, `[1, 4]` and `"1..4"` as ranges are written."""
+    ends = re.fullmatch(
+        r"([1-9][0-9]*)\s*(?:-|,|\.\.)\s*([1-9][0-9]*)", given.span.text.strip('"[]')
+    )
+    return f"{ends[1]}..{ends[2]}" if ends and int(ends[1]) <= int(ends[2]) else None

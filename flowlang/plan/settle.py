@@ -55,12 +55,15 @@ class Settler:
                         for n in self.module.callable_names()
                         if self.module.declared(tuple(n.split("."))) is not None
                     ]
+                    note = f"flows are {', '.join(known[:8])}" if known else None
+                    if str(entry.path) in OPS or self.module.operator(entry.path.names):
+                        note = "operators are set where they stand, or in a flow of their own"
                     self.error(
                         "unknown-target",
                         f"there is no flow named `{entry.path}` to schedule",
                         entry.path.span,
                         help=did_you_mean(str(entry.path), known),
-                        note=f"flows are {', '.join(known[:8])}" if known else None,
+                        note=note,
                     )
                 continue
             given = self._entry_settings(entry)

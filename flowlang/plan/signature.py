@@ -42,6 +42,8 @@ _TYPES = (
     "types are int, float, str, bool, bytes, list[...], X | None, np.ndarray, and a TypedDict, "
     "NamedTuple or dataclass of the same file"
 )
+_LISTS = frozenset({"list", "List", "Sequence", "tuple", "Tuple", "Iterable", "Iterator", "set"})
+_NO_FIELDS = frozenset({"ClassVar", "KW_ONLY"})  # annotations in a class
 _ARRAYS = frozenset({"ndarray", "NDArray", "ArrayLike"})
 
 
@@ -49,9 +51,10 @@ _ARRAYS = frozenset({"ndarray", "NDArray", "ArrayLike"})
 class PythonFunction:
     """Which function an operator is. `fields` are the record's fields it takes one by one.
 
-    One that is `is_batched` takes a list of items and gives a list of results. `classes` are the
-    records of its file that are made objects of it; others are dicts. `problem` is why it cannot be
-    an operator: that is told where it is mentioned, for not every function is one.
+    One that is `is_batched` takes a list of items and gives a list of results. `arguments` are what
+    it can be told besides, with their types. `classes` are the records of its file that are made
+    objects of it; others are dicts. `problem` is why it cannot be an operator: that is told where
+    it is mentioned, for not every function is one.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class PythonFunction:
     gives: Type
     is_batched: bool
     fields: tuple[str, ...] = ()
+    arguments: tuple[tuple[str, Type], ...] = ()
     classes: frozenset[str] = frozenset()
     problem: Diagnostic | None = None
 
@@ -136,12 +140,21 @@ class _Reader:
                     operators[node.name] = self._operator(node)
                 except _Unreadable as error:
                     operators[node.name] = self._unknown(node, error)
+        problems: dict[str, Diagnostic] = {}
         for name in self.records:
-            with contextlib.suppress(_Unreadable):  # told where it is the type of an operator
+            try:
                 self._record(name)
-        gives = {name: op.function.gives for name, op in operators.items() if op.function}
+            except _Unreadable as error:
+                problems[name] = self._problem(error)
+        gives: dict[str, Type] = {}
+        for name, op in operators.items():
+            if op.function is not None and op.function.problem is not None:
+                problems.setdefault(name, op.function.problem)
+            elif op.function is not None:
+                gives[name] = op.function.gives
         imports = imported_files(os.path.realpath(self.path), parsed)
-        return PythonFile(self.path, operators, {**gives, **self.types}, tuple(imports))
+        types = {**gives, **self.types}
+        return PythonFile(self.path, operators, types, problems, tuple(imports))
 
     def _span(self, node: ast.AST) -> Span:
         """The place of a piece of Python; of a function or class, its first line."""
@@ -156,10 +169,6 @@ class _Reader:
         return Span(self.source, start, starts[line - 1] + len(tail))
 
     def _unknown(self, node: ast.FunctionDef | ast.AsyncFunctionDef, error: _Unreadable) -> Op:
-        place = Label(self._span(error.node))
-        problem = Diagnostic(
-            "bad-signature", error.message, place, help=error.help, note=error.note
-        )
         function = PythonFunction(
             self.path,
             node.name,
@@ -167,9 +176,13 @@ class _Reader:
             UNKNOWN,
             UNKNOWN,
             is_batched=False,
-            problem=problem,
+            problem=self._problem(error),
         )
         return _op(function, "", (), lambda given, params: UNKNOWN)
+
+    def _problem(self, error: _Unreadable) -> Diagnostic:
+        place = Label(self._span(error.node))
+        return Diagnostic("bad-signature", error.message, place, help=error.help, note=error.note)
 
     def _operator(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Op:
         if isinstance(node, ast.AsyncFunctionDef):
@@ -187,7 +200,7 @@ class _Reader:
             raise _Unreadable(
                 node,
                 f"`{node.name}` does not say what it gives",
-                help=f"def {node.name}({ast.unparse(args)}) -> str:",
+                help=f"def {node.name}({ast.unparse(_annotated(args))}) -> str:",
             )
         is_batched = any(_name(d) == "batched" for d in node.decorator_list)
         bare = len(positional) - len(args.defaults)
@@ -198,15 +211,16 @@ class _Reader:
         gives = self._element(node.returns, gives) if is_batched else gives
         item = takes[0][1] if len(takes) == 1 else Record(tuple(takes))
         fields = tuple(name for name, _ in takes) if len(takes) > 1 else ()
-        function = PythonFunction(
-            self.path, node.name, shown, item, gives, is_batched, fields, self.classes
-        )
         defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
         params = [self._param(a, d) for a, d in zip(positional, defaults, strict=True) if a in rest]
         params += [
             self._param(a, d, is_named=True)
             for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True)
         ]
+        arguments = tuple((p.name, p.type) for p in params)
+        function = PythonFunction(
+            self.path, node.name, shown, item, gives, is_batched, fields, arguments, self.classes
+        )
         doc = (ast.get_docstring(node) or "").partition("\n")[0]
         return _op(function, doc, tuple(params), _rule(function))
 
@@ -271,7 +285,7 @@ class _Reader:
                 return self._record(node.value)
             return self._written(node, node.value)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-            return self._union(node)
+            return self._union(node, [node.left, node.right])
         if isinstance(node, ast.Subscript):
             return self._subscript(node)
         name = _name(node)
@@ -286,16 +300,15 @@ class _Reader:
         if name in self.aliases:
             return self._alias(node, name)
         message = f"`{ast.unparse(node)}` is no type of the language"
-        if name in ("list", "List", "Sequence", "tuple", "Tuple"):
+        if name in _LISTS:
             raise _Unreadable(node, message, help="list[str]")
         if name.lower().endswith(("array", "tensor", "image", "mat")):
             raise _Unreadable(node, message, help='Annotated[np.ndarray, "tensor<f32, 512>"]')
         raise _Unreadable(node, message, note=_TYPES)
 
-    def _union(self, node: ast.BinOp) -> Type:
-        sides = (node.left, node.right)
+    def _union(self, node: ast.expr, sides: list[ast.expr]) -> Type:
         others = [s for s in sides if not (isinstance(s, ast.Constant) and s.value is None)]
-        if len(others) != 1:
+        if len(others) != 1 or len(sides) != 2:
             raise _Unreadable(node, "a type is one type, or one or None", help="str | None")
         return optional(self._type(others[0]))
 
@@ -308,12 +321,17 @@ class _Reader:
         if name in _ARRAYS:
             return ANY_ARRAY
         parts = inner.elts if isinstance(inner, ast.Tuple) else []
+        if name == "Union" and parts:
+            return self._union(node, parts)
         if name == "Annotated" and len(parts) > 1:
             said = parts[1]
             if isinstance(said, ast.Constant) and isinstance(said.value, str):
                 return self._written(said, said.value)
             return self._type(parts[0])
-        raise _Unreadable(node, f"`{ast.unparse(node)}` is no type of the language")
+        message = f"`{ast.unparse(node)}` is no type of the language"
+        if name in _LISTS:
+            raise _Unreadable(node, message, help=f"list[{ast.unparse((parts or [inner])[0])}]")
+        raise _Unreadable(node, message, note=_TYPES)
 
     @contextlib.contextmanager
     def _once(self, node: ast.AST, name: str) -> Iterator[None]:
@@ -349,6 +367,8 @@ class _Reader:
         )
         for part in node.body:
             if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                if _name(part.annotation) in _NO_FIELDS:
+                    continue
                 kind = self._type(part.annotation)
                 fields[part.target.id] = optional(kind) if may_lack else kind
         return fields
@@ -369,10 +389,18 @@ class _Reader:
             raise _Unreadable(
                 node,
                 f"`{text}` is no type of the language: {first.message}",
-                help=f'"{mended}"' if mended else None,
+                help=f'"{mended}"' if mended else self._unquoted(text),
                 note=first.note,
             )
         return Record(kind.fields) if isinstance(kind, Record) and kind.name == "it" else kind
+
+    def _unquoted(self, text: str) -> str | None:
+        """An annotation of Python's own, which says a type where it is not in quotes."""
+        try:
+            self._type(ast.parse(text, mode="eval").body)
+        except (_Unreadable, SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+        return text
 
 
 def _name(node: ast.AST | None) -> str:
@@ -384,6 +412,18 @@ def _name(node: ast.AST | None) -> str:
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else ""
+
+
+def _annotated(args: ast.arguments) -> ast.arguments:
+    """The same parameters, those of the item with a type where they have none."""
+    bare = len(args.posonlyargs) + len(args.args) - len(args.defaults)
+    positional = [
+        a if a.annotation is not None or at >= max(1, bare) else ast.arg(a.arg, ast.Name("bytes"))
+        for at, a in enumerate([*args.posonlyargs, *args.args])
+    ]
+    before = len(args.posonlyargs)
+    parts = {**vars(args), "posonlyargs": positional[:before], "args": positional[before:]}
+    return ast.arguments(**parts)
 
 
 def _text(node: ast.AST) -> str:

@@ -52,12 +52,14 @@ def unknown_stage(call: tree.Call, item: Node, scope: Scope) -> Diagnostic:
     if name in scope.lets:
         message = f"`{name}` is used before it is declared"
         return Diagnostic("unknown-name", message, place, note="lets are read in order")
-    if name == "in":
+    if call.path.names[0] == "in":
         return Diagnostic(
             "not-a-stage",
             "`in` is the item of a flow that has a body",
             place,
-            note="flow name { return in -> decode }",
+            note="flow name { return in -> decode }"
+            if name == "in"
+            else f"`{name.removeprefix('in')}` is a field of what arrives",
         )
     known = [*OPS, *scope.module.callable_names(), *values]
     message = f"there is no operator or flow named `{name}`"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from flowlang.diagnostics import Diagnostic, Label, Span
-from flowlang.plan.arguments import Report, did_you_mean
+from flowlang.plan.arguments import Report
 from flowlang.plan.module import Module, PythonFile
 from flowlang.plan.types import (
     COLOURS,
@@ -25,6 +25,7 @@ from flowlang.plan.types import (
     optional,
     why_vast,
 )
+from flowlang.plan.values import nearest
 from flowlang.syntax import tree
 
 BUILT_IN = frozenset({*NAMED, "image", "tensor", "list"})
@@ -114,31 +115,42 @@ class WrittenTypes:
         if name in NAMED and not given.arguments:
             return NAMED[name]
         if name not in self._module.lost:
-            self._unknown(given, sorted({*BUILT_IN, *self._declared} - {name}))
+            self._unknown(given, {*BUILT_IN, *self._declared} - {name})
         return UNKNOWN
 
     def _unknown(self, given: tree.TypeExpr, known: Iterable[str]) -> None:
+        """`known` are the types of the file that it is looked for in."""
+        file, dot, name = str(given.name).rpartition(".")
+        names = sorted(known)
+        near = nearest(name, names)
         self._error(
             "unknown-type",
             f"there is no type `{given.name}`",
             given.name.span if given.name is not None else given.span,
-            help=did_you_mean(str(given.name), known),
+            help=f"did you mean `{file}{dot}{near}`?" if near else None,
+            note=f"types are {', '.join(names)}" if names and near is None else None,
         )
 
     def _elsewhere(self, given: tree.TypeExpr) -> Type:
         """A type of a file that is used. A Python operator's name is the type it gives."""
-        alias, *rest = given.name.names if given.name else ("",)
-        used = self._module.uses.get(alias)
-        if isinstance(used, PythonFile) and len(rest) == 1:
-            if rest[0] in used.types:
-                return used.types[rest[0]]
-            self._unknown(given, (f"{alias}.{name}" for name in used.types))
-        elif isinstance(used, Module) and len(rest) == 1:
-            declared = used.types.declared(rest[0])
+        names = given.name.names if given.name else ("",)
+        *files, name = names
+        used: Module | PythonFile | None = self._module
+        for file in files:
+            used = used.uses.get(file) if isinstance(used, Module) else None
+        if isinstance(used, PythonFile):
+            if name in used.types:
+                return used.types[name]
+            if name in used.problems:
+                self._report(used.problems[name])
+                return UNKNOWN
+            self._unknown(given, used.types)
+        elif isinstance(used, Module):
+            declared = used.types.declared(name)
             if declared is not None:
                 return declared
-            self._unknown(given, (f"{alias}.{name}" for name in used.types.names()))
-        elif alias not in self._module.lost:
+            self._unknown(given, used.types.names())
+        elif not self._module.is_lost(names):
             self._unknown(given, ())
         return UNKNOWN
 

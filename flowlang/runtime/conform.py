@@ -83,6 +83,8 @@ def building(kind: Type, names: Mapping[str, Any], classes: frozenset[str]) -> C
     if made is None and not any(parts.values()):
         return None
     to = dict if made is None else made
+    if dataclasses.is_dataclass(made):  # others it makes itself
+        parts = {f.name: parts[f.name] for f in dataclasses.fields(made) if f.init}
 
     def build(value: Any) -> Any:
         return to(**{n: b(value.get(n)) if b else value.get(n) for n, b in parts.items()})
@@ -215,7 +217,8 @@ def _array(kind: Tensor | Image) -> Conform:
             len(shape) != array.ndim
             or any(w not in (None, s) for w, s in zip(shape, array.shape, strict=True))
         ):
-            raise NotOfType(f"an array of shape {shape_text(array.shape)} is not {kind}")
+            sides = f", which is {shape_text(shape)}" if isinstance(kind, Image) else ""
+            raise NotOfType(f"an array of shape {shape_text(array.shape)} is not {kind}{sides}")
         return _converted(array, dtype, kind)
 
     return conform

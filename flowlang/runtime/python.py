@@ -20,7 +20,8 @@ from flowlang.plan import graph
 from flowlang.plan.graph import Live
 from flowlang.plan.physical import StagePlan
 from flowlang.plan.signature import PythonFunction
-from flowlang.runtime.conform import NotOfType, building, conforming
+from flowlang.plan.types import Type
+from flowlang.runtime.conform import Conform, NotOfType, building, conforming
 from flowlang.runtime.modules import Folder
 from flowlang.runtime.request import in_words
 
@@ -66,7 +67,8 @@ class PythonInstance:
         node = plan.nodes[0]
         self._wanted: PythonFunction = node.params[graph.FUNCTION]
         self._function: Callable[..., Any] = getattr(module, self._wanted.name)
-        self._build = building(self._wanted.takes, vars(module), self._wanted.classes) or _same
+        self._build = self._building(self._wanted.takes, module)
+        self._told = {n: self._building(kind, module) for n, kind in self._wanted.arguments}
         self._place = str(node.span)
         self._fields = {"stage": self._wanted.shown, "place": self._place}  # of a line in the log
         self._conform = conforming(self._wanted.gives)
@@ -91,15 +93,22 @@ class PythonInstance:
 
     def close(self) -> None: ...
 
+    def _building(self, kind: Type, module: ModuleType) -> Conform:
+        return building(kind, vars(module), self._wanted.classes) or _same
+
+    def _arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call is told, its own as the item is."""
+        return {name: self._told[name](_locked(value)) for name, value in given.items()}
+
     def _call(self, item: Any, given: Mapping[str, Any]) -> Any:
         item = _locked(item)
         try:
-            item = self._build(item)
+            item, told = self._build(item), self._arguments(given)
             if self._wanted.fields:
                 return self._conform(
-                    self._function(*(item[f] for f in self._wanted.fields), **given)
+                    self._function(*(item[f] for f in self._wanted.fields), **told)
                 )
-            return self._conform(self._function(item, **given))
+            return self._conform(self._function(item, **told))
         except BaseException as error:  # `sys.exit()` too ends an item, and not a lane
             return self._failure(error)
 
@@ -108,7 +117,7 @@ class PythonInstance:
         outcomes: list[Any] = [None] * len(items)
         groups: list[tuple[Mapping[str, Any], list[int]]] = []
         for index, each in enumerate(given):
-            group = next((g for told, g in groups if told == each), None)
+            group = next((g for told, g in groups if _is_same(told, each)), None)
             if group is None:
                 groups.append((each, [index]))
             else:
@@ -135,7 +144,7 @@ class PythonInstance:
     def _batch(self, items: list[Any], told: Mapping[str, Any]) -> Any:
         fields = self._wanted.fields
         columns = [[item[f] for item in items] for f in fields] if fields else [items]
-        return self._function(*columns, **told)
+        return self._function(*columns, **self._arguments(told))
 
     def _failure(self, error: BaseException) -> RequestError:
         """What an item fails with. The function's own traceback is for the log."""
@@ -156,6 +165,19 @@ class PythonInstance:
 
 def _same(value: Any) -> Any:
     return value
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two arguments are alike in value and type; arrays are where they are one array."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_is_same(one[n], other[n]) for n in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return type(one) in _PLAIN and one == other
 
 
 _PLAIN = frozenset({int, float, str, bool, bytes})

@@ -109,7 +109,8 @@ def in_words(error: BaseException) -> str:
     """An error that nobody expected, in words: what kind it is, and what it says."""
     kind = type(error).__name__
     try:
-        return f"{kind}: {error}"
+        said = str(error)
+        return f"{kind}: {said}" if said else kind
     except Exception:  # which can be told no more than that
         return kind
 

@@ -15,6 +15,7 @@ from flowlang.syntax.scan import (
     RESERVED,
     declaration_like,
     is_in_call,
+    is_let,
     lacks_return,
     open_bracket,
     stage_after,
@@ -25,6 +26,10 @@ from flowlang.syntax.wording import STARTS_STAGE, listed, one_line
 
 _UNITS = ("us", "ms", "s", "KiB", "MiB", "GiB")
 _ARROWS = frozenset({"=>", "|>", ">", ">>", "|", "~>", "-->", "->>", "--", "- >"})
+
+
+_COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">="})
+_OPERATORS = _COMPARISONS | {"+", "-", "*", "/", "and", "or", "??"}
 
 
 def _arrow(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
@@ -99,12 +104,22 @@ def _branch(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             Label(span),
             note="if .wide then (cut(w=512) -> map(rec) -> join) else rec",
         )
+    if span.text in _OPERATORS:
+        return Diagnostic(
+            "unexpected-token",
+            "a way out of an `if` that is an expression needs parentheses",
+            Label(span),
+            note="if .a > 3 then (.a - 3) else .a",
+        )
+    before = stage_before(span.source.text, span.start)
+    left = Span(span.source, *before) if before else None
+    gap = "" if span.text in ")]}," else " "
     return Diagnostic(
         "unexpected-token",
         f"`if` needs its `else` before `{span.text}`",
         Label(span),
-        help=f"else pass {span.text}",
-        fix=span,
+        help=f"{one_line(left) if left else ''} else pass{gap}{span.text}".strip(),
+        fix=left.to(span) if left else span,
     )
 
 
@@ -127,6 +142,8 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         return None
     if found == "[" and before[1] == span.start and text[before[0]].isidentifier():
         return _swapped(span, "arguments stand in parentheses", "(")
+    if kind == "FIELD" and before[1] == span.start and {"COLON", "RBRACE"} <= accepts:
+        return _nameless(Span(span.source, before[0], span.end))
     if re.fullmatch("X[1-9][0-9]*", found):
         return _swapped(span, "copies are written with a small x", found.lower())
     if found.startswith("x") and (said := _copies(span)):
@@ -153,7 +170,8 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         )
     if "ARROW" not in accepts:
         return None
-    if "RETURN" in accepts and starts_line(text, span.start) and lacks_return(text, span.start):
+    is_last = starts_line(text, span.start) or is_let(text, span)
+    if "RETURN" in accepts and is_last and lacks_return(text, span.start):
         return _swapped(span, "the body of a flow ends with `return`", f"return {found}")
     right = Span(span.source, *stage_after(text, span.start))
     return Diagnostic(
@@ -163,6 +181,15 @@ def _neighbour(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         help=f"{one_line(left)} -> {one_line(right)}",
         fix=left.to(right),
     )
+
+
+def _nameless(span: Span) -> Diagnostic | None:
+    """`{ size.height }`: a field of a record that is made of another's, and has no name."""
+    path = re.compile(r"\w*(\.(\w+))+").match(span.source.text, span.start)
+    if path is None:
+        return None
+    whole = Span(span.source, *path.span())
+    return _swapped(whole, "a record's field has a name", f"{path[2]}: {whole.text}")
 
 
 def _copies(span: Span) -> Diagnostic | None:
@@ -206,6 +233,8 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             return _swapped(span, "a value in a body is named with `let`", f"let {found}")
         return _swapped(span, "the body of a flow ends with `return`", f"return {found}")
     is_field = {"NAME", "RBRACE"} <= accepts and "ARROW" not in accepts
+    if is_field and kind == "FIELD":
+        return _nameless(span)
     if is_field and re.fullmatch(r'"[A-Za-z_]\w*"', found, re.ASCII):
         return _swapped(span, "a field's name has no quotes", found.strip('"'))
     word = re.compile(r"[\w./-]+").match(text, span.start)
@@ -215,11 +244,21 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         start = span.start - len(before.group() if before else "")
         return unquoted(Span(span.source, start, word.end()))
     if found == "?":
+        is_optional = accepts == {"COLON"}
         return Diagnostic(
             "unexpected-token",
             "`?` cannot stand here",
             Label(span),
-            note="a choice is written `if CONDITION then STAGE else STAGE`; `a ?? b` is a fallback",
+            note="a field that may be missing is written `name: TYPE?`"
+            if is_optional
+            else "a choice is written `if CONDITION then STAGE else STAGE`; `a ?? b` is a fallback",
+        )
+    if found in _COMPARISONS and "OR" in accepts:
+        return Diagnostic(
+            "unexpected-token",
+            f"`{found}` cannot compare what is a comparison already",
+            Label(span),
+            note="`.a > 1 and .a < 3` is two of them",
         )
     if found == "," and accepts <= {"NAME", "RBRACE", "LPAR", "REPEAT", "FIELD", "__FIELD"}:
         return Diagnostic(

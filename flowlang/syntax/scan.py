@@ -304,6 +304,12 @@ def lacks_return(text: str, at: int) -> bool:
     return False
 
 
+def is_let(text: str, at: Span) -> bool:
+    """Whether a name is that of a `let` before it, in the same body."""
+    body = text[max(0, text.rfind("return", 0, at.start), at.start - _WINDOW) : at.start]
+    return re.search(rf"\blet\s+{re.escape(at.text)}\b", body) is not None
+
+
 def stage_before(text: str, end: int) -> tuple[int, int] | None:
     """Where the call, string, name or bracket that ends just before `end` starts and ends."""
     tokens = _tokens_before(text, end)

@@ -175,6 +175,14 @@ TYPES: dict[str, tuple[str, str]] = {
         "param k = 3\nexport flow f: bytes -> { k: int, n: int } = { k, n: k + 1 }",
         "{ k: int, n: int }",
     ),
+    "a param that is a list": (
+        "param ks = [1, 2.5]\nexport flow f: bytes -> list<float> = ks", "list<float>",
+    ),
+    "a list for a part": (
+        'param words = [["a"], []]\nflow part(ws: list<list<str>>) = { ws }\n'
+        "export flow f: bytes -> { ws: list<list<str>> } = part(words)",
+        "{ ws: list<list<str>> }",
+    ),
     "a duration": ("export flow f(pause: duration = 2ms): bytes -> duration = pause", "duration"),
     "a path": ('export flow f(name: path = "x"): bytes -> path = name', "path"),
     "in as a value": (

@@ -120,6 +120,17 @@ RIGHT = [
     "decode -> cut(h=64) -> map(rgb -> gray",
     'flow f: { a: str } -> int = match .a { "x" => 1 }',
     'flow f: { a: str } -> str = match .a { "x" => .a }',
+    "flow f: int -> int = (if pass > 3 then pass) -> pass",
+    "flow f { let s = in -> decode -> size return { s.height } }",
+    "flow f { let s = in -> decode -> size return { h: 3, s.width } }",
+    "flow f = decode -> { .height }",
+    "flow f = decode -> size -> { ..., .height }",
+    "flow f { let img = in -> decode img -> rgb }",
+    "flow f: list<{ a: { b: int } }> -> list<int> = .a.b",
+    "flow f: list<label> -> list<label> = top(2)",
+    "flow f: { b: box, of: bytes } -> size { let i = in -> .of -> decode"
+    " return in -> .b -> crop -> size }",
+    "flow f: list<int> -> list<int> = map(if pass > 3 then pass, max=3)",
 ]
 
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import pytest
 
-from flowlang.diagnostics import Diagnostic, Source, render
+from flowlang.diagnostics import CompileError, Diagnostic, Source, render
 from flowlang.plan.check import NO_CHOICES, Plan, check_source, compile_source
 from flowlang.plan.declare import Choices
 from flowlang.plan.explain import explain_physical, explain_plan
@@ -111,6 +111,20 @@ def test_paths_are_looked_for_beside_the_file_that_names_them(write: Write) -> N
     assert kind('use "lib/outer.flow" as outer\nexport flow f = outer.net -> outer.inner.net')
 
 
+def test_types_of_the_files_of_a_file_are_reached_like_its_flows(write: Write) -> None:
+    """Behind the names of both, whether they are declared or a Python file's."""
+    write("lib/p.py", "def far(x: int) -> 'list<int>': ...\n")
+    write("lib/chain.flow", 'use "lib.flow" as it\nuse "p.py" as p\nflow net = it.net')
+    use = 'use "lib/chain.flow" as c\n'
+    assert kind(use + "export flow f: c.it.pair -> int = .a") == "pair -> int"
+    assert kind(use + "export flow f: c.p.far -> int = 3") == "list<int> -> int"
+    assert "no type `c.it.pear`" in told(use + "export flow f: c.it.pear -> int = 3")
+    assert "did you mean `c.it.pair`?" in told(use + "export flow f: c.it.pear -> int = 3")
+    assert "no type `c.no.pair`" in told(use + "export flow f: c.no.pair -> int = 3")
+    write("lib/chain.flow", 'use "nowhere.flow" as it\nflow net = decode')
+    assert "nowhere.flow" in told(use + "export flow f: c.it.pair -> int = 3")
+
+
 def test_arguments_reach_flows_of_other_files() -> None:
     """By position, by name and with defaults; and requests bring those that are live."""
     assert kind(USE + "export flow f = lib.net -> lib.part(1)")
@@ -150,6 +164,8 @@ def test_schedules_of_files_count_and_those_of_their_users_count_more() -> None:
     assert batch(text, prod) == ((1, 8, 8), 0.003)
     assert batch(text + "schedule { lib.net(batch=1..2) }") == ((1, 2, 2), 0.003)
     assert batch(text + "schedule prod { lib.net(wait=1ms) }", prod) == ((1, 8, 8), 0.001)
+    assert batch(text + "schedule { lib.net(batch=1..2) }") == ((1, 2, 2), 0.003)
+    assert batch(text + "schedule { lib.net(batch=1..2) }", prod) == ((1, 8, 8), 0.003)
 
 
 def test_a_flow_of_another_file_has_no_entrance_here() -> None:
@@ -265,6 +281,51 @@ def test_long_ways_through_files(write: Write) -> None:
     assert len(explain_physical(physical(text))) < 1000
 
 
+PARTS = [
+    "flow prep(size: int) = resize(size) -> rgb",
+    'flow prep(size: int) = resize(size) -> rgb\nflow net = trt("net.onnx")',
+    'flow net = trt("net.onnx")\nflow words(k: int) = net -> top(k)',
+    "type pair = { a: int, b: int }",
+    "param size = 224",
+]
+
+
+@pytest.mark.parametrize("text", PARTS)
+def test_a_file_of_parts_is_right_and_cannot_be_served(text: str) -> None:
+    """Checking it says in a hint that it serves nothing; whoever wants it served is told why."""
+    checked, (hint,) = check_source(Source("app.flow", text))
+    assert checked is not None
+    assert not checked.flows
+    assert hint.severity == "hint"
+    assert "a file of parts" in (hint.note or "")
+    with pytest.raises(CompileError) as caught:
+        compile_source(Source("app.flow", text))
+    (error,) = caught.value.diagnostics
+    assert (error.severity, error.slug, error.message) == ("error", hint.slug, hint.message)
+
+
+@pytest.mark.parametrize("text", PARTS[:3])
+def test_a_file_of_parts_is_checked(text: str) -> None:
+    """What is wrong in its flows is told, whatever their parameters will be."""
+    wrong = text.replace("rgb", "rbg").replace("net ->", "net -> soft ->")
+    assert {d.slug for d in found(wrong)} == {"unknown-operator"}
+
+
+def test_a_flow_alone_is_a_part_for_its_parameters_only() -> None:
+    """Only what another flow could give it is no error, and not of one that is exported."""
+    assert "must be known" in told("flow f(k: int): { n: int } -> bytes = resize(.n)")
+    assert "must be known" in told("export flow f(size: int) = decode -> resize(size)")
+
+
+def test_exporting_is_proposed_where_it_mends() -> None:
+    """A flow that cannot be served is not proposed for it."""
+    flows = "flow a = decode\nflow b(k: int) = {}"
+    (hint,) = check_source(Source("app.flow", flows.format("a -> resize(k)")))[1]
+    assert hint.help is None
+    (hint,) = check_source(Source("app.flow", flows.format("a -> rgb")))[1]
+    assert hint.help == "export flow b"
+
+
 # Python files
 
 IMPORTS = """
@@ -296,6 +357,7 @@ class Shape:
     name: Optional[str]
 @dataclasses.dataclass
 class Circle(Shape):
+    SIDES: t.ClassVar[int] = 0
     r: "float"
     def area(self) -> float: return 3.0
 """
@@ -317,6 +379,7 @@ ANNOTATIONS: dict[str, str] = {
     "None | int": "int?",
     "Optional[int]": "int?",
     "t.Optional[list[int]]": "list<int>?",
+    "t.Union[None, int]": "int?",
     "np.ndarray": "tensor<any>",
     "npt.NDArray[np.float32]": "tensor<any>",
     "np.ndarray[t.Any, np.dtype[np.float32]]": "tensor<any>",
@@ -388,6 +451,8 @@ def test_what_an_annotation_says(furnished: Path, annotation: str) -> None:
         ("f(x: dict[str, int]) -> int", "`dict[str, int]` is no type", "dict[str, int]"),
         ("f(x: tuple[int, int]) -> int", "`tuple[int, int]` is no type", "tuple[int, int]"),
         ("f(x: int | str) -> int", "a type is one type, or one or None", "int | str"),
+        ("f(x: t.Union[int, str]) -> int", "a type is one type, or one", "t.Union[int, str]"),
+        ("f(x: t.Union[int]) -> int", "`t.Union[int]` is no type", "t.Union[int]"),
         ("f(x: int) -> list", "`list` is no type of the language", "list"),
         ("f(x: 'tensor<f32, many>') -> int", "no type of the language", "'tensor<f32, many>'"),
         ("f(x: 'nope') -> int", "`nope` is no type of the language", "'nope'"),
@@ -405,6 +470,50 @@ def test_what_a_signature_cannot_say(
     assert message in error.message
     assert error.span.source.name.endswith("p.py")
     assert place is None or error.span.text == place
+
+
+@pytest.mark.parametrize(
+    ("signature", "mended"),
+    [
+        ("f(x)", "f(x: bytes) -> str"),
+        ("f(x, /, y, k=3, *, n=4)", "f(x: bytes, /, y: bytes, k=3, *, n=4) -> str"),
+        ("f(x: 'int | None') -> int", "f(x: int | None) -> int"),
+        ("f(x: 'list[Found]') -> int", "f(x: list[Found]) -> int"),
+        ("f(x: int) -> tuple[int, int]", "f(x: int) -> list[int]"),
+        ("f(x: t.Iterator[str]) -> int", "f(x: list[str]) -> int"),
+    ],
+)
+def test_the_signature_that_is_proposed_is_one(write: Write, signature: str, mended: str) -> None:
+    """Taking the help in place of what is wrong makes the function an operator."""
+    text = f"{IMPORTS}{RECORDS}\ndef {signature}: ...\n"
+    path = write("p.py", text)
+    (error,) = found('use "p.py" as p\nexport flow a = p.f')
+    span, help_text = error.span, (error.help or "").removesuffix(":")
+    whole = f"{help_text}: ..." if help_text.startswith("def ") else help_text
+    text = text[: span.start] + whole + text[span.end :]
+    assert f"def {mended}: ..." in text
+    path.write_text(text, "utf-8")
+    assert kind('use "p.py" as p\nexport flow a = p.f')
+
+
+def test_fields_that_an_operator_takes_are_picked_out_of_more(write: Write) -> None:
+    """The help is a record of just those; not where the call names what it would leave behind."""
+    write("p.py", "def f(x: int, y: int, *, z: int = 0) -> int: ...\n")
+    flow = 'use "p.py" as p\nexport flow a: { y: int, q: int, x: int } -> int = '
+    (error,) = found(flow + "p.f(z=3)")
+    assert error.help == "{ x: .x, y: .y } -> p.f(z=3)"
+    assert kind(flow + error.help)
+    (error,) = found(flow + "p.f(z=.q)")
+    assert error.help is None
+
+
+def test_a_type_that_cannot_be_read_is_told_where_a_flow_names_it(write: Write) -> None:
+    """The reason is the file's; no other type is proposed for it."""
+    write("p.py", f"{IMPORTS}class R(TypedDict):\n    c: complex\ndef r(x: int) -> R: ...\n")
+    for name in ("R", "r"):
+        error = told(f'use "p.py" as p\nexport flow f: p.{name} -> int = .c')
+        assert "`complex` is no type of the language" in error
+        assert "p.py:" in error
 
 
 def test_a_default_that_cannot_be_read_is_left_to_python(write: Write) -> None:

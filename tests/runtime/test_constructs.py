@@ -315,3 +315,15 @@ def test_a_list_that_is_too_long_says_so(load: Load) -> None:
         with pytest.raises(flowlang.StageFailed, match="and `max` is 256"):
             app[name](item)
     assert app["mended"](list(range(257))) == []
+
+
+def test_params_that_are_lists_are_values(load: Load) -> None:
+    """Like other params, also where a flow is given them."""
+    app = load(
+        'param words = ["a", "b"]\nparam sizes = [1, 2.5]\n'
+        'flow part(ws: list<str>) = ws -> join("-")\n'
+        "export flow f(ks: list<float> = sizes): int -> { text: str, ks: list<float> } =\n"
+        "  { text: part(words), ks }"
+    )
+    assert app(1) == {"text": "a-b", "ks": [1.0, 2.5]}
+    assert app(1, ks=[3]) == {"text": "a-b", "ks": [3.0]}

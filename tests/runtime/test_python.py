@@ -24,7 +24,7 @@ LONG_S = 20.0  # far beyond what anything here takes
 HEAD = """
 from __future__ import annotations
 import asyncio, dataclasses, sys, threading, time
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, ClassVar, NamedTuple, TypedDict
 import numpy as np
 import flowlang
 from flowlang import batched
@@ -187,6 +187,12 @@ class Shape:
     image: np.ndarray
     def __post_init__(self):
         if not self.points: raise flowlang.BadRequest("a shape has points")
+@dataclasses.dataclass
+class Sized:
+    UNIT: ClassVar[str] = "px"
+    side: int
+    area: int = dataclasses.field(init=False)
+    def __post_init__(self): self.area = self.side**2
 class Loose(TypedDict):
     shape: Shape
 def point(p: Point) -> float: return p.x + p.y
@@ -196,6 +202,8 @@ def two(a: Point, b: Point | None) -> str: return f"{a.x} {b}"
 @batched
 def many(shapes: list[Shape]) -> list[int]: return [s.points[0].x for s in shapes]
 def make(x: int) -> Point: return Point(x, x)
+def size(x: int) -> Sized: return Sized(x)
+def sized(s: Sized) -> str: return f"{s.area} {s.UNIT}"
 """
 
 
@@ -205,7 +213,7 @@ def test_records_arrive_as_their_classes(load: Load) -> None:
         RECORDS,
         "export flow point = p.point\nexport flow shape = p.shape\nexport flow loose = p.loose\n"
         "export flow two = p.two\nexport flow many = p.many\n"
-        "export flow made = p.make -> p.point",
+        "export flow made = p.make -> p.point\nexport flow sized = p.size -> p.sized",
     )
     image = np.zeros((2, 2))
     shape = {"points": [{"x": 1, "y": 2.0}], "first": None, "image": image}
@@ -215,9 +223,72 @@ def test_records_arrive_as_their_classes(load: Load) -> None:
     assert app["two"]({"a": {"x": 1, "y": 2}}) == "1 None"
     assert app["many"](shape) == 1
     assert app["made"](2) == 4.0
+    assert app["sized"](3) == "9 px"
     for name in ("shape", "many"):
         with pytest.raises(flowlang.BadRequest, match="a shape has points"):
             app[name]({**shape, "points": []})
+
+
+TOLD = """
+class Point(NamedTuple):
+    x: int
+    y: float = 0.5
+@dataclasses.dataclass
+class Shape:
+    points: list[Point]
+    first: Point | None
+class Loose(TypedDict):
+    a: float
+    b: int | None
+def shape(x: int, *, of: Shape) -> str: return f"{x} {of.points} {of.first}"
+def point(x: int, *, at: Point | None = None) -> str: return f"{x} {at}"
+def points(x: int, *, at: list[Point] = []) -> str: return f"{x} {at}"
+def loose(x: int, *, at: Loose) -> str: return f"{x} {at}"
+@batched
+def many(xs: list[int], *, of: Shape) -> list[str]: return [f"{x} {of.first}" for x in xs]
+def make(x: int) -> Point: return Point(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        ("shape(of=shape)", "7 [Point(x=1, y=2.0)] Point(x=3, y=4.0)"),
+        ("many(of=shape)", "7 Point(x=3, y=4.0)"),
+        ("shape(of={ points: [] })", "7 [] None"),
+        ("point(at={ x: 1, y: 2 })", "7 Point(x=1, y=2.0)"),
+        ("point(at=in -> p.make)", "7 Point(x=7, y=0.5)"),
+        ("point", "7 None"),
+        ("points(at=[{ x: 1, y: 2 }, { x: 3, y }])", "7 [Point(x=1, y=2.0), Point(x=3, y=0.25)]"),
+        ("points(at=([]))", "7 []"),
+        ("loose(at={ a: 1 })", "7 {'a': 1.0, 'b': None}"),
+    ],
+)
+def test_arguments_arrive_as_their_classes(load: Load, call: str, answer: str) -> None:
+    """Like items do, whether they come with the request or are written out."""
+    app = load(
+        TOLD,
+        f"param y = 0.25\nexport flow a(shape: p.Shape): int -> str {{ return in -> p.{call} }}",
+    )
+    shape = {"points": [{"x": 1, "y": 2}], "first": {"x": 3, "y": 4}}
+    assert app(7, shape=shape) == answer
+
+
+def test_arguments_are_a_calls_own(load: Load) -> None:
+    """Lists can be changed, and the next call sees nothing of it; arrays cannot be written to."""
+    app = load(
+        "def add(x: int, *, to: list[int]) -> list[int]:\n    to.append(x)\n    return to\n"
+        "@batched\ndef each(xs: list[int], *, to: list[int]) -> list[int]:\n"
+        "    to.append(xs[0])\n    return [len(to) for x in xs]\n"
+        "def clear(image: np.ndarray, *, other: np.ndarray) -> float:\n"
+        "    other[:] = 0\n    return 0.0\n",
+        "export flow add = p.add(to=[1])\nexport flow each = p.each(to=[1])\n"
+        "export flow clear: image<rgb> -> float { return in -> p.clear(other=in) }",
+    )
+    assert [app["add"](i) for i in (2, 3)] == [[1, 2], [1, 3]]
+    assert [app["each"](i) for i in (2, 3)] == [2, 2]
+    error = error_of(lambda: app["clear"](np.ones((2, 2, 3), np.uint8)))
+    assert "write to a copy of it)" in str(error)
 
 
 def test_pictures_pass_through(load: Load) -> None:
@@ -284,6 +355,24 @@ def test_items_told_the_same_share_a_call(load: Load, shared: ModuleType) -> Non
     assert sorted(shared.seen[1:]) == [(0, 4), (1, 4), (2, 4)]
 
 
+def test_items_told_other_arrays_do_not_share_a_call(load: Load) -> None:
+    """Each is told its own; one that all of a list are told may be one call's."""
+    app = load(
+        "class Pair(TypedDict):\n    x: int\n    row: np.ndarray\n"
+        "def row(x: int) -> Annotated[np.ndarray, 'tensor<i64, ?>']: return np.arange(x + 1)\n"
+        "@batched\ndef f(pairs: list[Pair], *, of: np.ndarray) -> list[int]:\n"
+        "    return [int(of.sum()) for p in pairs]\n"
+        "@batched\ndef g(xs: list[int], *, of: np.ndarray) -> list[int]:\n"
+        "    return [x + len(of) for x in xs]\n",
+        "export flow own: list<int> -> list<int> =\n"
+        "  map({ x: pass, row: p.row } -> p.f(of=.row))\n"
+        "export flow shared: list<int> -> list<int> {\n"
+        "  let row = 9 -> p.row\n  return in -> map(p.g(of=row))\n}",
+    )
+    assert app["own"](list(range(30))) == [n * (n + 1) // 2 for n in range(30)]
+    assert app["shared"](list(range(30))) == list(range(10, 40))
+
+
 def test_a_bad_item_fails_alone(load: Load, caplog: pytest.LogCaptureFixture) -> None:
     """In a batch, in a list and beside others; the rest is answered in its order."""
     app = load(
@@ -339,6 +428,12 @@ def test_the_traceback_is_for_the_log(load: Load, caplog: pytest.LogCaptureFixtu
     assert "raise ValueError('no good')" in caplog.text
 
 
+def test_an_exception_without_words_is_told_by_its_kind(load: Load) -> None:
+    """As those are that Python itself raises to end things."""
+    app = load("def f(x: int) -> int: raise KeyError", "export flow a = p.f")
+    assert str(error_of(lambda: app(1))).startswith("`p.f` failed: KeyError (")
+
+
 def test_an_operator_may_tell_the_client_why(load: Load, caplog: pytest.LogCaptureFixture) -> None:
     """A BadRequest reaches who asked as it is, with the place; nothing is logged."""
     app = load(
@@ -372,7 +467,8 @@ LIES: dict[str, tuple[str, str]] = {
     "'tensor<f16>'": ("np.array([70_000])", "a number too large is not tensor<f16>"),
     "'tensor<f32>'": ("np.array([1.0, 1e39])", "a number too large is not tensor<f32>"),
     "'tensor<i64>'": ("np.zeros(3)", "an array of float64 is not tensor<i64>"),
-    "'image<rgb>'": ("np.zeros((4, 4), np.uint8)", "an array of shape 4x4 is not image<rgb"),
+    "'image<rgb>'": ("np.zeros((4, 4), np.uint8)", "is not image<rgb, u8, hwc>, which is ?x?x3"),
+    "'image<gray>'": ("np.zeros((4, 4, 1), np.uint8)", "shape 4x4x1 is not image<gray, u8, hwc>"),
 }
 
 
