@@ -131,13 +131,13 @@ class GpuInstance:
 
     def launch(self, batch: _Batch) -> _Batch:
         """Put what was decoded, the model and the copy of its outputs on the stream."""
-        self.source.load(batch)
-        if batch.good:
-            try:
+        try:
+            self.source.load(batch)
+            if batch.good:
                 self.context.start(len(batch.good))
-            except EngineError:
-                self.stream.wait()  # what was decoded goes with the batch, and is still copied from
-                raise
+        except Exception:
+            self.stream.wait()  # what was decoded goes with the batch, and is still copied from
+            raise
         return batch
 
     def collect(self, batch: _Batch) -> list[Any]:

@@ -97,8 +97,11 @@ def test_a_context_beyond_use_is_lost(runtime: Runtime) -> None:
         cuda.use(0)
 
 
-def test_what_was_decoded_stays_until_its_copy_is_done() -> None:
-    """Where a model does not start, the copy into its input may be under way: it is waited for."""
+@pytest.mark.parametrize("fails", ["load", "start"])
+def test_what_was_decoded_stays_until_its_copy_is_done(fails: str) -> None:
+    """Where a model does not start, or a later part of its batch does not reach it, the copy of
+    what did may be under way: it is waited for.
+    """
     order: list[str] = []
 
     class Held:
@@ -107,6 +110,8 @@ def test_what_was_decoded_stays_until_its_copy_is_done() -> None:
 
     def load(batch: _Batch) -> None:
         batch.good, batch.held = [0], [Held()]
+        if fails == "load":
+            raise EngineError("no copy")
 
     def refuse(count: int) -> None:
         raise EngineError("no graph")
@@ -115,7 +120,7 @@ def test_what_was_decoded_stays_until_its_copy_is_done() -> None:
     lane.source = SimpleNamespace(load=load)
     lane.context = SimpleNamespace(start=refuse)
     lane.stream = SimpleNamespace(wait=lambda: order.append("waited"))
-    with pytest.raises(EngineError, match="no graph"):
+    with pytest.raises(EngineError, match="no (copy|graph)"):
         lane.launch(_Batch([b"picture"]))
     assert order == ["waited", "let go"]
 
