@@ -120,7 +120,7 @@ def test_what_was_decoded_stays_until_its_copy_is_done(fails: str) -> None:
     lane.source = SimpleNamespace(load=load)
     lane.context = SimpleNamespace(start=refuse)
     lane.stream = SimpleNamespace(wait=lambda: order.append("waited"))
-    with pytest.raises(EngineError, match="no (copy|graph)"):
+    with pytest.raises(EngineError, match=r"no (copy|graph)"):
         lane.launch(_Batch([b"picture"]))
     assert order == ["waited", "let go"]
 
