@@ -181,8 +181,11 @@ def _driver() -> Any:
 
 def _check_driver(call: str, status: int) -> None:
     if status:
-        runtime = _runtime()
-        raise _failure(call, runtime.cudaError_t(status))
+        try:
+            known = _runtime().cudaError_t(status)  # the driver's numbers are the runtime's
+        except ValueError:
+            raise EngineError(f"CUDA error {status} in {call}") from None
+        raise _failure(call, known)
 
 
 class Graph:

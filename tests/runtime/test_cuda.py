@@ -35,6 +35,7 @@ class Runtime:
     def __init__(self) -> None:
         self.fails: dict[str, Status] = {}
         self.graphs = 0
+        self.cudaError_t = Status
         self.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __getattr__(self, name: str) -> Any:
@@ -95,6 +96,14 @@ def test_a_context_beyond_use_is_lost(runtime: Runtime) -> None:
     runtime.fails["cudaSetDevice"] = Status.cudaErrorInvalidValue
     with pytest.raises(EngineError, match=r"^cudaErrorInvalidValue in cudaSetDevice$"):
         cuda.use(0)
+
+
+def test_what_the_driver_says_is_told_in_the_words_of_the_runtime(runtime: Runtime) -> None:
+    """Their numbers are the same; one that this cuda-python does not know yet is told as it is."""
+    with pytest.raises(InstanceLost, match="cudaErrorLaunchFailure in cuGraphLaunch"):
+        cuda._check_driver("cuGraphLaunch", 719)
+    with pytest.raises(EngineError, match=r"^CUDA error 4711 in cuGraphLaunch$"):
+        cuda._check_driver("cuGraphLaunch", 4711)
 
 
 @pytest.mark.parametrize("fails", ["load", "start"])
