@@ -387,7 +387,15 @@ class _Arrays:
             self.close()
             raise
 
-    def warm(self) -> None: ...
+    def warm(self) -> None:
+        """Have the model warm up on zeros, which are an index, and a number of rounds, that it can
+        have: what new memory holds may be none.
+        """
+        for name, staged in self.staged.items():
+            staged.array[...] = 0
+            cuda.copy_to_device(
+                self.lane.context.inputs[name], staged, staged.size_bytes, self.lane.stream
+            )
 
     def begin(self, batch: _Batch) -> None: ...
 

@@ -9,11 +9,12 @@ import types
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flowlang.diagnostics import EngineError
 from flowlang.runtime import cuda
-from flowlang.runtime.gpu import GpuInstance, _Batch
+from flowlang.runtime.gpu import GpuInstance, _Arrays, _Batch
 from flowlang.runtime.stage import InstanceLost
 
 # Some of cudaError_t
@@ -132,6 +133,24 @@ def test_what_was_decoded_stays_until_its_copy_is_done(fails: str) -> None:
     with pytest.raises(EngineError, match=r"no (copy|graph)"):
         lane.launch(_Batch([b"picture"]))
     assert order == ["waited", "let go"]
+
+
+def test_a_model_of_arrays_warms_up_on_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory holds by itself would be indices of nothing to a model that takes indices."""
+    copied: dict[str, tuple[list[int], int]] = {}
+
+    def copy(target: str, source: Any, size_bytes: int, stream: str) -> None:
+        copied[target] = source.array.tolist(), size_bytes
+
+    monkeypatch.setattr(cuda, "copy_to_device", copy)
+    source: Any = object.__new__(_Arrays)
+    inputs = {"ids": "input of ids", "more": "input of more"}
+    source.lane = SimpleNamespace(context=SimpleNamespace(inputs=inputs), stream="stream")
+    source.staged = {
+        name: SimpleNamespace(array=np.full(3, 1 << 40), size_bytes=24) for name in inputs
+    }
+    source.warm()
+    assert copied == {name: ([0, 0, 0], 24) for name in inputs.values()}
 
 
 @pytest.mark.parametrize(("set_before", "wanted"), [(None, "32"), ("8", "8")])
