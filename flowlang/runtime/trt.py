@@ -145,16 +145,21 @@ def _sha256(path: Path, changed_ns: int) -> str:
 # Building
 
 
-def build(spec: EngineSpec, progress: Callable[[str], None] = lambda step: None) -> bytes:
+def build(
+    spec: EngineSpec, key: EngineKey, progress: Callable[[str], None] = lambda step: None
+) -> bytes:
     """An engine's plan, from its model. Takes from seconds to minutes.
 
     `progress` is told of each step where TensorRT reports them. Raises EngineError with TensorRT's
-    own reason where it cannot be built.
+    own reason where it cannot be built, and where the model is no longer that of the key, under
+    which its engine would be kept: another process may have built for minutes before this.
     """
     trt = _trt()
     creation = trt.NetworkDefinitionCreationFlag
     is_strong = hasattr(creation, "STRONGLY_TYPED")
     model, permitted = _reworked(spec, is_strong)
+    if _sha256_of(spec.model, *spec.weights) != key.model_sha256:
+        raise EngineError(f"`{spec.model.name}` changed before its engine was built: load it again")
     flags = 0
     if hasattr(creation, "EXPLICIT_BATCH"):
         flags |= 1 << int(creation.EXPLICIT_BATCH)
@@ -286,7 +291,8 @@ class Engine:
         self._runtime = trt.Runtime(_logger())
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
-            raise EngineError(f"TensorRT cannot load the engine of `{spec.model.name}`")
+            name = spec.model.name
+            raise EngineError(f"TensorRT cannot load the engine of `{name}`: {_logger().last}")
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         is_input = trt.TensorIOMode.INPUT
         self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == is_input]
@@ -464,4 +470,4 @@ class Engines:
         if loaded.engine is not None:
             return loaded.engine
         log.warning("building an engine for `%s`: %s", spec.model.name, loaded.reason)
-        return self._store.build(key, lambda: build(spec))
+        return self._store.build(key, lambda: build(spec, key))

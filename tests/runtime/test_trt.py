@@ -113,3 +113,21 @@ def test_a_graph_that_cannot_be_made_half_is_told(tmp_path: Path) -> None:
     ):
         trt._reworked(spec, True)
     assert trt._reworked(spec, False)[1] == {"FP16"}
+
+
+def test_an_engine_is_not_kept_as_that_of_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may be replaced between its key and its building, which waits for other builders:
+    whoever has the old model again would get the engine of the new one.
+    """
+    module = SimpleNamespace(__version__="10.0", NetworkDefinitionCreationFlag=SimpleNamespace())
+    monkeypatch.setattr(trt, "_trt", lambda: module)
+    spec = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])])
+    key = spec.key(GPU)
+    with pytest.raises(AttributeError, match="Builder"):  # which is all that is missing
+        trt.build(spec, key)
+    write(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])])
+    os.utime(tmp_path / "m.onnx", ns=(1, 1))
+    with pytest.raises(EngineError, match=r"`m.onnx` changed before its engine was built"):
+        trt.build(spec, key)
