@@ -138,8 +138,15 @@ class Stream:
         self.handle = int(self._stream)
 
     def wait(self) -> None:
-        """Wait until all that was put on the stream is done. The interpreter goes on meanwhile."""
-        _call("cudaStreamSynchronize", self._stream)
+        """Wait until all that was put on the stream is done. The interpreter goes on meanwhile.
+
+        Raises InstanceLost where that cannot be waited for: nobody knows then what is still read
+        and written, and only closing what it works with ends it.
+        """
+        try:
+            _call("cudaStreamSynchronize", self._stream)
+        except EngineError as error:
+            raise InstanceLost(f"a stream is beyond use: {error}") from None
 
     def close(self) -> None:
         _runtime().cudaStreamDestroy(self._stream)

@@ -99,6 +99,15 @@ def test_a_context_beyond_use_is_lost(runtime: Runtime) -> None:
         cuda.use(0)
 
 
+def test_a_stream_that_cannot_be_waited_for_is_lost(runtime: Runtime) -> None:
+    """Its work may still be under way, and what that reads must stay: its lane needs another."""
+    stream = cuda.Stream()
+    stream.wait()
+    runtime.fails["cudaStreamSynchronize"] = Status.cudaErrorInvalidValue
+    with pytest.raises(InstanceLost, match=r"^a stream is beyond use: cudaErrorInvalidValue in "):
+        stream.wait()
+
+
 def test_what_the_driver_says_is_told_in_the_words_of_the_runtime(runtime: Runtime) -> None:
     """Their numbers are the same; one that this cuda-python does not know yet is told as it is."""
     with pytest.raises(InstanceLost, match="cudaErrorLaunchFailure in cuGraphLaunch"):
