@@ -64,8 +64,12 @@ def load(
     machine = this_machine(device)
     opener = seal.model_opener(key)
     plans = compile_files([path, *others], values=values, schedule=schedule, opener=opener)
-    sealing = seal.read_key(key) if key is not None else None
-    return App(lower(plans, machine), engines=engines, key=sealing)
+    physical = lower(plans, machine)
+    models = [stage.model for stage in physical.stages]
+    is_sealed = any(model is not None and model.opener is not None for model in models)
+    # No engine of an encrypted model is written in plain, wherever the key comes from.
+    sealing = seal.read_key(key) if key is not None or is_sealed else None
+    return App(physical, engines=engines, key=sealing)
 
 
 class Flow:

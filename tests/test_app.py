@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import itertools
 import os
@@ -34,6 +35,7 @@ from flowlang import (
     StageFailed,
     load,
 )
+from flowlang.runtime import seal
 from flowlang.runtime.request import Request, Wake
 from flowlang.window import LotReply
 from tests.waiting import eventually
@@ -481,6 +483,22 @@ def test_a_file_that_does_not_check_is_told_in_full(folder: Path) -> None:
     assert [d.slug for d in flowlang.check(path)] == slugs
     with pytest.raises(OSError, match="absent"):
         load(folder / "absent.flow")
+
+
+def test_engines_of_an_encrypted_model_are_encrypted_wherever_the_key_is_from(
+    folder: Path, open_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment's key, too, which opens the model; plain models have plain engines."""
+    text = base64.b64encode(bytes(range(32))).decode()
+    plain = (folder / "same.onnx").read_bytes()
+    sealed = seal.seal(plain, seal.read_key(text), header=seal.MODEL_HEADER)
+    (folder / "same.onnx.encrypted").write_bytes(sealed)
+    monkeypatch.setenv("FLOWLANG_KEY", text)
+    assert open_app('trt("same.onnx")')._instances._key is None
+    for options in ({}, {"key": text}):
+        key = open_app('trt("same.onnx.encrypted")', **options)._instances._key
+        assert key is not None
+        assert key.secret == bytes(range(32))
 
 
 def test_params_and_schedules_are_chosen_at_loading(open_app: Callable[..., App]) -> None:

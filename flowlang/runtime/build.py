@@ -5,6 +5,7 @@ Layer 3.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ def build_engines(
         if found.engine is None:
             name = spec.model.name
             progress(name, found.reason)
-            store.build(key, lambda s=spec, n=name: trt.build(s, lambda step: progress(n, step)))  # type: ignore[misc]
+            told = functools.partial(progress, name)
+            store.build(key, functools.partial(trt.build, spec, key, told))
         seconds = time.monotonic() - started_s if found.engine is None else 0.0
         built.append(Built(spec.model.name, store.path(key), seconds, found.reason))
     return built

@@ -136,8 +136,15 @@ class Stream:
         self.handle = int(self._stream)
 
     def wait(self) -> None:
-        """Wait until all that was put on the stream is done. The interpreter goes on meanwhile."""
-        _call("cudaStreamSynchronize", self._stream)
+        """Wait until all that was put on the stream is done. The interpreter goes on meanwhile.
+
+        Raises InstanceLost where that cannot be waited for: nobody knows then what is still read
+        and written, and only closing what it works with ends it.
+        """
+        try:
+            _call("cudaStreamSynchronize", self._stream)
+        except EngineError as error:
+            raise InstanceLost(f"a stream is beyond use: {error}") from None
 
     def close(self) -> None:
         _runtime().cudaStreamDestroy(self._stream)
@@ -179,8 +186,11 @@ def _driver() -> Any:
 
 def _check_driver(call: str, status: int) -> None:
     if status:
-        runtime = _runtime()
-        raise _failure(call, runtime.cudaError_t(status))
+        try:
+            known = _runtime().cudaError_t(status)  # the driver's numbers are the runtime's
+        except ValueError:
+            raise EngineError(f"CUDA error {status} in {call}") from None
+        raise _failure(call, known)
 
 
 class Graph:

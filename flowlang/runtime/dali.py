@@ -7,6 +7,7 @@ a GPU test the graph that runs on one, against `host.py`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -14,7 +15,7 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,10 +114,11 @@ class Region:
         if self._is_begun:
             raise InstanceLost("a batch was begun whose pictures nobody took")
         wrap = self._wrap  # of DALI's own kind, and so looked at no further
+        wrapped = [wrap(p) for p in pictures]
         self._read.append(pictures)
         self._is_begun = True
         try:
-            self._feed(INPUT, [wrap(p) for p in pictures])
+            self._feed(INPUT, wrapped)
             self._run()
         except RuntimeError as error:
             raise InstanceLost(f"DALI begins no batch: {reason(error)}") from error
@@ -152,20 +154,30 @@ def _pipeline(
 ) -> Any:
     """A pipeline of what `work` makes of up to `batch` encoded pictures."""
     dali = _dali()
-    pipe = dali.Pipeline(
-        batch_size=batch,
-        num_threads=_threads(how, batch),
-        device_id=device,
-        prefetch_queue_depth=1,
-        **options,
-    )
-    with pipe:
-        data = dali.fn.external_source(
-            name=INPUT, ndim=1, dtype=dali.types.UINT8, no_copy=True, device="cpu"
+    with _told("DALI makes no pipeline"):
+        pipe = dali.Pipeline(
+            batch_size=batch,
+            num_threads=_threads(how, batch),
+            device_id=device,
+            prefetch_queue_depth=1,
+            **options,
         )
-        pipe.set_outputs(work(data))
-    pipe.build()
+        with pipe:
+            data = dali.fn.external_source(
+                name=INPUT, ndim=1, dtype=dali.types.UINT8, no_copy=True, device="cpu"
+            )
+            pipe.set_outputs(work(data))
+        pipe.build()
     return pipe
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """DALI's RuntimeErrors, of memory say, as EngineErrors: where no picture is at fault."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(f"{what}: {reason(error)}") from error
 
 
 def _threads(decoding: Decoding, batch: int) -> int:
@@ -322,17 +334,18 @@ def choose_decodings(device: int, regions: int, pictures: Sequence[bytes]) -> De
     """
     share = max(2, len(os.sched_getaffinity(0)) // regions)
     pictures = [pictures[i % len(pictures)] for i in range(MOST)]
-    rates = {how: _rate(device, how, pictures) for how in (Decoding(0.0, 2), Decoding(1.0, 2))}
-    without, engines = rates.values()
-    uses_engines = engines > 1.5 * without
-    if uses_engines:
-        large = Decoding(1.0, 2)
-        small = [Decoding(1.0, 1), large]
-    else:
-        small = [Decoding(load, share) for load in (0.0, 0.65, 1.0)]
-        rates |= {how: _rate(device, how, pictures) for how in small}
-        large = max(small, key=rates.__getitem__)
-    times_s = {how: _time_s(device, how, pictures[:SMALL_BATCH]) for how in small}
+    with _told("DALI does not decode here"):
+        rates = {how: _rate(device, how, pictures) for how in (Decoding(0.0, 2), Decoding(1.0, 2))}
+        without, engines = rates.values()
+        uses_engines = engines > 1.5 * without
+        if uses_engines:
+            large = Decoding(1.0, 2)
+            small = [Decoding(1.0, 1), large]
+        else:
+            small = [Decoding(load, share) for load in (0.0, 0.65, 1.0)]
+            rates |= {how: _rate(device, how, pictures) for how in small}
+            large = max(small, key=rates.__getitem__)
+        times_s = {how: _time_s(device, how, pictures[:SMALL_BATCH]) for how in small}
     chosen = Decodings(min(times_s, key=times_s.__getitem__), large, uses_engines, rates[large])
     log.info("%s", describe(chosen))
     return chosen

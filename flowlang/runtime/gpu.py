@@ -139,13 +139,13 @@ class GpuInstance:
 
     def launch(self, batch: _Batch) -> _Batch:
         """Put what was decoded, the model and the copy of its outputs on the stream."""
-        self.source.load(batch)
-        if batch.good:
-            try:
+        try:
+            self.source.load(batch)
+            if batch.good:
                 self.context.start(len(batch.good))
-            except EngineError:
-                self.stream.wait()  # what was decoded goes with the batch, and is still copied from
-                raise
+        except Exception:
+            self.stream.wait()  # what was decoded goes with the batch, and is still copied from
+            raise
         return batch
 
     def collect(self, batch: _Batch) -> list[Any]:
@@ -395,7 +395,15 @@ class _Arrays:
             self.close()
             raise
 
-    def warm(self) -> None: ...
+    def warm(self) -> None:
+        """Have the model warm up on zeros, which are an index, and a number of rounds, that it can
+        have: what new memory holds may be none.
+        """
+        for name, staged in self.staged.items():
+            staged.array[...] = 0
+            cuda.copy_to_device(
+                self.lane.context.inputs[name], staged, staged.size_bytes, self.lane.stream
+            )
 
     def begin(self, batch: _Batch) -> None: ...
 

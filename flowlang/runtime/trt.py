@@ -12,7 +12,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from flowlang.diagnostics import EngineError
 from flowlang.plan.onnx import file_sha256
 from flowlang.runtime import cuda, rework
 from flowlang.runtime.engine_store import EngineKey, EngineStore
+from flowlang.runtime.request import in_words
 from flowlang.runtime.stage import InstanceLost
 
 if TYPE_CHECKING:
@@ -144,26 +145,21 @@ def _sha256(path: Path, changed_ns: int) -> str:
 # Building
 
 
-def build(spec: EngineSpec, progress: Callable[[str], None] = lambda step: None) -> bytes:
+def build(
+    spec: EngineSpec, key: EngineKey, progress: Callable[[str], None] = lambda step: None
+) -> bytes:
     """An engine's plan, from its model. Takes from seconds to minutes.
 
     `progress` is told of each step where TensorRT reports them. Raises EngineError with TensorRT's
-    own reason where it cannot be built.
+    own reason where it cannot be built, and where the model is no longer that of the key, under
+    which its engine would be kept: another process may have built for minutes before this.
     """
     trt = _trt()
-    model = rework.load(spec.model, spec.content())
-    if spec.precision == "int8" and not rework.has_quantization(model):
-        raise EngineError(
-            f"`{spec.model.name}` has no quantize/dequantize nodes, so it cannot run in int8: "
-            "quantize it first, for example with onnxruntime.quantization.quantize_static"
-        )
-    has_half = rework.has_half(model)
     creation = trt.NetworkDefinitionCreationFlag
     is_strong = hasattr(creation, "STRONGLY_TYPED")
-    if spec.precision == "fp16" and is_strong:
-        model = rework.to_fp16(model)
-    if spec.prologue is not None:
-        model = rework.prepend(model, spec.prologue)
+    model, permitted = _reworked(spec, is_strong)
+    if _sha256_of(spec.model, *spec.weights) != key.model_sha256:
+        raise EngineError(f"`{spec.model.name}` changed before its engine was built: load it again")
     flags = 0
     if hasattr(creation, "EXPLICIT_BATCH"):
         flags |= 1 << int(creation.EXPLICIT_BATCH)
@@ -175,7 +171,7 @@ def build(spec: EngineSpec, progress: Callable[[str], None] = lambda step: None)
     if not parser.parse(model.SerializeToString(), str(spec.model)):
         reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise EngineError(f"TensorRT cannot read `{spec.model.name}`: {reasons}")
-    config = _configuration(trt, builder, network, spec, is_strong, has_half, progress)
+    config = _configuration(trt, builder, network, spec, is_strong, permitted, progress)
     started_s = time.monotonic()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -184,24 +180,51 @@ def build(spec: EngineSpec, progress: Callable[[str], None] = lambda step: None)
     return bytes(plan)
 
 
+def _reworked(spec: EngineSpec, is_strong: bool) -> tuple[Any, set[str]]:
+    """A model made ready, and what its network may compute in besides fp32 where that is not said
+    by the graph alone: what it says all the same, and what is asked for.
+    """
+    name, permitted = spec.model.name, set()
+    model = rework.load(spec.model, spec.content())
+    is_quantized = rework.has_quantization(model)
+    if spec.precision == "int8" and not is_quantized:
+        raise EngineError(
+            f"`{name}` has no quantize/dequantize nodes, so it cannot run in int8: "
+            "quantize it first, for example with onnxruntime.quantization.quantize_static"
+        )
+    if not is_strong:
+        if rework.has_half(model) or spec.precision in ("fp16", "int8"):
+            permitted.add("FP16")
+        if is_quantized:
+            permitted.add("INT8")
+    elif spec.precision == "fp16":
+        try:
+            model = rework.to_fp16(model)
+        except Exception as error:  # what converts it takes some things for granted
+            raise EngineError(
+                f"`{name}` cannot be made fp16 ({in_words(error)}): run it in fp32, or export it "
+                "in fp16"
+            ) from error
+    if spec.prologue is not None:
+        model = rework.prepend(model, spec.prologue)
+    return model, permitted
+
+
 def _configuration(
     trt: Any,
     builder: Any,
     network: Any,
     spec: EngineSpec,
     is_strong: bool,
-    has_half: bool,
+    permitted: Iterable[str],
     progress: Callable[[str], None],
 ) -> Any:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
     if spec.precision == "fp32" and hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)  # it keeps no more digits than fp16
-    if not is_strong:  # weakly typed: what the graph already says must be permitted
-        if has_half or spec.precision in ("fp16", "int8"):
-            config.set_flag(trt.BuilderFlag.FP16)
-        if spec.precision == "int8":
-            config.set_flag(trt.BuilderFlag.INT8)
+    for name in permitted:
+        config.set_flag(getattr(trt.BuilderFlag, name))
     preview = getattr(trt, "PreviewFeature", None)
     if preview is not None and hasattr(preview, "PROFILE_SHARING_0806") and not is_strong:
         config.set_preview_feature(preview.PROFILE_SHARING_0806, True)
@@ -268,7 +291,8 @@ class Engine:
         self._runtime = trt.Runtime(_logger())
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
-            raise EngineError(f"TensorRT cannot load the engine of `{spec.model.name}`")
+            name = spec.model.name
+            raise EngineError(f"TensorRT cannot load the engine of `{name}`: {_logger().last}")
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         is_input = trt.TensorIOMode.INPUT
         self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == is_input]
@@ -446,4 +470,4 @@ class Engines:
         if loaded.engine is not None:
             return loaded.engine
         log.warning("building an engine for `%s`: %s", spec.model.name, loaded.reason)
-        return self._store.build(key, lambda: build(spec))
+        return self._store.build(key, lambda: build(spec, key))

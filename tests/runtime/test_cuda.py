@@ -9,11 +9,12 @@ import types
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flowlang.diagnostics import EngineError
 from flowlang.runtime import cuda
-from flowlang.runtime.gpu import GpuInstance, _Batch
+from flowlang.runtime.gpu import GpuInstance, _Arrays, _Batch
 from flowlang.runtime.stage import InstanceLost
 
 # Some of cudaError_t
@@ -35,6 +36,7 @@ class Runtime:
     def __init__(self) -> None:
         self.fails: dict[str, Status] = {}
         self.graphs = 0
+        self.cudaError_t = Status
         self.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __getattr__(self, name: str) -> Any:
@@ -97,8 +99,28 @@ def test_a_context_beyond_use_is_lost(runtime: Runtime) -> None:
         cuda.use(0)
 
 
-def test_what_was_decoded_stays_until_its_copy_is_done() -> None:
-    """Where a model does not start, the copy into its input may be under way: it is waited for."""
+def test_a_stream_that_cannot_be_waited_for_is_lost(runtime: Runtime) -> None:
+    """Its work may still be under way, and what that reads must stay: its lane needs another."""
+    stream = cuda.Stream()
+    stream.wait()
+    runtime.fails["cudaStreamSynchronize"] = Status.cudaErrorInvalidValue
+    with pytest.raises(InstanceLost, match=r"^a stream is beyond use: cudaErrorInvalidValue in "):
+        stream.wait()
+
+
+def test_what_the_driver_says_is_told_in_the_words_of_the_runtime(runtime: Runtime) -> None:
+    """Their numbers are the same; one that this cuda-python does not know yet is told as it is."""
+    with pytest.raises(InstanceLost, match="cudaErrorLaunchFailure in cuGraphLaunch"):
+        cuda._check_driver("cuGraphLaunch", 719)
+    with pytest.raises(EngineError, match=r"^CUDA error 4711 in cuGraphLaunch$"):
+        cuda._check_driver("cuGraphLaunch", 4711)
+
+
+@pytest.mark.parametrize("fails", ["load", "start"])
+def test_what_was_decoded_stays_until_its_copy_is_done(fails: str) -> None:
+    """Where a model does not start, or a later part of its batch does not reach it, the copy of
+    what did may be under way: it is waited for.
+    """
     order: list[str] = []
 
     class Held:
@@ -107,6 +129,8 @@ def test_what_was_decoded_stays_until_its_copy_is_done() -> None:
 
     def load(batch: _Batch) -> None:
         batch.good, batch.held = [0], [Held()]
+        if fails == "load":
+            raise EngineError("no copy")
 
     def refuse(count: int) -> None:
         raise EngineError("no graph")
@@ -115,9 +139,27 @@ def test_what_was_decoded_stays_until_its_copy_is_done() -> None:
     lane.source = SimpleNamespace(load=load)
     lane.context = SimpleNamespace(start=refuse)
     lane.stream = SimpleNamespace(wait=lambda: order.append("waited"))
-    with pytest.raises(EngineError, match="no graph"):
+    with pytest.raises(EngineError, match=r"no (copy|graph)"):
         lane.launch(_Batch([b"picture"]))
     assert order == ["waited", "let go"]
+
+
+def test_a_model_of_arrays_warms_up_on_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory holds by itself would be indices of nothing to a model that takes indices."""
+    copied: dict[str, tuple[list[int], int]] = {}
+
+    def copy(target: str, source: Any, size_bytes: int, stream: str) -> None:
+        copied[target] = source.array.tolist(), size_bytes
+
+    monkeypatch.setattr(cuda, "copy_to_device", copy)
+    source: Any = object.__new__(_Arrays)
+    inputs = {"ids": "input of ids", "more": "input of more"}
+    source.lane = SimpleNamespace(context=SimpleNamespace(inputs=inputs), stream="stream")
+    source.staged = {
+        name: SimpleNamespace(array=np.full(3, 1 << 40), size_bytes=24) for name in inputs
+    }
+    source.warm()
+    assert copied == {name: ([0, 0, 0], 24) for name in inputs.values()}
 
 
 @pytest.mark.parametrize(("set_before", "wanted"), [(None, "32"), ("8", "8")])

@@ -301,6 +301,35 @@ def test_a_region_whose_result_nobody_took_is_lost(open_region: Open) -> None:
         region.start(files()[1:2])
 
 
+def test_pictures_that_cannot_be_handed_over_are_no_batch(open_region: Open) -> None:
+    """Nothing was begun of them, so the region goes on."""
+    region, _ = open_region("decode -> resize(64) -> rgb")
+    nothing: Any = None
+    with pytest.raises(TypeError):
+        region.start([files()[0], nothing])
+    assert len(region.run(files()[:2])) == 2
+
+
+def test_a_gpu_that_dali_does_not_work_on_is_told(folder: Path) -> None:
+    """What DALI fails at where no picture is at fault, at making a pipeline, is an EngineError."""
+    nodes = region_of("decode -> resize(64) -> rgb", folder)
+    with pytest.raises(EngineError, match=r"^DALI makes no pipeline: "):
+        Region(nodes, 4, 99, Decoding())
+    with pytest.raises(EngineError, match=r"^DALI makes no pipeline: "):
+        dali.choose_decodings(99, 1, files())
+
+
+def test_a_gpu_that_fails_at_being_measured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is what it fails at while it is seen what decodes fastest."""
+
+    def fail(**given: object) -> Any:
+        raise RuntimeError("Critical error\nencountered:\n\nno memory\n")
+
+    monkeypatch.setattr(dali, "_decoder", lambda *given: SimpleNamespace(run=fail))
+    with pytest.raises(EngineError, match=r"^DALI does not decode here: no memory$"):
+        dali.choose_decodings(0, 1, files())
+
+
 def test_the_reason_of_a_failure_is_told_without_its_traceback(open_region: Open) -> None:
     """DALI puts the pipeline's definition before what it met there."""
     region, _ = open_region("decode -> resize(64) -> rgb")

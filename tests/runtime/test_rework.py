@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from examples import models
 from flowlang.diagnostics import EngineError
@@ -128,6 +128,217 @@ def test_half_precision_with_a_prologue_agrees(tmp_path: Path) -> None:
     (got,) = run(half, levels)
     assert got.dtype == np.float32
     assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 1e-2
+
+
+def make(
+    nodes: Sequence[Any],
+    outputs: Sequence[Any],
+    *,
+    opset: int = 17,
+    functions: Sequence[Any] = (),
+    **weights: Any,
+) -> Any:
+    """A model of `x`, 2 x 3 x 16 x 16 in single precision."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 16, 16])
+    named = [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
+    inner = helper.make_graph(nodes, "made", [x], outputs, named)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("ours", 1)]
+    return helper.make_model(inner, ir_version=8, opset_imports=opsets, functions=functions)
+
+
+def floats(name: str, *sides: int) -> Any:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, sides)
+
+
+node = helper.make_node
+KERNEL = np.random.default_rng(0).normal(0, 0.2, (4, 3, 3, 3)).astype(np.float32)
+CONV = node("Conv", ["x", "kernel"], ["c"], pads=[1] * 4)
+SINGLE = np.float32
+TWO = numpy_helper.from_array(np.asarray([2], np.float32), "two")
+
+
+def branches(*nodes: Any, **weights: Any) -> Any:
+    """A model that ends in an `If`, whose branches are both of these nodes, from `c` to `o`."""
+    named = [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
+    bodies = [helper.make_graph(nodes, "body", [], [floats("o", 2, 4, 16, 16)], named)] * 2
+    last = node("If", ["yes"], ["end"], then_branch=bodies[0], else_branch=bodies[1])
+    half = node("Mul", ["c", "part"], ["beside"])
+    both = node("Add", ["end", "beside"], ["out"])
+    return make(
+        [CONV, half, last, both], [floats("out", 2, 4, 16, 16)], kernel=KERNEL, yes=True,
+        part=SINGLE(0.5),
+    )  # fmt: skip
+
+
+def weights_among_inputs() -> Any:
+    model = make([CONV], [floats("c", 2, 4, 16, 16)], kernel=KERNEL)
+    model.graph.input.insert(0, floats("kernel", 4, 3, 3, 3))
+    model.ir_version = 3
+    return model
+
+
+def of_functions() -> Any:
+    body = [node("Constant", [], ["two"], value=TWO), node("Mul", ["given", "two"], ["twice"])]
+    opsets = [helper.make_opsetid("", 17)]
+    twice = helper.make_function("ours", "Twice", ["given"], ["twice"], body, opsets)
+    call = node("Twice", ["c"], ["o"], domain="ours")
+    return make([CONV, call], [floats("o", 2, 4, 16, 16)], functions=[twice], kernel=KERNEL)
+
+
+def quantized(opset: int) -> Any:
+    nodes = [
+        node("QuantizeLinear", ["x", "step", "zero"], ["levels"]),
+        node("DequantizeLinear", ["levels", "step", "zero"], ["back"]),
+        node("Conv", ["back", "kernel"], ["c"], pads=[1] * 4),
+    ]
+    weights: dict[str, Any] = {"kernel": KERNEL, "step": SINGLE(0.02), "zero": np.int8(0)}
+    return make(nodes, [floats("c", 2, 4, 16, 16)], opset=opset, **weights)
+
+
+GRAPHS = {
+    "a convolution": make([CONV], [floats("c", 2, 4, 16, 16)], kernel=KERNEL),
+    "constants that are no tensors": make(
+        [
+            node("Constant", [], ["two"], value_float=2.0),
+            node("Constant", [], ["parts"], value_floats=[0.5]),
+            node("Mul", ["x", "two"], ["y"]),
+            node("Mul", ["y", "parts"], ["o"]),
+        ],
+        [floats("o", 2, 3, 16, 16)],
+    ),
+    "weights among the inputs": weights_among_inputs(),
+    "functions of its own": of_functions(),
+    "an output that is used, and indices": make(
+        [
+            node("Flatten", ["x"], ["rows"]),
+            node("TopK", ["rows", "count"], ["values", "indices"]),
+            node("Mul", ["values", "two"], ["o"]),
+        ],
+        [
+            floats("values", 2, 5),
+            floats("o", 2, 5),
+            helper.make_tensor_value_info("indices", TensorProto.INT64, [2, 5]),
+        ],
+        count=np.asarray([5]),
+        two=SINGLE(2),
+    ),
+    "a size by its shape": make(
+        [
+            CONV,
+            node("Shape", ["c"], ["shape"]),
+            node("Slice", ["shape", "third", "end"], ["sides"]),
+            node("Cast", ["sides"], ["floats"], to=TensorProto.FLOAT),
+            node("Div", ["wanted", "floats"], ["by"]),
+            node("Concat", ["ones", "by"], ["scales"], axis=0),
+            node("Resize", ["c", "", "scales"], ["o"], mode="linear"),
+        ],
+        [floats("o", 2, 4, 32, 48)],
+        kernel=KERNEL, third=np.asarray([2]), end=np.asarray([4]), ones=np.ones(2, SINGLE),
+        wanted=np.asarray([32, 48], SINGLE),
+    ),
+    "a count past what fp16 has": make(
+        [
+            node("Resize", ["x", "", "scales"], ["large"], mode="nearest"),
+            node("Shape", ["large"], ["shape"]),
+            node("Cast", ["shape"], ["floats"], to=TensorProto.FLOAT),
+            node("ReduceProd", ["floats"], ["count"], axes=[0], keepdims=1),
+            node("Cast", ["count"], ["whole"], to=TensorProto.INT64),
+            node("Reshape", ["large", "whole"], ["o"]),
+        ],
+        [floats("o", 2 * 3 * 160 * 160)],
+        scales=np.asarray([1, 1, 10, 10], SINGLE),
+    ),
+    "positions past what fp16 counts": make(
+        [
+            node("Range", ["none", "count", "one"], ["positions"]),
+            node("Cast", ["positions"], ["floats"], to=TensorProto.FLOAT),
+            node("Sub", ["floats", "most"], ["before"]),
+            node("ReduceMean", ["x"], ["level"], axes=[1, 2, 3], keepdims=0),
+            node("Unsqueeze", ["level", "one"], ["column"]),
+            node("Add", ["column", "before"], ["o"]),
+        ],
+        [floats("o", 2, 4)],
+        none=np.int64(4093), count=np.int64(4097), one=np.int64(1), most=SINGLE(4096),
+    ),
+    "branches": branches(
+        node("Constant", [], ["two"], value=TWO), node("Mul", ["c", "two"], ["o"])
+    ),
+    "branches of what has no fp16": branches(node("Max", ["c", "most"], ["o"]), most=SINGLE(0.1)),
+    "branches in branches": branches(
+        node(
+            "If", ["yes"], ["o"],
+            then_branch=helper.make_graph(
+                [node("Add", ["c", "c"], ["p"])], "then", [], [floats("p", 2, 4, 16, 16)]
+            ),
+            else_branch=helper.make_graph(
+                [node("Conv", ["x", "kernel"], ["q"], pads=[1] * 4)], "else", [],
+                [floats("q", 2, 4, 16, 16)],
+            ),
+        )
+    ),
+    "half already": rework.to_fp16(make([CONV], [floats("c", 2, 4, 16, 16)], kernel=KERNEL)),
+    "quantized": quantized(17),
+    "quantized, of an opset that has half": quantized(19),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_any_graph_made_half_is_a_graph(name: str) -> None:
+    """Half precision keeps the ports of a model, passes ONNX's checks, and answers alike."""
+    model = GRAPHS[name]
+    weights = {weight.name for weight in model.graph.initializer}
+    ports = [p for p in (*model.graph.input, *model.graph.output) if p.name not in weights]
+    rows = list(np.random.default_rng(1).normal(0, 1, (2, 3, 16, 16)).astype(np.float32))
+    wanted = run(model, rows)
+    half = rework.to_fp16(onnx.ModelProto.FromString(model.SerializeToString()))
+    assert [*half.graph.input, *half.graph.output] == ports
+    onnx.checker.check_model(half, full_check=True)
+    for one, other in zip(run(half, rows), wanted, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["a size by its shape", "a count past what fp16 has"])
+def test_shapes_are_computed_in_single_precision(name: str) -> None:
+    """TensorRT computes shapes in no fp16: nothing on the way from a shape to a size is half."""
+    half = rework.to_fp16(onnx.ModelProto.FromString(GRAPHS[name].SerializeToString()))
+    makers = {output: maker for maker in half.graph.node for output in maker.output}
+    sized = next(n for n in reversed(half.graph.node) if n.op_type in ("Resize", "Reshape"))
+    waiting, seen = list(sized.input[1:]), []
+    while waiting:
+        maker = makers.get(waiting.pop())
+        if maker is not None and maker.op_type != "Shape":
+            seen.append(maker)
+            waiting += maker.input
+    assert "Cast" in {maker.op_type for maker in seen}
+    assert TensorProto.FLOAT16 not in {a.i for maker in seen for a in maker.attribute}
+
+
+@pytest.mark.parametrize("is_half", [False, True])
+@pytest.mark.parametrize("opset", [17, 19])
+def test_a_quantized_model_takes_a_prologue(opset: int, is_half: bool) -> None:
+    """Pixels in front of quantize/dequantize pairs, asked for in half precision or not."""
+    prologue = rework.Prologue("chw", 16, 16, 3, (127.5,) * 3, (127.5,) * 3)
+    levels = list(np.random.default_rng(2).integers(0, 256, (2, 16, 16, 3), np.uint8))
+    planes = [((row.astype(np.float32) - 127.5) / 127.5).transpose(2, 0, 1) for row in levels]
+    (wanted,) = run(quantized(opset), planes)
+    model = quantized(opset)
+    model = rework.prepend(rework.to_fp16(model) if is_half else model, prologue)
+    assert rework.has_quantization(model)
+    onnx.checker.check_model(model, full_check=True)
+    (got,) = run(model, levels)
+    np.testing.assert_allclose(got, wanted, atol=0.05)  # a level between two steps may go to either
+
+
+def test_half_is_found_wherever_it_is() -> None:
+    """A weakly typed network needs leave for fp16 where a constant or a cast says so alone."""
+    one = numpy_helper.from_array(np.asarray(1, np.float16))
+    assert not rework.has_half(GRAPHS["branches"])
+    for inner in (
+        [node("Constant", [], ["one"], value=one), node("CastLike", ["c", "one"], ["h"])],
+        [node("Cast", ["c"], ["h"], to=TensorProto.FLOAT16)],
+    ):
+        assert rework.has_half(branches(*inner, node("Cast", ["h"], ["o"], to=TensorProto.FLOAT)))
 
 
 def test_quantization_is_found(tmp_path: Path) -> None:

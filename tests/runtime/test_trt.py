@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from examples import models
 from flowlang.diagnostics import EngineError
@@ -63,3 +66,68 @@ def test_an_engine_belongs_to_weights_wherever_they_are(
     beside.unlink()
     with pytest.raises(EngineError, match=r"`m.onnx` cannot be read: .*m.onnx.data"):
         digest(path)
+
+
+def write(path: Path, nodes: list[onnx.NodeProto], *weights: onnx.TensorProto) -> EngineSpec:
+    """What an engine is built from, of a model from `x` to `y`."""
+    ports = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, 4]) for n in "xy"]
+    made = helper.make_graph(nodes, "made", ports[:1], ports[1:], weights)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)]), path)
+    return EngineSpec(path, "fp32", (1, 1, 1), None)
+
+
+def test_a_weakly_typed_network_is_permitted_what_its_graph_says(tmp_path: Path) -> None:
+    """TensorRT 8.6 refuses a quantized graph where it may not compute in int8, whatever is asked;
+    a strongly typed network needs no leave.
+    """
+    step = numpy_helper.from_array(np.asarray(0.1, np.float32), "step")
+    zero = numpy_helper.from_array(np.asarray(0, np.int8), "zero")
+    spec = write(
+        tmp_path / "quantized.onnx",
+        [
+            helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["y"]),
+        ],
+        step,
+        zero,
+    )
+    wanted = {"fp32": {"INT8"}, "fp16": {"FP16", "INT8"}, "int8": {"FP16", "INT8"}}
+    for precision, permitted in wanted.items():
+        asked = dataclasses.replace(spec, precision=precision)
+        assert trt._reworked(asked, False)[1] == permitted
+        assert trt._reworked(asked, True)[1] == set()
+    plain = write(tmp_path / "plain.onnx", [helper.make_node("Relu", ["x"], ["y"])])
+    assert trt._reworked(plain, False)[1] == set()
+
+
+def test_a_graph_that_cannot_be_made_half_is_told(tmp_path: Path) -> None:
+    """Names that its converter takes for itself, say: that is an EngineError with the file's."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["graph_output_cast_0"]),
+        helper.make_node("Neg", ["graph_output_cast_0"], ["graph_input_cast_0"]),
+        helper.make_node("Relu", ["graph_input_cast_0"], ["y"]),
+    ]
+    spec = dataclasses.replace(write(tmp_path / "m.onnx", nodes), precision="fp16")
+    with pytest.raises(
+        EngineError, match=r"`m.onnx` cannot be made fp16 \(ValueError: two nodes give"
+    ):
+        trt._reworked(spec, True)
+    assert trt._reworked(spec, False)[1] == {"FP16"}
+
+
+def test_an_engine_is_not_kept_as_that_of_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may be replaced between its key and its building, which waits for other builders:
+    whoever has the old model again would get the engine of the new one.
+    """
+    module = SimpleNamespace(__version__="10.0", NetworkDefinitionCreationFlag=SimpleNamespace())
+    monkeypatch.setattr(trt, "_trt", lambda: module)
+    spec = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])])
+    key = spec.key(GPU)
+    with pytest.raises(AttributeError, match="Builder"):  # which is all that is missing
+        trt.build(spec, key)
+    write(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])])
+    os.utime(tmp_path / "m.onnx", ns=(1, 1))
+    with pytest.raises(EngineError, match=r"`m.onnx` changed before its engine was built"):
+        trt.build(spec, key)
