@@ -106,7 +106,7 @@ class _Flows(Local):
         self._tracer = setup.tracer
         self._reins = reins
         questions: dict[str, Question] = {"look": self._look, "infer": self._infer}
-        self._desk = Desk(path, questions, fronts, setup.tracer)
+        self._desk = Desk(path, questions, fronts, service.inference.refusals, setup.tracer)
 
     def start(
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]

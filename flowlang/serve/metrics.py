@@ -20,19 +20,22 @@ if TYPE_CHECKING:
 KIND = b"text/plain; version=0.0.4; charset=utf-8"
 
 
-def metrics_text(app: App | None, state: str) -> bytes:
-    """Everything that is counted, in Prometheus' text format. `state` is the server's."""
+def metrics_text(app: App | None, state: str, refusals: Mapping[str, int]) -> bytes:
+    """Everything that is counted, in Prometheus' text format.
+
+    `state` is the server's, and `refusals` are those of requests that are of no flow, by code.
+    """
     from prometheus_client import generate_latest
 
     class Source:
         def collect(self) -> Iterable[Metric]:
-            return _metrics(app, state)
+            return _metrics(app, state, refusals)
 
     return bytes(generate_latest(Source()))
 
 
-def _metrics(app: App | None, state: str) -> Iterator[Metric]:
-    from prometheus_client.core import GaugeMetricFamily
+def _metrics(app: App | None, state: str, refusals: Mapping[str, int]) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     info = GaugeMetricFamily("flowlang_info", "The version that runs.", labels=["version"])
     info.add_metric([__version__], 1)
@@ -40,6 +43,12 @@ def _metrics(app: App | None, state: str) -> Iterator[Metric]:
     ready = GaugeMetricFamily("flowlang_ready", "1 while requests are let in, else 0.")
     ready.add_metric([], float(state == "ready"))
     yield ready
+    refused = CounterMetricFamily(
+        "flowlang_refusals", "Requests refused that are of no flow, by code.", labels=["code"]
+    )
+    for code, count in refusals.items():
+        refused.add_metric([code], count)
+    yield refused
     if app is not None:
         yield from _of_flows(app)
         yield from _of_stages(app)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flowlang.diagnostics import BadRequest, Draining, RequestError
+from flowlang.diagnostics import BadRequest, Cancelled, Draining, RequestError
 from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES, FlowProgram, PhysicalPlan
+from flowlang.serve.access import REFUSED
 from flowlang.serve.answer import (
     CLOSE,
     HTML,
@@ -32,7 +33,16 @@ from flowlang.serve.answer import (
     told,
     wrong_method,
 )
-from flowlang.serve.body import BodyReader, Deadline, HungUp, Receive, Scope, Send, Watches
+from flowlang.serve.body import (
+    BodyReader,
+    BrokenOff,
+    Deadline,
+    HungUp,
+    Receive,
+    Scope,
+    Send,
+    Watches,
+)
 from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
 from flowlang.serve.inference import Inference, State, asked_again, emptied, known
 from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
@@ -200,6 +210,7 @@ class Service:
             try:
                 self._token.check(found.get(b"authorization"))
             except Refusal as error:
+                self.count_refusal(error.code)
                 await self._send(send, self._turn_away(path, found, error, request_id), request_id)
                 return
         door = self._open.get(path) if method == "POST" else None
@@ -219,6 +230,8 @@ class Service:
             if trace is not None:
                 trace.answered(request_id.decode("ascii"), answer.status, answer.error)
             await self._send(send, answer, request_id)
+        except BrokenOff:
+            self._count_refusal_of(path, BadRequest.code if REFUSED in scope else Cancelled.code)
         except HungUp:
             pass
         finally:
@@ -238,6 +251,19 @@ class Service:
         }
         attributes = {"http.request.method": scope["method"], "url.path": path}
         return tracer.begin(known(name, self.names), parent, attributes)
+
+    def count_refusal(self, code: str) -> None:
+        """Count a request that was refused, and that is of no flow."""
+        self.inference.count_refusal(code)
+
+    def _count_refusal_of(self, path: str, code: str) -> None:
+        """Count a request that was refused before its flow was asked, if that is there."""
+        parts = path.split("/")  # of a flow or a model
+        door = self._doors.get(path) or self._doors.get(f"/flows/{'/'.join(parts[3:4])}")
+        if door is None:
+            self.count_refusal(code)
+        else:
+            door.flow.count_refusal(code)
 
     async def _send(self, send: Send, answer: Answer, request_id: bytes) -> None:
         headers = [
@@ -332,8 +358,7 @@ class Service:
             body = await self._bodies.read(found, receive, deadline)
             timeout_s = None if deadline is None else deadline.left_s()
         except RequestError as error:
-            if door := self._doors.get(f"/flows/{scope['path'].split('/')[3]}"):
-                door.flow.count_refusal(error.code)
+            self._count_refusal_of(scope["path"], error.code)
             return refused(error), request_id
         answer = self.infer(scope["path"], headers, body, request_id, timeout_s)
         return await self._watches.unless_hung_up(answer, receive)
@@ -380,6 +405,12 @@ class Service:
 
     def look(self, method: str, path: str, request_id: bytes) -> Answer:
         """The answer to all but a call of a flow that is let in."""
+        answer = self._look_up(method, path, request_id)
+        if answer.error is not None:
+            self.count_refusal(answer.error.code)
+        return answer
+
+    def _look_up(self, method: str, path: str, request_id: bytes) -> Answer:
         if is_below(path):
             return self._inference_routes.look(method, path)
         looks = {
@@ -423,7 +454,8 @@ class Service:
         return Answer(200, body)
 
     def _show_metrics(self) -> Answer:
-        return Answer(200, metrics_text(self._app, self.inference.status), METRICS)
+        inference = self.inference
+        return Answer(200, metrics_text(self._app, inference.status, inference.refusals), METRICS)
 
     def _tell_ready(self) -> Answer:
         body = to_json({"status": self.inference.status, "requests": self.inside})
