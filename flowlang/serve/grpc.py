@@ -40,7 +40,10 @@ Call: TypeAlias = Any  # grpc.aio.ServicerContext
 MAX_TEXT = 1000  # of a status: it travels in a header, and those are limited
 WINDOW = 64  # requests of one stream under way at once
 LINGER_S = 0.2  # once all is answered: for answers still on their way
-KEEP_ALIVE_MS = 60_000  # a connection that is idle for so long is asked whether it still stands
+KEEP_ALIVE_MS = 60_000  # a connection that is silent for so long is asked whether it still stands
+IDLE_MS = 75_000  # one without a call for so long is closed, as over HTTP: clients connect again
+HANDSHAKE_MS = 20_000  # of TLS and HTTP/2
+MAX_CALLS = 1024  # of one connection at once, more than batches take; others wait in the client
 CODES: Mapping[int, str] = {
     400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
     413: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 503: "UNAVAILABLE",
@@ -99,6 +102,11 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # or two servers would share a port unnoticed
                 ("grpc.keepalive_time_ms", KEEP_ALIVE_MS),
+                ("grpc.max_connection_idle_ms", IDLE_MS),
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+                ("grpc.max_concurrent_streams", MAX_CALLS),
+                # It would refuse calls within that, on account of those that ended just now.
+                ("grpc.http.overload_protection", 0),
             ),
         )
         answers = _Answers(self._inference, inference.messages)
