@@ -16,6 +16,7 @@ from flowlang.diagnostics import BadRequest, Cancelled, Draining, RequestError
 from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES, FlowProgram, PhysicalPlan
+from flowlang.plan.types import Optional
 from flowlang.serve.access import REFUSED
 from flowlang.serve.answer import (
     CLOSE,
@@ -43,7 +44,14 @@ from flowlang.serve.body import (
     Send,
     Watches,
 )
-from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
+from flowlang.serve.form import (
+    ParameterReader,
+    Part,
+    form_fields,
+    is_form,
+    only_item,
+    parts_of,
+)
 from flowlang.serve.inference import Inference, State, asked_again, emptied, known
 from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
 from flowlang.serve.metrics import KIND as METRICS
@@ -105,9 +113,9 @@ class _Door:
     read: Callable[[bytes], Any] | None
     parameters: ParameterReader
 
-    def item(self, body: bytes) -> Any:
-        """The flow's item, as a body brings it. Raises BadRequest."""
-        if self.read is None:
+    def item(self, body: bytes | dict[str, Any]) -> Any:
+        """The flow's item, as a body brings it, or a form its fields. Raises BadRequest."""
+        if self.read is None or isinstance(body, dict):
             return body
         try:
             return self.read(body)
@@ -173,7 +181,9 @@ class Service:
     def open(self, flows: Mapping[str, Called]) -> None:
         """Let in calls of these flows."""
         doors = {
-            f"/flows/{name}": _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
+            f"/flows/{name}": _Door(
+                flow, reader_of(flow.input), ParameterReader(flow.parameters, flow.input)
+            )
             for name, flow in flows.items()
         }
         self.names = list(flows)
@@ -318,14 +328,15 @@ class Service:
             deadline = _deadline_in(found)
             asked: dict[str, Any] = {"priority": priority_of(found.get(b"x-priority"))}
             parameters = door.parameters.of_query(query) if query else {}
-            body = await self._bodies.read(found, receive, deadline)
+            body: bytes | dict[str, Any] = await self._bodies.read(found, receive, deadline)
             items: list[Part] = []
-            if is_form(found.get(b"content-type")):
-                given, items = door.parameters.of_form(parts_of(found[b"content-type"], body))
-                if twice := parameters.keys() & given.keys():
+            if isinstance(body, bytes) and is_form(found.get(b"content-type")):
+                form = door.parameters.of_form(parts_of(found[b"content-type"], body))
+                if twice := parameters.keys() & form.parameters.keys():
                     raise BadRequest(f"`{min(twice)}` is given in the query and in the form")
-                parameters |= given
-                body = only_item(items, given)
+                parameters |= form.parameters
+                items = form.items
+                body = form.record or only_item(items, form.parameters)
             if deadline is not None:
                 asked["deadline_s"] = deadline.left_s()
             is_read = True
@@ -374,7 +385,9 @@ class Service:
         """The answer to an inference of the Open Inference Protocol, and the request's id."""
         return await self._inference_routes.infer(path, headers, body, request_id, timeout_s)
 
-    def _call(self, door: _Door, body: bytes, asked: dict[str, Any]) -> Awaitable[Any]:
+    def _call(
+        self, door: _Door, body: bytes | dict[str, Any], asked: dict[str, Any]
+    ) -> Awaitable[Any]:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""
 
         async def call(door: _Door) -> Any:
@@ -483,6 +496,7 @@ def _is_open(method: str, path: str) -> bool:
 
 def _listed(path: str, door: _Door) -> dict[str, Any]:
     flow = door.flow
+    fields = form_fields(flow.input, [p.name for p in flow.parameters])
     return {
         "name": flow.name,
         "doc": flow.doc,
@@ -490,6 +504,10 @@ def _listed(path: str, door: _Door) -> dict[str, Any]:
         "output": str(flow.output),
         "path": path,
         "takes": "bytes" if door.read is None else "json",
+        "fields": [
+            {"name": name, "type": str(kind), "required": not isinstance(kind, Optional)}
+            for name, kind in fields.items()
+        ],
         "parameters": [
             {"name": p.name, "type": str(p.type), "required": p.is_required}
             for p in flow.parameters
