@@ -54,7 +54,7 @@ ERRORS: Mapping[str, tuple[int, str]] = {
     "not-found": (404, "There is nothing at this path."),
     "wrong-method": (405, "The path is there for another method."),
     "body-timeout": (408, "Not all of the body was there in time."),
-    "too-large": (413, "The body is larger than the server takes."),
+    "too-large": (413, "The body, or its JSON, is larger than the server takes."),
     "unsupported-encoding": (415, "The body has a Content-Encoding."),
     "internal": (500, "The server is at fault; its log says why, under the request's id."),
     "loading": (503, "The flows are not loaded yet."),

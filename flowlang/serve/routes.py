@@ -24,6 +24,7 @@ from flowlang.serve.answer import (
     SVG,
     Answer,
     Refusal,
+    check_json,
     deadline_of,
     encode,
     error_answer,
@@ -336,6 +337,8 @@ class Service:
                     raise BadRequest(f"`{min(twice)}` is given in the query and in the form")
                 parameters |= form.parameters
                 items = form.items
+                if door.read is not None:
+                    check_json([part.content for part in items])
                 body = form.record or only_item(items, form.parameters)
             if deadline is not None:
                 asked["deadline_s"] = deadline.left_s()
