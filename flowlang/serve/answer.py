@@ -111,7 +111,7 @@ def _count_marks(text: bytes) -> int:
 
 
 def from_json(text: bytes) -> Any:
-    """A value out of JSON that has been checked. Raises ValueError or RecursionError.
+    """A value out of JSON in UTF-8 that has been checked. Raises ValueError or RecursionError.
 
     The garbage collector waits: it would walk over all lists there are again and again. No other
     thread runs meanwhile.
@@ -119,7 +119,7 @@ def from_json(text: bytes) -> Any:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return json.loads(text)
+        return json.loads(str(text, "utf-8-sig"))
     finally:
         if was_enabled:
             gc.enable()

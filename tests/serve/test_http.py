@@ -215,6 +215,17 @@ def test_values_are_counted_over_a_whole_request(server: Server) -> None:
     assert response.status_code == 413
 
 
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-32"])
+def test_json_is_utf_8(server: Server, coding: str) -> None:
+    """Whatever Python guesses: what strings hold is told from values by its bytes."""
+    text = '["\u2201"' + ",1" * (1 << 19) + "]"
+    response = server.client.post("/flows/total", content=text.encode(coding))
+    assert response.status_code in (400, 413)
+    response = server.client.post("/flows/total", content="[1, 2]".encode(coding))
+    assert response.status_code == 400
+    assert server.client.post("/flows/total", content="[1, 2]".encode("utf-8-sig")).json() == 3
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [
