@@ -234,6 +234,7 @@ class _Front:
         if record.within_s:  # since it was sent, by the clock that all processes share
             within_s, sent_s = record.within_s, record.sent_s
             if sent_s + within_s <= time.monotonic():
+                flow.count_refusal(DeadlineExceeded.code)
                 raise DeadlineExceeded()
         request = flow.put(item, self, number, within_s, priority, parameters, sent_s)
         self._calls[number] = flow, request
@@ -248,7 +249,8 @@ class _Front:
             flow, request = self._calls.pop(number)
             flow.cancel(request)
         elif number in self._asked:
-            self._asked[number].cancel()
+            # It may have come just now, and is to begin: an inference is counted by its flow.
+            self._loop.call_soon(self._asked[number].cancel)
 
     def _open(self) -> None:
         self.is_open = True

@@ -330,8 +330,9 @@ class FrontService(Service):
         request_id: bytes,
         timeout_s: float | None,
     ) -> tuple[Answer, bytes]:
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
         return await self._ask(
-            "infer", path, request_id, headers, body, timeout_s, within_s=timeout_s or 0.0
+            "infer", path, request_id, headers, body, until_s, within_s=timeout_s or 0.0
         )
 
     async def _look(self, method: str, path: str, request_id: bytes) -> Answer:
