@@ -56,7 +56,7 @@ from flowlang.serve.form import (
 from flowlang.serve.inference import Inference, State, asked_again, emptied, known
 from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
 from flowlang.serve.metrics import KIND as METRICS
-from flowlang.serve.metrics import metrics_text
+from flowlang.serve.metrics import Counts, metrics_text
 from flowlang.serve.openapi import document
 from flowlang.serve.token import Token
 from flowlang.serve.v2 import InferenceRoutes, is_below, is_health, refused
@@ -147,7 +147,7 @@ class Service:
         self._doors: dict[str, _Door] = {}  # by path
         self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
-        self._app: App | None = None
+        self._counts = Counts()
         self._drawn: dict[str, tuple[PhysicalPlan, FlowProgram]] = {}  # by path of the drawing
         self._listing = b""
         self._described = b""
@@ -167,7 +167,7 @@ class Service:
 
     def let_in(self, app: App) -> None:
         """Take requests for these flows."""
-        self._app = app
+        self._counts.follow(app)
         self.open(app.flows)
         self._drawn = {
             f"/flows/{program.name}/plan.svg": (app.physical, program)
@@ -471,7 +471,8 @@ class Service:
 
     def _show_metrics(self) -> Answer:
         inference = self.inference
-        return Answer(200, metrics_text(self._app, inference.status, inference.refusals), METRICS)
+        text = metrics_text(self._counts, inference.status, inference.refusals)
+        return Answer(200, text, METRICS)
 
     def _tell_ready(self) -> Answer:
         body = to_json({"status": self.inference.status, "requests": self.inside})
