@@ -232,9 +232,9 @@ class Flow:
         """Give a request up: it leaves the queue and its answer is dropped. False if it is over."""
         return self._scheduler.cancel(request)
 
-    def count_refusal(self, code: str) -> None:
+    def count_refusal(self, code: str, times: int = 1) -> None:
         """Count a request that was refused before it was put: metrics have it by its code."""
-        self._scheduler.count_refusal(self._entrance, code)
+        self._scheduler.count_refusal(self._entrance, code, times)
 
     def _accept_beside(self, parameters: Mapping[str, Any], item: Any) -> Any:
         return self._arguments.beside(self._accept(item), parameters)

@@ -56,9 +56,9 @@ class FlowCounts:
         latencies.counts[bisect_left(LATENCY_S, latency_s)] += 1
         latencies.sum += latency_s
 
-    def fail(self, code: str) -> None:
-        """Count one that was refused at the entrance, or failed."""
-        self.failures[code] = self.failures.get(code, 0) + 1
+    def fail(self, code: str, times: int = 1) -> None:
+        """Count one that was refused at the entrance, or failed; or so many of them."""
+        self.failures[code] = self.failures.get(code, 0) + times
 
     @property
     def outcomes(self) -> dict[str, int]:

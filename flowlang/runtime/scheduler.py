@@ -178,10 +178,10 @@ class Scheduler:
             raise
         return requests
 
-    def count_refusal(self, entrance: Entrance, code: str) -> None:
-        """Count a request that was refused before it could be submitted."""
+    def count_refusal(self, entrance: Entrance, code: str, times: int = 1) -> None:
+        """Count a request that was refused before it could be submitted, or so many of them."""
         with self._lock:
-            entrance.counts.fail(code)
+            entrance.counts.fail(code, times)
 
     def cancel(self, request: Request) -> bool:
         """Give a request up: it leaves the queue and its result is dropped."""

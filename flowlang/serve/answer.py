@@ -12,7 +12,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ JSON, OCTETS = b"application/json", b"application/octet-stream"
 HTML, SVG = b"text/html; charset=utf-8", b"image/svg+xml"
 RETRY_S = b"1"
 MAX_JSON_BYTES = 16 << 20  # Python's values take up to twenty times the room of their text
+MAX_JSON_VALUES = 1 << 18  # of a request: while they are made of their text, nothing else is done
 CLOSE = (b"connection", b"close")
 
 _ID = re.compile(rb"[\x20-\x7e]{1,128}")
@@ -82,8 +83,35 @@ def to_json(value: Any) -> bytes:
     return text.encode("utf-8", "replace")
 
 
+def check_json(texts: Collection[bytes]) -> None:
+    """Raises Refusal where the JSON of a request is too long, or has too many values."""
+    if sum(map(len, texts)) > MAX_JSON_BYTES:
+        raise _too_much(f"larger than {MAX_JSON_BYTES:,} bytes")
+    if sum(map(_count_values, texts)) > MAX_JSON_VALUES:
+        raise _too_much(f"of more than {MAX_JSON_VALUES:,} values")
+
+
+def _too_much(what: str) -> Refusal:
+    return Refusal("too-large", 413, f"JSON {what}: large arrays go to /v2, as binary data")
+
+
+def _count_values(text: bytes) -> int:
+    """How many values JSON has, roughly: where there are many, what strings hold is no value."""
+    most = _count_marks(text)
+    if most > MAX_JSON_VALUES:
+        bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+        if bare.count(b'"') <= 4 * MAX_JSON_VALUES:  # a value has two strings, one of them its name
+            return _count_marks(b"".join(bare.split(b'"')[::2]))
+    return most
+
+
+def _count_marks(text: bytes) -> int:
+    """Of those that each begin a value."""
+    return len(text) - len(text.translate(None, b",[{"))
+
+
 def from_json(text: bytes) -> Any:
-    """A value out of JSON. Raises ValueError or RecursionError.
+    """A value out of JSON in UTF-8 that has been checked. Raises ValueError or RecursionError.
 
     The garbage collector waits: it would walk over all lists there are again and again. No other
     thread runs meanwhile.
@@ -91,7 +119,7 @@ def from_json(text: bytes) -> Any:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return json.loads(text)
+        return json.loads(str(text, "utf-8-sig"))
     finally:
         if was_enabled:
             gc.enable()
@@ -186,9 +214,7 @@ def reader_of(kind: Type) -> Callable[[bytes], Any] | None:
         return None
 
     def read(body: bytes) -> Any:
-        if len(body) > MAX_JSON_BYTES:
-            most = f"JSON larger than {MAX_JSON_BYTES:,} bytes"
-            raise Refusal("too-large", 413, f"{most}: large arrays go to /v2, as binary data")
+        check_json([body])
         try:
             value = from_json(body)
         except (ValueError, RecursionError) as error:

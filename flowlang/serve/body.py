@@ -29,6 +29,10 @@ class HungUp(Exception):
     """The client is gone: there is nobody to answer."""
 
 
+class BrokenOff(HungUp):
+    """The same, before all of its body was there, or that has turned into what is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Deadline:
     """When a request is to be answered, its body included: at a time of the event loop's clock."""
@@ -63,7 +67,7 @@ class BodyReader:
     async def read(
         self, found: dict[bytes, bytes], receive: Receive, deadline: Deadline | None = None
     ) -> bytes:
-        """The whole body. Raises Refusal for one that is too long, or too slow."""
+        """The whole body. Raises Refusal for one that is too long, or too slow, and BrokenOff."""
         if found.get(b"content-encoding", b"identity").lower() != b"identity":
             raise Refusal("unsupported-encoding", 415, "send the body without Content-Encoding")
         if int(found.get(b"content-length", b"0")) > self._max_bytes:
@@ -80,7 +84,7 @@ class BodyReader:
         try:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise HungUp
+                raise BrokenOff
             body: bytes = message.get("body", b"")
             if message.get("more_body", False):
                 body = await self._read_rest(body, receive)
@@ -119,7 +123,7 @@ class BodyReader:
                     raise Refusal("overloaded", 429, many, is_last=True)
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise HungUp
+                    raise BrokenOff
                 chunk = message.get("body", b"")
                 chunks.append(chunk)
                 size += len(chunk)

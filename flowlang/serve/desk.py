@@ -13,7 +13,7 @@ import json
 import logging
 import pickle
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -49,7 +49,7 @@ class Kind(IntEnum):
     FLOWS = 7  # pickled: the flows there are now, each a Card; none while they are loaded
     TRACE = 8  # pickled: the trace that the message behind it belongs to, as headers
     PROBE = 9  # nothing, which is sent back: that the engine reads what it is sent
-    REFUSED = 10  # the code that a request was refused with before it was a call of flow `part`
+    REFUSED = 10  # pickled: requests refused before they came here: flow, code, and how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +71,23 @@ def _nothing() -> None: ...
 
 
 class Desk:
-    """Takes the connections of fronts, and expects so many. Belongs to one event loop."""
+    """Takes the connections of fronts, and expects so many. Belongs to one event loop.
+
+    Among `refusals` are counted those that fronts tell of and that are of no flow.
+    """
 
     def __init__(
         self,
         path: str,
         questions: Mapping[str, Question],
         expects: int,
+        refusals: Counter[str],
         tracer: Tracer | None = None,
     ) -> None:
         self._path = path
         self._questions = questions
         self._expects = expects
+        self._refusals = refusals
         self._tracer = tracer
         self._on_complete: Callable[[], object] = _nothing
         self._fronts: set[_Front] = set()
@@ -131,10 +136,12 @@ class Desk:
         except KeyError:
             raise Draining("the flow has been taken over from") from None
 
-    def count_refusal(self, number: int, code: str) -> None:
-        """Count a request that a front refused, where no other flow has taken over."""
-        if number in self._flows:
-            self._flows[number].count_refusal(code)
+    def count_refusals(self, number: int | None, code: str, times: int) -> None:
+        """Count requests that a front refused: of no flow, or of one not taken over from."""
+        if number is None:
+            self._refusals[code] += times
+        elif number in self._flows:
+            self._flows[number].count_refusal(code, times)
 
     def forget(self, front: _Front) -> None:
         self._fronts.discard(front)
@@ -198,7 +205,8 @@ class _Front:
             elif kind == Kind.CANCEL:
                 self._cancel(number)
             elif kind == Kind.REFUSED:
-                self._desk.count_refusal(record.part, message.decode())
+                for (flow, code), count in pickle.loads(message):
+                    self._desk.count_refusals(flow, code, count)
             elif kind == Kind.TRACE:
                 self._trace = message
             elif kind == Kind.OPEN:
@@ -226,6 +234,7 @@ class _Front:
         if record.within_s:  # since it was sent, by the clock that all processes share
             within_s, sent_s = record.within_s, record.sent_s
             if sent_s + within_s <= time.monotonic():
+                flow.count_refusal(DeadlineExceeded.code)
                 raise DeadlineExceeded()
         request = flow.put(item, self, number, within_s, priority, parameters, sent_s)
         self._calls[number] = flow, request
@@ -240,7 +249,8 @@ class _Front:
             flow, request = self._calls.pop(number)
             flow.cancel(request)
         elif number in self._asked:
-            self._asked[number].cancel()
+            # It may have come just now, and is to begin: an inference is counted by its flow.
+            self._loop.call_soon(self._asked[number].cancel)
 
     def _open(self) -> None:
         self.is_open = True

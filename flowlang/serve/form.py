@@ -1,8 +1,8 @@
 """Forms and query strings: the item of a request and its parameters out of either.
 
 Layer 4, and the only file importing python_multipart. A form (multipart/form-data, RFC 7578) brings
-the item in a part of any name, or several in parts with files' names, and parameters in parts of
-theirs; a query string brings parameters.
+the item in a part of any name, or several in parts with files' names, or one record in a part for
+each field; and parameters in parts of theirs. A query string brings parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 
 from flowlang.diagnostics import BadRequest
 from flowlang.plan.graph import Parameter
-from flowlang.plan.types import Scalar, Type, without_null
+from flowlang.plan.types import Record, Scalar, Type, without_null
 from flowlang.serve.answer import reader_of
 
 FORM = b"multipart/form-data"
@@ -32,6 +32,15 @@ class Part:
     name: str
     file_name: str | None
     content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a form brings: parameters, and either items or the fields of the one item."""
+
+    parameters: dict[str, Any]
+    items: list[Part]
+    record: dict[str, Any]
 
 
 def is_form(content_type: bytes | None) -> bool:
@@ -112,10 +121,14 @@ class _Reader:
 
 
 class ParameterReader:
-    """Reads the parameters of one flow out of query strings and forms."""
+    """Reads the parameters of one flow out of query strings and forms, and there its item too.
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    `item` is the type of that, where it matters.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], item: Type | None = None) -> None:
         self._types = {p.name: p.type for p in parameters}
+        self._fields = form_fields(item, self._types)
 
     def of_query(self, query: bytes) -> dict[str, Any]:
         """The parameters of a query string. Raises BadRequest."""
@@ -131,30 +144,39 @@ class ParameterReader:
         unknown = texts.keys() - self._types.keys()
         if unknown:
             raise BadRequest(self._unknown(min(unknown)))
-        return {name: self._read(name, text.encode()) for name, text in texts.items()}
+        return {name: _read(name, self._types[name], text.encode()) for name, text in texts.items()}
 
-    def of_form(self, parts: Sequence[Part]) -> tuple[dict[str, Any], list[Part]]:
-        """The parameters of a form, and the parts that are its items. Raises BadRequest.
+    def of_form(self, parts: Sequence[Part]) -> Form:
+        """What a form brings. Raises BadRequest.
 
         Where a form has parts of several names besides its parameters, each shows that it is an
         item: it has a file's name or is called so. Others are parameters with misspelt names.
         """
-        found: dict[str, Any] = {}
-        items: list[Part] = []
+        found = Form({}, [], {})
         for part in parts:
-            if part.name not in self._types:
-                items.append(part)
-            elif part.name in found:
-                raise BadRequest(f"`{part.name}` is given twice")
+            if part.name in self._types:
+                _add(found.parameters, part, self._types)
+            elif part.name in self._fields:
+                _add(found.record, part, self._fields)
             else:
-                found[part.name] = self._read(part.name, part.content)
-        has_files = any(i.file_name is not None for i in items)
-        if has_files or (self._types and len({i.name for i in items}) > 1):
-            self._check_items(items)
-        return found, items
+                found.items.append(part)
+        if found.record:
+            self._check_fields(found)
+        else:
+            self._check_items(found.items)
+        return found
+
+    def _check_fields(self, form: Form) -> None:
+        if form.items:
+            known = ", ".join(f"`{n}`" for n in self._fields)
+            other = form.items[0].name
+            raise BadRequest(f"the item is a record of {known}, and has no field `{other}`")
 
     def _check_items(self, items: Sequence[Part]) -> None:
-        item = item_name(self._types)
+        has_files = any(i.file_name is not None for i in items)
+        if not has_files and (not self._types or len({i.name for i in items}) < 2):
+            return
+        item = item_name([*self._types, *self._fields])
         for part in items:
             if part.file_name is None and part.name != item:
                 reason = f"an item is a part with a file's name, or named `{item}`"
@@ -164,23 +186,37 @@ class ParameterReader:
         known = ", ".join(f"`{n}`" for n in self._types) or "none"
         return f"this flow has no parameter `{name}`; it has {known}"
 
-    def _read(self, name: str, content: bytes) -> Any:
-        """A value of a parameter's type. What does not fit is told when the request is let in."""
-        kind: Type = without_null(self._types[name])
-        if kind in (Scalar("str"), Scalar("path")):
-            return content.decode("utf-8", "replace")
-        reader = reader_of(kind)
-        try:
-            return content if reader is None else reader(content)
-        except BadRequest:
-            shown = content[:40].decode("utf-8", "replace")
-            raise BadRequest(f"`{name}` is {kind}, not `{shown}`") from None
+
+def _add(found: dict[str, Any], part: Part, types: Mapping[str, Type]) -> None:
+    if part.name in found:
+        raise BadRequest(f"`{part.name}` is given twice")
+    found[part.name] = _read(part.name, types[part.name], part.content)
 
 
-def item_name(parameters: Collection[str]) -> str:
+def _read(name: str, kind: Type, content: bytes) -> Any:
+    """A value of a type. What does not fit is told when the request is let in."""
+    kind = without_null(kind)
+    if kind in (Scalar("str"), Scalar("path")):
+        return content.decode("utf-8", "replace")
+    reader = reader_of(kind)
+    try:
+        return content if reader is None else reader(content)
+    except BadRequest:
+        shown = content[:40].decode("utf-8", "replace")
+        raise BadRequest(f"`{name}` is {kind}, not `{shown}`") from None
+
+
+def form_fields(item: Type | None, parameters: Collection[str]) -> dict[str, Type]:
+    """The fields of an item that parts of a form may be: a parameter of that name comes before."""
+    kind = None if item is None else without_null(item)
+    fields = kind.fields if isinstance(kind, Record) else ()
+    return {name: part for name, part in fields if name not in parameters}
+
+
+def item_name(others: Collection[str]) -> str:
     """What a part with an item is called, where it has to be called something."""
     name = "item"
-    while name in parameters:  # then it would be that parameter
+    while name in others:  # then it would be that parameter, or that field
         name += "_"
     return name
 

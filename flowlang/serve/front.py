@@ -12,6 +12,7 @@ import itertools
 import logging
 import pickle
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ class Engine:
         self._let_in = let_in
         self._shut = shut
         self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._refusals: Counter[tuple[int | None, str]] = Counter()  # not told yet
         self._is_connected = False
         self._numbers = itertools.count()
         self._connecting: asyncio.Task[None] | None = None
@@ -151,14 +153,16 @@ class Engine:
 
     # Asking
 
-    async def call(self, kind: Kind, message: bytes, part: int = 0, within_s: float = 0.0) -> Any:
+    async def call(
+        self, kind: Kind, message: bytes, part: int | None = None, within_s: float = 0.0
+    ) -> Any:
         """What the engine answers. Raises what it failed with, Refusal where it is gone,
         Overloaded where it is too far behind, and DeadlineExceeded where it is late.
         """
         if not self.is_loaded:
-            raise self._gone()
+            raise self._refused(None, self._gone())
         if self.channel.is_full:
-            raise Overloaded("too much is on its way to the engine")
+            raise self._refused(part, Overloaded("too much is on its way to the engine"))
         number = next(self._numbers) & 0xFFFFFFFF
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -169,7 +173,7 @@ class Engine:
         if within_s:  # an engine that is stopped, or held up, does not look at any deadline
             timer = loop.call_later(within_s + LATE_S, self._give_up, number)
             sent_s = time.monotonic()
-        self.channel.send(number, kind, message, part, within_s, sent_s)
+        self.channel.send(number, kind, message, part or 0, within_s, sent_s)
         try:
             return await future
         except asyncio.CancelledError:
@@ -209,14 +213,26 @@ class Engine:
     def _probe(self) -> None:
         """Send the engine a probe every PROBE_S, unless the last one is not back yet."""
         self._probing = asyncio.get_running_loop().call_later(PROBE_S, self._probe)
+        self._tell_refusals()
         if self._is_connected and self._probed_s is None:
             self._probed_s = time.monotonic()
             self.channel.send(0, Kind.PROBE, b"")
 
-    def tell_refusal(self, part: int, code: str) -> None:
-        """Have a request counted that was refused here."""
-        if self.is_loaded and not self.channel.is_full:
-            self.channel.send(0, Kind.REFUSED, code.encode(), part)
+    def _refused(self, part: int | None, error: RequestError) -> RequestError:
+        self.tell_refusal(part, error.code)
+        return error
+
+    def tell_refusal(self, part: int | None, code: str) -> None:
+        """Have a request counted that was refused here, of flow `part` or of none."""
+        self._refusals[part, code] += 1
+        self._tell_refusals()
+
+    def _tell_refusals(self) -> None:
+        """Tell of them, if the engine can be told just now."""
+        if self._refusals and self.is_loaded and not self.channel.is_full:
+            message = pickle.dumps(list(self._refusals.items()), pickle.HIGHEST_PROTOCOL)
+            self.channel.send(0, Kind.REFUSED, message)
+            self._refusals.clear()
 
     # Hearing
 
@@ -242,11 +258,15 @@ class Engine:
         self.is_loaded = True
         self._let_in({flow.name: flow for flow in flows})
         self.channel.send(0, Kind.OPEN, b"")
+        self._tell_refusals()
 
     def lost(self) -> None:
         """The engine is gone: whoever waits is told, and whoever comes, until it is there again."""
         self.is_loaded = self._is_connected = False
         self._probed_s = None
+        for part, code in list(self._refusals):  # the next engine has other flows
+            if part is not None:
+                del self._refusals[part, code]
         self._fail_all(self._gone())
         if not self._is_closed:
             self._shut()
@@ -287,6 +307,10 @@ class FrontService(Service):
     def inside(self) -> int:
         return sum(self._inside)
 
+    def count_refusal(self, code: str) -> None:
+        """See Service. It is the engine that counts."""
+        self.engine.tell_refusal(None, code)
+
     def let_in_remote(self, flows: Mapping[str, RemoteFlow]) -> None:
         """Take requests for these flows."""
         self.open(flows)
@@ -306,8 +330,9 @@ class FrontService(Service):
         request_id: bytes,
         timeout_s: float | None,
     ) -> tuple[Answer, bytes]:
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
         return await self._ask(
-            "infer", path, request_id, headers, body, timeout_s, within_s=timeout_s or 0.0
+            "infer", path, request_id, headers, body, until_s, within_s=timeout_s or 0.0
         )
 
     async def _look(self, method: str, path: str, request_id: bytes) -> Answer:

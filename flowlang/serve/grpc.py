@@ -40,7 +40,10 @@ Call: TypeAlias = Any  # grpc.aio.ServicerContext
 MAX_TEXT = 1000  # of a status: it travels in a header, and those are limited
 WINDOW = 64  # requests of one stream under way at once
 LINGER_S = 0.2  # once all is answered: for answers still on their way
-KEEP_ALIVE_MS = 60_000  # a connection that is idle for so long is asked whether it still stands
+KEEP_ALIVE_MS = 60_000  # a connection that is silent for so long is asked whether it still stands
+IDLE_MS = 75_000  # one without a call for so long is closed, as over HTTP: clients connect again
+HANDSHAKE_MS = 20_000  # of TLS and HTTP/2
+MAX_CALLS = 1024  # of one connection at once, more than batches take; others wait in the client
 CODES: Mapping[int, str] = {
     400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
     413: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 503: "UNAVAILABLE",
@@ -63,6 +66,7 @@ OPEN = frozenset(
         "/grpc.health.v1.Health/Check",
     )
 )
+INFERENCE = "ModelInferRequest"  # a message whose errors Inference counts
 REQUEST_ID = "x-request-id"  # in the metadata of a call, and behind its answer
 TRACED = {"rpc.system": "grpc", "rpc.method": "inference.GRPCInferenceService/ModelInfer"}
 _WORD = re.compile("(?<!^)(?=[A-Z])")  # where a word of a name begins, but for the first
@@ -89,7 +93,8 @@ class GrpcServer:
         inference = read_protocol("inference.proto")
         health = read_protocol("health.proto")
         recorders = (_recorder(),) if self._setup.tells_requests else ()
-        guards = () if self._setup.token is None else (_guard(self._setup.token),)
+        token, count = self._setup.token, self._inference.count_refusal
+        guards = () if token is None else (_guard(token, count),)
         server = grpc.aio.server(
             interceptors=(*recorders, *guards),  # those that are turned away are recorded too
             options=(
@@ -97,6 +102,11 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # or two servers would share a port unnoticed
                 ("grpc.keepalive_time_ms", KEEP_ALIVE_MS),
+                ("grpc.max_connection_idle_ms", IDLE_MS),
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+                ("grpc.max_concurrent_streams", MAX_CALLS),
+                # It would refuse calls within that, on account of those that ended just now.
+                ("grpc.http.overload_protection", 0),
             ),
         )
         answers = _Answers(self._inference, inference.messages)
@@ -186,10 +196,14 @@ class GrpcServer:
         context: Call,
     ) -> bytes | RequestError:
         """The bytes to answer a message with, or why there are none."""
+        message = None
         try:
-            found = await answer(_parsed(kind, body), context)
+            message = _parsed(kind, body)
+            found = await answer(message, context)
             return bytes(found.SerializeToString())
         except RequestError as error:
+            if message is None or kind.DESCRIPTOR.name != INFERENCE:
+                self._inference.count_refusal(error.code)
             return error
         except Exception:  # gRPC would tell the client all of it
             log.exception("a %s could not be answered", kind.DESCRIPTOR.name)
@@ -237,7 +251,7 @@ class GrpcServer:
         return call
 
 
-def _guard(token: Token) -> Any:
+def _guard(token: Token, count: Callable[[str], object]) -> Any:
     """What turns away calls without the token, before any of their messages is read."""
     import grpc
 
@@ -249,6 +263,7 @@ def _guard(token: Token) -> Any:
             try:
                 token.check(None if given is None else str(given).encode())
             except RequestError as error:
+                count(error.code)
                 return _refusal(error)
             return await proceed(call)
 
@@ -400,10 +415,9 @@ class _Answers:
     async def _infer(self, request: Message, context: Call, exchange: _Exchange) -> Message:
         if (entry := _entry.get()) is not None:
             entry.request_id = exchange.request_id
-        self._inference.check_open()
         name, version = request.model_name, request.model_version
         tracer = self._inference.tracer
-        if tracer is None:
+        if tracer is None or not self._inference.is_open:
             return await self._inference.infer(name, version, exchange)
         parent = {
             key: value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
@@ -327,6 +328,7 @@ class Inference:
         self.hindrance = ""  # why none should be sent here, though they are let in
         self.tracer = tracer
         self.models: dict[str, Model] = {}
+        self.refusals: Counter[str] = Counter()  # of requests that are of no flow, by code
         self.on_change: list[Callable[[], object]] = []  # called when `status` has changed
 
     def let_in(self, app: App) -> None:
@@ -353,6 +355,10 @@ class Inference:
     def become(self, state: State) -> None:
         self.state = state
         self._tell_change()
+
+    def count_refusal(self, code: str) -> None:
+        """Count a request that was refused, and that is of no flow: metrics have it by its code."""
+        self.refusals[code] += 1
 
     def _tell_change(self) -> None:
         for tell in self.on_change:
@@ -418,8 +424,13 @@ class Inference:
         ]
 
     async def infer(self, name: str, version: str, exchange: Exchange[Carried]) -> Carried:
-        """Answer a request that was let in. Raises RequestError, of which a client may be told."""
-        model = self.model(name, version)
+        """Answer a request. Raises RequestError, of which a client may be told; it is counted."""
+        try:
+            self.check_open()
+            model = self.model(name, version)
+        except RequestError as error:
+            self.count_refusal(error.code)
+            raise
         model.statistics.last_ms = time.time_ns() // 1_000_000
         clock = _Clock()
         try:

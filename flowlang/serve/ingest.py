@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -106,7 +107,7 @@ class _Flows(Local):
         self._tracer = setup.tracer
         self._reins = reins
         questions: dict[str, Question] = {"look": self._look, "infer": self._infer}
-        self._desk = Desk(path, questions, fronts, setup.tracer)
+        self._desk = Desk(path, questions, fronts, service.inference.refusals, setup.tracer)
 
     def start(
         self, on_ready: Callable[[], object], on_failure: Callable[[BaseException], object]
@@ -125,8 +126,9 @@ class _Flows(Local):
         request_id: bytes,
         headers: dict[bytes, bytes],
         body: bytes,
-        timeout_s: float | None,
+        until_s: float | None,
     ) -> tuple[Answer, bytes]:
+        timeout_s = None if until_s is None else until_s - time.monotonic()  # of one clock for all
         answer, request_id = await self._service.infer(path, headers, body, request_id, timeout_s)
         return replace(answer, error=self._told_to_trace(answer.error)), request_id
 

@@ -34,7 +34,7 @@ from flowlang.plan.types import (
     without_null,
 )
 from flowlang.serve.answer import takes_bytes
-from flowlang.serve.form import MAX_PARTS, item_name
+from flowlang.serve.form import MAX_PARTS, form_fields, item_name
 
 if TYPE_CHECKING:
     from flowlang.app import Flow
@@ -54,7 +54,7 @@ ERRORS: Mapping[str, tuple[int, str]] = {
     "not-found": (404, "There is nothing at this path."),
     "wrong-method": (405, "The path is there for another method."),
     "body-timeout": (408, "Not all of the body was there in time."),
-    "too-large": (413, "The body is larger than the server takes."),
+    "too-large": (413, "The body, or its JSON, is larger than the server takes."),
     "unsupported-encoding": (415, "The body has a Content-Encoding."),
     "internal": (500, "The server is at fault; its log says why, under the request's id."),
     "loading": (503, "The flows are not loaded yet."),
@@ -241,14 +241,17 @@ def _body(flow: Flow) -> Json:
 
 
 def _form(flow: Flow) -> Json:
-    """A form: its parts are items, but for those with the names of parameters."""
+    """A form: its parts are items, or the fields of one, but for those with parameters' names."""
     names = [p.name for p in flow.parameters]
-    item = item_name(names)
+    fields = form_fields(flow.input, names)
+    item = item_name([*names, *fields])
     is_plain = takes_bytes(flow.input)
     kinds = {item: _OCTETS if is_plain else "application/json"}
     kinds |= {p.name: _OCTETS for p in flow.parameters if _is_bytes(p)}
     items = dict(_BYTES) if is_plain else schema_of(flow.input, is_answer=False)
     most = MAX_PARTS - len(names)
+    files = {p.name: dict(_BYTES) for p in flow.parameters if _is_bytes(p)}
+    needed = [p.name for p in flow.parameters if _is_bytes(p) and p.is_required]
     properties: Json = {
         item: {
             "type": "array",
@@ -258,13 +261,40 @@ def _form(flow: Flow) -> Json:
             "description": "The item, or several, each answered for itself. A part with a file's "
             "name may have any name, and the parameters of the query may be parts instead.",
         },
-        **{p.name: dict(_BYTES) for p in flow.parameters if _is_bytes(p)},
+        **files,
     }
-    required = [item, *(p.name for p in flow.parameters if _is_bytes(p) and p.is_required)]
+    schema: Json = {"type": "object", "properties": properties, "required": [item, *needed]}
+    if fields:
+        kinds |= {name: _kind_of_part(kind) for name, kind in fields.items()}
+        one: Json = {
+            "description": "The item, a part for each of its fields.",
+            "type": "object",
+            "properties": {**{name: _part(kind) for name, kind in fields.items()}, **files},
+            "required": [*(n for n, k in fields.items() if not isinstance(k, Optional)), *needed],
+        }
+        schema = {"anyOf": [one, schema]}
     return {
-        "schema": {"type": "object", "properties": properties, "required": required},
+        "schema": schema,
         "encoding": {name: {"contentType": kind} for name, kind in kinds.items()},
     }
+
+
+def _part(kind: Type) -> Json:
+    """A field in a part of its own: of a list as such, clients would make many."""
+    kind = without_null(kind)
+    if kind == BYTES:
+        return dict(_BYTES)
+    schema = schema_of(kind, is_answer=False)
+    if isinstance(kind, Scalar) and kind.name not in _SHAPES:
+        return schema
+    return {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+
+
+def _kind_of_part(kind: Type) -> str:
+    kind = without_null(kind)
+    if kind == BYTES:
+        return _OCTETS
+    return "text/plain" if kind in (Scalar("str"), Scalar("path")) else "application/json"
 
 
 def _answered(kind: Type) -> Json:
@@ -354,6 +384,7 @@ def _listing() -> Json:
         **dict.fromkeys(("name", "input", "output", "path"), text),
         "doc": {"type": ["string", "null"]},
         "takes": {"enum": ["bytes", "json"]},
+        "fields": {"type": "array", "items": _whole(parameter)},
         "parameters": {"type": "array", "items": _whole(parameter)},
     }
     return _whole({"flows": {"type": "array", "items": _whole(flow)}})

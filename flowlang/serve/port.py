@@ -15,7 +15,7 @@ from flowlang.diagnostics import BadRequest
 from flowlang.items import plain
 from flowlang.plan import types
 from flowlang.plan.types import Image, Optional, Record, Scalar, Shape, Type, without_null
-from flowlang.serve.answer import reader_of, to_json
+from flowlang.serve.answer import check_json, reader_of, to_json
 from flowlang.serve.tensor import BYTES, DATATYPE, NUMPY, Tensor
 
 Form: TypeAlias = Literal["bytes", "text", "number", "array", "json", "any"]
@@ -62,6 +62,7 @@ class Port:
         read = reader_of(self.kind)
         if read is None:
             return list(values)
+        check_json(values)
         return [_read(read, place, index, value) for index, value in enumerate(values)]
 
     def check(self, place: str, datatype: str, shape: tuple[int, ...]) -> None:

@@ -12,16 +12,19 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flowlang.diagnostics import BadRequest, Draining, RequestError
+from flowlang.diagnostics import BadRequest, Cancelled, Draining, RequestError
 from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES, FlowProgram, PhysicalPlan
+from flowlang.plan.types import Optional
+from flowlang.serve.access import REFUSED
 from flowlang.serve.answer import (
     CLOSE,
     HTML,
     SVG,
     Answer,
     Refusal,
+    check_json,
     deadline_of,
     encode,
     error_answer,
@@ -32,12 +35,28 @@ from flowlang.serve.answer import (
     told,
     wrong_method,
 )
-from flowlang.serve.body import BodyReader, Deadline, HungUp, Receive, Scope, Send, Watches
-from flowlang.serve.form import ParameterReader, Part, is_form, only_item, parts_of
+from flowlang.serve.body import (
+    BodyReader,
+    BrokenOff,
+    Deadline,
+    HungUp,
+    Receive,
+    Scope,
+    Send,
+    Watches,
+)
+from flowlang.serve.form import (
+    ParameterReader,
+    Part,
+    form_fields,
+    is_form,
+    only_item,
+    parts_of,
+)
 from flowlang.serve.inference import Inference, State, asked_again, emptied, known
 from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
 from flowlang.serve.metrics import KIND as METRICS
-from flowlang.serve.metrics import metrics_text
+from flowlang.serve.metrics import Counts, metrics_text
 from flowlang.serve.openapi import document
 from flowlang.serve.token import Token
 from flowlang.serve.v2 import InferenceRoutes, is_below, is_health, refused
@@ -95,9 +114,9 @@ class _Door:
     read: Callable[[bytes], Any] | None
     parameters: ParameterReader
 
-    def item(self, body: bytes) -> Any:
-        """The flow's item, as a body brings it. Raises BadRequest."""
-        if self.read is None:
+    def item(self, body: bytes | dict[str, Any]) -> Any:
+        """The flow's item, as a body brings it, or a form its fields. Raises BadRequest."""
+        if self.read is None or isinstance(body, dict):
             return body
         try:
             return self.read(body)
@@ -128,7 +147,7 @@ class Service:
         self._doors: dict[str, _Door] = {}  # by path
         self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
-        self._app: App | None = None
+        self._counts = Counts()
         self._drawn: dict[str, tuple[PhysicalPlan, FlowProgram]] = {}  # by path of the drawing
         self._listing = b""
         self._described = b""
@@ -148,7 +167,7 @@ class Service:
 
     def let_in(self, app: App) -> None:
         """Take requests for these flows."""
-        self._app = app
+        self._counts.follow(app)
         self.open(app.flows)
         self._drawn = {
             f"/flows/{program.name}/plan.svg": (app.physical, program)
@@ -163,7 +182,9 @@ class Service:
     def open(self, flows: Mapping[str, Called]) -> None:
         """Let in calls of these flows."""
         doors = {
-            f"/flows/{name}": _Door(flow, reader_of(flow.input), ParameterReader(flow.parameters))
+            f"/flows/{name}": _Door(
+                flow, reader_of(flow.input), ParameterReader(flow.parameters, flow.input)
+            )
             for name, flow in flows.items()
         }
         self.names = list(flows)
@@ -200,6 +221,7 @@ class Service:
             try:
                 self._token.check(found.get(b"authorization"))
             except Refusal as error:
+                self.count_refusal(error.code)
                 await self._send(send, self._turn_away(path, found, error, request_id), request_id)
                 return
         door = self._open.get(path) if method == "POST" else None
@@ -219,6 +241,8 @@ class Service:
             if trace is not None:
                 trace.answered(request_id.decode("ascii"), answer.status, answer.error)
             await self._send(send, answer, request_id)
+        except BrokenOff:
+            self._count_refusal_of(path, BadRequest.code if REFUSED in scope else Cancelled.code)
         except HungUp:
             pass
         finally:
@@ -238,6 +262,19 @@ class Service:
         }
         attributes = {"http.request.method": scope["method"], "url.path": path}
         return tracer.begin(known(name, self.names), parent, attributes)
+
+    def count_refusal(self, code: str) -> None:
+        """Count a request that was refused, and that is of no flow."""
+        self.inference.count_refusal(code)
+
+    def _count_refusal_of(self, path: str, code: str) -> None:
+        """Count a request that was refused before its flow was asked, if that is there."""
+        parts = path.split("/")  # of a flow or a model
+        door = self._doors.get(path) or self._doors.get(f"/flows/{'/'.join(parts[3:4])}")
+        if door is None:
+            self.count_refusal(code)
+        else:
+            door.flow.count_refusal(code)
 
     async def _send(self, send: Send, answer: Answer, request_id: bytes) -> None:
         headers = [
@@ -292,14 +329,17 @@ class Service:
             deadline = _deadline_in(found)
             asked: dict[str, Any] = {"priority": priority_of(found.get(b"x-priority"))}
             parameters = door.parameters.of_query(query) if query else {}
-            body = await self._bodies.read(found, receive, deadline)
+            body: bytes | dict[str, Any] = await self._bodies.read(found, receive, deadline)
             items: list[Part] = []
-            if is_form(found.get(b"content-type")):
-                given, items = door.parameters.of_form(parts_of(found[b"content-type"], body))
-                if twice := parameters.keys() & given.keys():
+            if isinstance(body, bytes) and is_form(found.get(b"content-type")):
+                form = door.parameters.of_form(parts_of(found[b"content-type"], body))
+                if twice := parameters.keys() & form.parameters.keys():
                     raise BadRequest(f"`{min(twice)}` is given in the query and in the form")
-                parameters |= given
-                body = only_item(items, given)
+                parameters |= form.parameters
+                items = form.items
+                if door.read is not None:
+                    check_json([part.content for part in items])
+                body = form.record or only_item(items, form.parameters)
             if deadline is not None:
                 asked["deadline_s"] = deadline.left_s()
             is_read = True
@@ -332,8 +372,7 @@ class Service:
             body = await self._bodies.read(found, receive, deadline)
             timeout_s = None if deadline is None else deadline.left_s()
         except RequestError as error:
-            if door := self._doors.get(f"/flows/{scope['path'].split('/')[3]}"):
-                door.flow.count_refusal(error.code)
+            self._count_refusal_of(scope["path"], error.code)
             return refused(error), request_id
         answer = self.infer(scope["path"], headers, body, request_id, timeout_s)
         return await self._watches.unless_hung_up(answer, receive)
@@ -349,7 +388,9 @@ class Service:
         """The answer to an inference of the Open Inference Protocol, and the request's id."""
         return await self._inference_routes.infer(path, headers, body, request_id, timeout_s)
 
-    def _call(self, door: _Door, body: bytes, asked: dict[str, Any]) -> Awaitable[Any]:
+    def _call(
+        self, door: _Door, body: bytes | dict[str, Any], asked: dict[str, Any]
+    ) -> Awaitable[Any]:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""
 
         async def call(door: _Door) -> Any:
@@ -380,6 +421,12 @@ class Service:
 
     def look(self, method: str, path: str, request_id: bytes) -> Answer:
         """The answer to all but a call of a flow that is let in."""
+        answer = self._look_up(method, path, request_id)
+        if answer.error is not None:
+            self.count_refusal(answer.error.code)
+        return answer
+
+    def _look_up(self, method: str, path: str, request_id: bytes) -> Answer:
         if is_below(path):
             return self._inference_routes.look(method, path)
         looks = {
@@ -423,7 +470,9 @@ class Service:
         return Answer(200, body)
 
     def _show_metrics(self) -> Answer:
-        return Answer(200, metrics_text(self._app, self.inference.status), METRICS)
+        inference = self.inference
+        text = metrics_text(self._counts, inference.status, inference.refusals)
+        return Answer(200, text, METRICS)
 
     def _tell_ready(self) -> Answer:
         body = to_json({"status": self.inference.status, "requests": self.inside})
@@ -451,6 +500,7 @@ def _is_open(method: str, path: str) -> bool:
 
 def _listed(path: str, door: _Door) -> dict[str, Any]:
     flow = door.flow
+    fields = form_fields(flow.input, [p.name for p in flow.parameters])
     return {
         "name": flow.name,
         "doc": flow.doc,
@@ -458,6 +508,10 @@ def _listed(path: str, door: _Door) -> dict[str, Any]:
         "output": str(flow.output),
         "path": path,
         "takes": "bytes" if door.read is None else "json",
+        "fields": [
+            {"name": name, "type": str(kind), "required": not isinstance(kind, Optional)}
+            for name, kind in fields.items()
+        ],
         "parameters": [
             {"name": p.name, "type": str(p.type), "required": p.is_required}
             for p in flow.parameters

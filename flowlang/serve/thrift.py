@@ -45,11 +45,15 @@ log = logging.getLogger("flowlang.serve")
 
 
 class _Refused(Exception):
-    """A call that is answered with an exception: its text and the type of it."""
+    """A call that is answered with an exception: its text and the type of it.
 
-    def __init__(self, text: str, kind: int) -> None:
+    `code` is what it is counted by, where it is of no flow, which would count it.
+    """
+
+    def __init__(self, text: str, kind: int, code: str = "") -> None:
         super().__init__(text)
         self.kind = kind
+        self.code = code
 
 
 @dataclass(slots=True)
@@ -95,6 +99,7 @@ class ThriftServer:
         self._context = setup.certificate.context if setup.certificate else None
         self.is_tls = self._context is not None
         self._address = (setup.host, port)
+        self._count_refusal = inference.count_refusal
         self._calls = _Calls(inference, flow)
         self._server: asyncio.Server | None = None
         self._methods: dict[str, _Method] = {}
@@ -150,6 +155,8 @@ class ThriftServer:
             found = await self._result(call, protocol)
         except _Refused as error:
             found = error
+            if error.code:
+                self._count_refusal(error.code)
         if call.kind == _ONEWAY:
             return None
         written = _written(call, found)
@@ -159,17 +166,19 @@ class ThriftServer:
     async def _result(self, call: _Call, protocol: Any) -> Any:
         """The result of a call, in the struct around it. Raises _Refused."""
         if call.kind not in (_CALL, _ONEWAY):
-            raise _Refused("this is no call", _WRONG_TYPE)
+            raise _Refused("this is no call", _WRONG_TYPE, BadRequest.code)
         name = call.name
         method = self._methods.get(name)
         if method is None:
             known = ", ".join(self._methods)
-            raise _Refused(f"there is no method `{name:.100}`; there is {known}", _UNKNOWN_METHOD)
+            text = f"there is no method `{name:.100}`; there is {known}"
+            raise _Refused(text, _UNKNOWN_METHOD, "not-found")
         arguments = method.arguments()
         try:
             arguments.read(protocol)
         except Exception:  # the lengths are right, so that any other fault is what was sent
-            raise _Refused(f"these are no arguments of `{name}`", _PROTOCOL) from None
+            text = f"these are no arguments of `{name}`"
+            raise _Refused(text, _PROTOCOL, BadRequest.code) from None
         self.under_way += 1
         try:
             result = method.result()
@@ -236,7 +245,8 @@ class _Calls:
         """The label of a picture, and its score."""
         given = arguments.params
         if given is None or given.uuid is None or given.data is None:
-            raise _Refused("params.uuid and params.data are required", _PROTOCOL)
+            text = "params.uuid and params.data are required"
+            raise _Refused(text, _PROTOCOL, BadRequest.code)
         # What is not UTF-8 comes as bytes.
         uuid = given.uuid.encode() if isinstance(given.uuid, str) else given.uuid
         call.request_id = request_id_of(uuid).decode("ascii")
@@ -252,7 +262,7 @@ class _Calls:
         given = arguments.request
         response = self.declared.ProcessResponse
         if given is None or given.image_data is None:
-            raise _Refused("request.image_data is missing", _PROTOCOL)
+            raise _Refused("request.image_data is missing", _PROTOCOL, BadRequest.code)
         call.request_id = request_id_of(None).decode("ascii")
         try:
             _, answer = await self._ask(call, given.image_data, needs_label=False)
@@ -287,33 +297,38 @@ class _Calls:
                 raise _Refused("internal: internal error", _INTERNAL) from None
 
     def _flow(self, named: str, *, needs_label: bool) -> Flow:
-        """The flow that a call means. Raises RequestError."""
+        """The flow that a call means. Raises RequestError, which is counted."""
+        try:
+            found = self._meant(named, needs_label=needs_label)
+        except RequestError as error:
+            self._inference.count_refusal(error.code)
+            raise
+        if not takes_bytes(found.input):
+            found.count_refusal(BadRequest.code)
+            raise BadRequest(f"flow `{found.name}` does not take the bytes of a picture")
+        if needs_label and not gives_label(found.output):
+            found.count_refusal(BadRequest.code)
+            raise BadRequest(f"flow `{found.name}` gives {found.output}, and no label with a score")
+        return found
+
+    def _meant(self, named: str, *, needs_label: bool) -> Flow:
         self._inference.check_open()
+        name = named if named in self._inference.models else self._default
+        if name is not None:
+            return self._inference.model(name).flow
         flows = {
             name: model.flow
             for name, model in self._inference.models.items()
             if takes_bytes(model.flow.input)
         }
-        name = named if named in self._inference.models else self._default
-        if name is not None:
-            found = flows.get(name)
-            if found is None:
-                model = self._inference.model(name)  # says what is wrong where there is none
-                model.flow.count_refusal(BadRequest.code)
-                raise BadRequest(f"flow `{name}` does not take the bytes of a picture")
-        else:
-            labelling = [flow for flow in flows.values() if gives_label(flow.output)]
-            fitting = labelling if needs_label or len(flows) > 1 else list(flows.values())
-            if len(fitting) != 1:
-                known = ", ".join(f"`{flow}`" for flow in flows) or "none"
-                raise BadRequest(
-                    f"name the flow, as in `flow:method`; those that take pictures are {known}"
-                )
-            found = fitting[0]
-        if needs_label and not gives_label(found.output):
-            found.count_refusal(BadRequest.code)
-            raise BadRequest(f"flow `{found.name}` gives {found.output}, and no label with a score")
-        return found
+        labelling = [flow for flow in flows.values() if gives_label(flow.output)]
+        fitting = labelling if needs_label or len(flows) > 1 else list(flows.values())
+        if len(fitting) != 1:
+            known = ", ".join(f"`{flow}`" for flow in flows) or "none"
+            raise BadRequest(
+                f"name the flow, as in `flow:method`; those that take pictures are {known}"
+            )
+        return fitting[0]
 
 
 def gives_label(kind: Type) -> bool:

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 
 from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.serve.answer import (
-    MAX_JSON_BYTES,
     OCTETS,
     Answer,
     Refusal,
+    check_json,
     from_json,
     is_request_id,
     priority_of,
@@ -282,7 +282,7 @@ def read_request(
 
 
 def _head_length(given: bytes | None, body_length: int) -> int:
-    """How long the JSON is; 0 where the body is one tensor. Raises BadRequest or Refusal."""
+    """How long the JSON is; 0 where the body is one tensor. Raises BadRequest."""
     length = body_length
     if given is not None:
         if not given.isdigit() or len(given) > 19 or int(given) > body_length:
@@ -291,13 +291,11 @@ def _head_length(given: bytes | None, body_length: int) -> int:
         length = int(given)
     elif not body_length:
         raise BadRequest("the body is empty, where JSON is wanted")
-    if length > MAX_JSON_BYTES:
-        most = f"JSON larger than {MAX_JSON_BYTES:,} bytes"
-        raise Refusal("too-large", 413, f"{most}: send large tensors as binary data")
     return length
 
 
 def _parsed(text: bytes) -> Any:
+    check_json([text])
     try:
         return from_json(text)
     except json.JSONDecodeError as error:

@@ -37,6 +37,7 @@ export flow narrow = decode -> resize(64) -> rgb -> normalize(imagenet)
 export flow late = decode -> see.wait
 export flow echo = pass
 export flow same = trt("identity.onnx")
+export flow between(times: int = 1) = see.between(times=times)
 schedule { late(slo=50ms) narrow(queue=1) }
 """
 OPERATORS = '''
@@ -54,6 +55,12 @@ def spell(item: bytes, *, mark: str = "", loud: bool = False) -> Spelling:
 def tell(content: bytes, *, mask: bytes = b"", times: int = 0, least: float = 0, mark: str = "",
          loud: bool = False) -> Annotated[dict, "{ size: int, mask: str, told: str }"]:
     return {"size": len(content), "mask": mask.decode(), "told": f"{times} {least} {mark} {loud}"}
+
+Pair = Annotated[dict, "{ one: bytes, other: bytes, far: bool, note: str? }"]
+
+def between(pair: Pair, *, times: int = 0) -> Annotated[dict, "{ sizes: list<int>, told: str }"]:
+    sizes = [len(pair["one"]), len(pair["other"])]
+    return {"sizes": sizes, "told": f"{times} {pair['far']} {pair['note']}"}
 
 def street(image: np.ndarray, *, count: int = 2) -> Annotated[dict, """{
     size: { height: int, width: int }, day: bool, kind: list<label>, shades: tensor<f32, 100>,

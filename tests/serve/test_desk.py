@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -63,7 +64,7 @@ async def _open(
     tracer: Tracer | None = None,
 ) -> AsyncIterator[tuple[Desk, Front, RemoteFlow]]:
     """A desk, the one front before it, and its flow; in the end the front leaves."""
-    desk = Desk(path := str(folder / "engine"), questions or {}, 1, tracer)
+    desk = Desk(path := str(folder / "engine"), questions or {}, 1, Counter(), tracer)
     desk.start(lambda: None)
     desk.let_in(app)
     front = await _meet(path, tracer)
@@ -78,7 +79,7 @@ def test_all_fronts_are_there_once_each_of_them_is(app: App, tmp_path: Path) -> 
 
     async def go() -> None:
         told: list[str] = []
-        desk = Desk(path := str(tmp_path / "engine"), {}, 2)
+        desk = Desk(path := str(tmp_path / "engine"), {}, 2, Counter())
         desk.start(lambda: told.append("complete"))
         desk.let_in(app)
         for _ in range(3):
@@ -118,7 +119,7 @@ def test_a_front_that_leaves_answers_first(app: App, tmp_path: Path) -> None:
     """It waits for what it has asked, at most so long, and says why there is no answer."""
 
     async def go() -> None:
-        desk = Desk(path := str(tmp_path / "engine"), {"late": asyncio.sleep}, 1)
+        desk = Desk(path := str(tmp_path / "engine"), {"late": asyncio.sleep}, 1, Counter())
         desk.start(lambda: None)
         desk.let_in(app)
         front = await _meet(path)
@@ -145,7 +146,7 @@ def test_where_the_engine_went_is_told(app: App, tmp_path: Path, holds: bool) ->
     """To a front that stops it is no failure that the engine goes too; to others it is."""
 
     async def go() -> None:
-        desk = Desk(path := str(tmp_path / "engine"), {"late": asyncio.sleep}, 1)
+        desk = Desk(path := str(tmp_path / "engine"), {"late": asyncio.sleep}, 1, Counter())
         desk.start(lambda: None)
         desk.let_in(app)
         front = await _meet(path)
@@ -282,17 +283,17 @@ def test_a_front_that_is_turned_away_takes_its_time(tmp_path: Path) -> None:
     assert 1 <= asyncio.run(go()) <= 0.5 / RETRY_S + 1
 
 
-def test_refusals_that_the_engine_does_not_read_of_are_not_kept(
+def test_refusals_that_the_engine_does_not_read_of_are_added_up(
     app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are but counted there: a stopped engine does not have its fronts grow."""
+    """A stopped engine does not have its fronts grow, and is told of all once it goes on."""
     monkeypatch.setattr(channel, "SENT_BYTES", 1 << 12)
     monkeypatch.setattr(channel, "WAITING_BYTES", 100_000)
 
     async def go() -> None:
         async with _open(app, tmp_path) as (desk, front, flow):
-            told: list[str] = []
-            monkeypatch.setattr(desk, "count_refusal", lambda number, code: told.append(code))
+            told: list[int] = []
+            monkeypatch.setattr(desk, "count_refusals", lambda *refusal: told.append(refusal[2]))
             for _ in range(100_000):  # in one turn of the loop, so that nobody reads
                 flow.count_refusal("bad-request")
             with pytest.raises(Overloaded):
@@ -300,6 +301,10 @@ def test_refusals_that_the_engine_does_not_read_of_are_not_kept(
             while front.engine.channel.is_full:
                 await asyncio.sleep(0.01)
             assert await flow.acall(b"x") == b"x"  # behind all the others
-            assert 5_000 < len(told) < 20_000
+            flow.count_refusal("bad-request")
+            while sum(told) < 100_002:  # with the call that was refused
+                await asyncio.sleep(0.01)
+            assert sum(told) == 100_002
+            assert len(told) < 20_000
 
     asyncio.run(go())

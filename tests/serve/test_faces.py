@@ -7,13 +7,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import thriftpy2
 import tritonclient.grpc as triton
+from prometheus_client.parser import text_string_to_metric_families
 from thriftpy2.rpc import client_context
 
 import flowlang
@@ -61,6 +65,43 @@ def test_one_server_speaks_them_all(folder: Path, kind: tuple[str, ...]) -> None
         assert over_http.result(PATIENCE_S).content == b"x"
         assert server.wait() == 0
         assert "Traceback" not in server.errors
+
+
+def test_refusals_are_counted_alike(folder: Path) -> None:
+    """What is of no flow is one more of its code by whatever protocol it came, what is is not."""
+    options = ["--grpc-port", "0", "--thrift-port", "0", "--device", "cpu"]
+    with serving(folder, *options, str(folder / "types.flow")) as server:
+        server.wait_ready()
+        ports = [int(url.rpartition(":")[2]) for url in server.urls]
+
+        def counts(metric: str) -> dict[str, float]:
+            text = server.client.get("/metrics").text
+            return {
+                sample.labels["code"]: sample.value
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+                if sample.name == metric and sample.labels.get("flow", "total") == "total"
+            }
+
+        with triton.InferenceServerClient(f"127.0.0.1:{ports[0]}") as client:
+            calls: tuple[Callable[..., Any], ...] = (
+                partial(client.infer, "nothing", _sent(b"x")),
+                partial(client.get_model_config, "nothing"),
+                partial(client.infer, "total", _sent(b"x"), model_version="2"),
+                partial(client.infer, "total", _sent(b"no JSON")),  # of a flow
+            )
+            for call in calls:
+                with pytest.raises(triton.InferenceServerException):
+                    call()
+        assert counts("flowlang_refusals_total") == {"not-found": 3}
+        assert counts("flowlang_requests_total") == {"ok": 0, "bad-request": 1}
+        for name in (b"nothing", b"infer_batch"):  # the latter without its arguments
+            with socket.create_connection(("127.0.0.1", ports[1]), PATIENCE_S) as connection:
+                size = len(name).to_bytes(4, "big")
+                connection.sendall(b"\x80\x01\x00\x01" + size + name + bytes(5))
+                assert connection.recv(4) == b"\x80\x01\x00\x03"  # an exception
+        assert counts("flowlang_refusals_total") == {"not-found": 4, "bad-request": 1}
+        assert counts("flowlang_requests_total") == {"ok": 0, "bad-request": 1}
 
 
 @pytest.mark.parametrize("face", ["grpc", "thrift"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,18 @@ from tests.serve.server import KINDS, Server, serving, write
 
 PICTURES = photographs(3)
 OPS = '''
-from typing import Any
+from typing import Annotated, Any
 import numpy as np
 
 def show(item: bytes, *, k: int, scale: float = 1.0, name: str = "-", sure: bool = False,
          tags: Any = None, more: Any = None, where: Any = None) -> str:
     """Everything it is told, as text."""
     return repr((len(item), k, scale, name, sure, tags, more and len(more), where))
+
+Both = Annotated[dict, "{ one: bytes, other: bytes?, note: str?, at: list<int>? }"]
+
+def both(item: Both, *, k: int) -> str:
+    return repr((item["one"], item["other"], item["note"], item["at"], k))
 
 def side(image: np.ndarray) -> int:
     return image.shape[1]
@@ -44,6 +50,9 @@ export flow twin(other: bytes): bytes -> list<int> {
   return [(in -> decode -> .width), (other -> decode -> .width)]
 }
 export flow pair: { a: int, b: int } -> int = .a - .b
+export flow both(k: int = 1): { one: bytes, other: bytes?, note: str?, at: list<int>? } -> str =
+  ops.both(k=k)
+export flow clash(one: int): { one: bytes, item: bytes } -> int = one
 export flow echo = pass
 export flow named(item: int = 1, self: int = 1): bytes -> int = item * 10 + self
 """
@@ -214,9 +223,9 @@ def test_several_pictures_in_a_form(server: Server) -> None:
 def test_parts_without_a_file_are_items_too(server: Server) -> None:
     """A part's own name tells it where it has no file's; beside parameters that is `item`."""
     response = server.client.post(
-        "/flows/pair", files={"a": (None, b'{"a": 1, "b": 2}'), "b": (None, b'{"a": 2, "b": 1}')}
+        "/flows/pair", files={"x": (None, b'{"a": 1, "b": 2}'), "y": (None, b'{"a": 2, "b": 1}')}
     )
-    assert [(r["name"], r["result"]) for r in response.json()["results"]] == [("a", -1), ("b", 1)]
+    assert [(r["name"], r["result"]) for r in response.json()["results"]] == [("x", -1), ("y", 1)]
     items = [("item", (None, b"12")), ("item", (None, b"123")), ("k", (None, b"5"))]
     results = server.client.post("/flows/show", files=items).json()["results"]
     assert [eval(r["result"])[:2] for r in results] == [(2, 5), (3, 5)]
@@ -242,6 +251,48 @@ def test_a_misspelt_parameter_is_no_item(
     server: Server, flow: str, files: dict[str, tuple[str | None, bytes]], words: str
 ) -> None:
     """It has no file's name, and stands beside what is the item: nothing is done without it."""
+    assert words in refusal(server.client.post(f"/flows/{flow}", files=files))
+
+
+def test_a_record_comes_in_a_part_for_each_field(server: Server) -> None:
+    """Bytes and texts as they are, others as JSON; with or without a file's name, in any order."""
+    one = {"one": ("1.jpg", PICTURES[0])}
+    response = server.client.post("/flows/both", files=one)
+    assert eval(response.json()) == (PICTURES[0], None, None, None, 1)
+    texts = {"at": (None, b"[1, 2]"), "k": (None, b"5"), "note": (None, b"[1]")}
+    files: Any = {**texts, "other": b"\r\n", **one}
+    response = server.client.post("/flows/both", files=files)
+    assert eval(response.json()) == (PICTURES[0], b"\r\n", "[1]", [1, 2], 5)
+    response = server.client.post("/flows/pair", files={"a": (None, b"5"), "b": (None, b"3")})
+    assert response.json() == 2
+
+
+def test_a_field_named_as_a_parameter_is_that(server: Server) -> None:
+    """Such a record comes as JSON alone; a part with it is named otherwise than its fields."""
+    item = json.dumps({"one": "YWI=", "item": "YWI="})
+    parts = {"one": (None, b"7"), "item_": (None, item.encode())}
+    assert server.client.post("/flows/clash", files=parts).json() == 7
+    parts = {"one": (None, b"7"), "item": (None, b"abc")}
+    assert "`one` is missing" in refusal(server.client.post("/flows/clash", files=parts))
+
+
+@pytest.mark.parametrize(
+    ("flow", "parts", "words"),
+    [
+        ("both", [("other", b"")], "`one` is missing"),
+        ("both", [("one", b""), ("one", b"")], "`one` is given twice"),
+        ("both", [("one", b""), ("uno", b"")], "has no field `uno`"),
+        ("both", [("one", b""), ("item", b'{"one": ""}')], "has no field `item`"),
+        ("both", [("one", b""), ("at", b"1, 2")], "`at` is list<int>, not `1, 2`"),
+        ("both", [("one", b""), ("at", b"[1.5]")], "`at`: element 0"),
+        ("pair", [("a", b"5"), ("b", b"x")], "`b` is int, not `x`"),
+    ],
+)
+def test_fields_that_do_not_fit(
+    server: Server, flow: str, parts: list[tuple[str, bytes]], words: str
+) -> None:
+    """The field is named with what it should be."""
+    files = [(name, (None, content)) for name, content in parts]
     assert words in refusal(server.client.post(f"/flows/{flow}", files=files))
 
 

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as triton
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
@@ -29,7 +31,7 @@ from flowlang.serve.proto import read_protocol
 from flowlang.serve.tensor import BYTES, NUMPY
 from tests.pictures import bad, photographs
 from tests.serve.faces import facing
-from tests.serve.server import PATIENCE_S, Server, wait_until
+from tests.serve.server import PATIENCE_S, Raw, Server, running, wait_until
 
 PICTURES = photographs(2)
 HEALTH = read_protocol("health.proto").messages
@@ -476,6 +478,66 @@ def test_what_is_not_there_is_unimplemented(channel: grpc.Channel, server: Serve
         connection.send("GET / HTTP/1.1\r\nHost: test\r\n\r\n")
         connection.wait_closed()
     assert _health(channel, "") == "SERVING"
+
+
+# Connections
+
+
+@contextmanager
+def patched(folder: Path, change: str) -> Iterator[Server]:
+    """A server of `all.flow` over HTTP and gRPC, after a change to `face`, the module of gRPC."""
+    program = (
+        f"import flowlang.serve.grpc as face; {change}; from flowlang.cli import main; "
+        f"main(['serve', '--port=0', '--grpc-port=0', {str(folder / 'all.flow')!r}])"
+    )
+    with running(folder, "-c", program) as server:
+        yield server.wait_ready()
+
+
+def test_a_connection_has_so_many_calls_at_once(folder: Path) -> None:
+    """More wait in their client for a turn; another connection has calls of its own."""
+    own = [("grpc.use_local_subchannel_pool", 1)]  # or all channels would share a connection
+    with patched(folder, "face.MAX_CALLS = 20") as server:
+        address = server.urls[0].removeprefix("grpc://")
+        fields = {"datatype": "FP32", "shape": [1, 3], "raw": [bytes(12)]}
+        quick, held = (_request(model=m, **fields).SerializeToString() for m in ("same", "held"))
+
+        def inside() -> float:
+            text = server.client.get("/metrics").text
+            _, _, rest = text.partition('flowlang_requests_inside{flow="held"} ')
+            return float(rest.partition("\n")[0])
+
+        with (
+            grpc.insecure_channel(address, own) as channel,
+            grpc.insecure_channel(address, own) as other,
+        ):
+            infer = channel.unary_unary(f"{SERVICE}/ModelInfer")
+            for call in [infer.future(quick) for _ in range(100)]:
+                assert call.result(PATIENCE_S)
+            waiting = [infer.future(held) for _ in range(30)]
+            wait_until(lambda: inside() == 20)
+            time.sleep(0.2)
+            assert inside() == 20
+            assert other.unary_unary(f"{SERVICE}/ModelInfer")(quick, timeout=PATIENCE_S)
+            assert not any(call.done() for call in waiting)
+        wait_until(lambda: inside() == 0)
+
+
+def test_connections_without_calls_are_closed(folder: Path) -> None:
+    """Whether idle or never begun, after a while; who calls again does not notice."""
+    with patched(folder, "face.IDLE_MS = face.HANDSHAKE_MS = 500") as server:
+        port = int(server.urls[0].rpartition(":")[2])
+
+        def connections() -> int:
+            there = psutil.Process(server.process.pid).net_connections("tcp")
+            return sum(c.status == "ESTABLISHED" and c.laddr.port == port for c in there)
+
+        with triton.InferenceServerClient(f"127.0.0.1:{port}") as client, Raw(port) as silent:
+            for _ in range(2):
+                found = client.infer("echo", [_input("input", [b"x"], BYTES)])
+                assert found.as_numpy("output").tolist() == [b"x"]
+                wait_until(lambda: connections() == 0)
+            silent.wait_closed()
 
 
 # Beginning and end

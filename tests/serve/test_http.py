@@ -134,8 +134,13 @@ def test_the_flows_are_listed(server: Server) -> None:
         "output": "list<label>",
         "path": "/flows/classify",
         "takes": "bytes",
+        "fields": [],
         "parameters": [],
     }
+    assert next(flow["fields"] for flow in listed if flow["name"] == "hinted") == [
+        {"name": "data", "type": "bytes", "required": True},
+        {"name": "hint", "type": "bytes?", "required": False},
+    ]
     takes = {flow["name"]: flow["takes"] for flow in listed}
     assert {name: takes[name] for name in ("two", "echo", "same", "pair", "parts", "hinted")} == {
         "two": "bytes",

@@ -241,10 +241,10 @@ def test_what_holds_no_values_takes_no_memory(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", ["1," * 4_000_000 + "1", "[]," * 4_000_000 + "[]"], ids=["numbers", "lists"]
+    "data", ["1," * 250_000 + "1", "[]," * 130_000 + "[]"], ids=["numbers", "lists"]
 )
 def test_values_that_no_shape_asks_for_are_not_looked_at(server: Server, data: str) -> None:
-    """Millions of them are counted, and no more: others do not wait for that."""
+    """All that JSON may have are counted, and no more: others do not wait for that."""
     tensor = f'{{"name":"input","shape":[1],"datatype":"INT64","data":[{data}]}}'
     body = f'{{"inputs":[{tensor}]}}'.encode()
     took_s: list[float] = []

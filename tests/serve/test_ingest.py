@@ -400,6 +400,18 @@ def _inside(server: Server, flow: str) -> int:
     return int(float(found[1]))
 
 
+def _late(server: Server) -> int:
+    """How many requests of all flows were late."""
+    return _counted(server, "deadline-exceeded")
+
+
+def _counted(server: Server, code: str) -> int:
+    """How many requests of all flows had this outcome."""
+    metrics = server.client.get("/metrics").text
+    found = re.findall(f'^flowlang_requests_total{{code="{code}",.*}} (.+)', metrics, re.MULTILINE)
+    return int(sum(map(float, found)))
+
+
 # A front that is killed
 
 
@@ -583,6 +595,7 @@ def stopped(engine: int) -> Iterator[None]:
 def test_a_deadline_is_kept_without_the_engine(server: Server, path: str, body: bytes) -> None:
     """Stopped, it looks at none; and once it goes on it works for nobody who has been told."""
     headers = {"X-Deadline-Ms": "300"}
+    before = _late(server)
     with stopped(processes(server).engine):
         began_s = time.monotonic()
         late = server.client.post(path, content=body, headers=headers)
@@ -591,6 +604,7 @@ def test_a_deadline_is_kept_without_the_engine(server: Server, path: str, body: 
     assert "not answered by its deadline" in late.text
     assert server.client.post("/flows/echo", content=b"on").content == b"on"
     assert _inside(server, "held") == 0
+    wait_until(lambda: _late(server) == before + 1)
 
 
 def test_a_deadline_is_kept_while_an_operator_holds_the_interpreter(folder: Path) -> None:
@@ -641,7 +655,8 @@ def test_what_an_engine_does_not_read_is_refused(folder: Path) -> None:
             grown = memory_bytes(found.fronts[0]) - before
         answers = [connection.answer() for connection in connections]
         assert server.client.post("/flows/echo", content=b"on").content == b"on"
-    counts = Counter(status for status, _, _ in answers)
+        counts = Counter(status for status, _, _ in answers)
+        wait_until(lambda: _counted(server, "overloaded") == counts[429])
     assert set(counts) == {200, 429}
     assert 60 < counts[200] < 120
     for number, (status, headers, body) in enumerate(answers):

@@ -131,6 +131,56 @@ def test_a_body_that_is_too_large_is_counted(server: Server) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "code"),
+    [
+        ("GET", "/nothing", "not-found"),
+        ("POST", "/flows/nothing", "not-found"),
+        ("PUT", "/flows/same", "wrong-method"),
+        ("DELETE", "/metrics", "wrong-method"),
+        ("GET", "/v2/models/nothing", "not-found"),
+        ("POST", "/v2/models/nothing/infer", "not-found"),
+        ("POST", "/v2/models/same/versions/2/infer", "not-found"),
+        ("GET", "/v2/models/same/infer", "wrong-method"),
+        ("POST", "/v2/repository/models/same/load", "off"),
+    ],
+)
+def test_what_is_of_no_flow_is_counted_when_refused(
+    server: Server, method: str, path: str, code: str
+) -> None:
+    """Whatever was asked for: each is one more of its code, and none of any flow."""
+
+    def counts() -> tuple[float, float, float]:
+        return (
+            counted(server, "flowlang_refusals_total", code=code),
+            counted(server, "flowlang_refusals_total"),
+            counted(server, "flowlang_requests_total"),
+        )
+
+    before = counts()
+    assert server.client.request(method, path).status_code >= 400
+    wait_until(lambda: counts() == (before[0] + 1, before[1] + 1, before[2]))
+
+
+@pytest.mark.parametrize("path", ["/flows/same", INFER])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(head("{}", 9) + "1", "cancelled"), (None, "bad-request")]
+)
+def test_a_body_that_breaks_off_is_counted(
+    server: Server, path: str, sent: str | None, code: str
+) -> None:
+    """Where its client hangs up as cancelled, and where it turns into what is none as that."""
+    chunked = "POST {} HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n"
+
+    def count() -> float:
+        return counted(server, "flowlang_requests_total", flow="same", code=code)
+
+    before = count()
+    with server.connect() as connection:
+        connection.send((sent or chunked).format(path))
+    wait_until(lambda: count() == before + 1)
+
+
 def test_a_late_request_is_counted_as_late(server: Server) -> None:
     """A deadline that passes is an outcome of its own; its time counts from the body's end."""
     held = {"flow": "held"}
@@ -160,8 +210,8 @@ def test_metrics_have_a_port_of_their_own(folder: Path) -> None:
     with serving(folder, str(folder / "all.flow"), *options, environment=token) as server:
         server.wait_ready()
         (url,) = [url for url in server.urls if url.endswith("/metrics")]
-        there = httpx.get(url)
         assert server.client.get("/metrics").status_code == 401
+        there = httpx.get(url)
         elsewhere = server.client.get("/metrics", headers={"Authorization": "Bearer secret"})
         assert there.text == elsewhere.text
         assert "flowlang_ready 1.0" in there.text

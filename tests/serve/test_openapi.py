@@ -99,6 +99,8 @@ def sample(schema: dict[str, Any]) -> Any:
     """A value that fits a schema."""
     if "anyOf" in schema:
         return sample(schema["anyOf"][0])
+    if "contentSchema" in schema:
+        return sample(schema["contentSchema"])
     if "default" in schema:
         return schema["default"]
     kind = schema.get("type")
@@ -131,20 +133,26 @@ def bodies(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         if kind == "application/json":
             yield kind, {"json": sample(described["schema"])}
         elif kind == "multipart/form-data":
+            *of_fields, of_items = described["schema"].get("anyOf", [described["schema"]])
+            for schema in of_fields:
+                yield kind, {"files": list(form_parts(schema, described, 1))}
             for count in (1, 2):
-                parts = list(form_parts(described, count))
+                parts = list(form_parts(of_items, described, count))
                 yield f"{kind} {count}", {"files": parts}
         else:
             sent = kind.replace("*", "jpeg")
             yield kind, {"content": PICTURE, "headers": {"Content-Type": sent}}
 
 
-def form_parts(described: dict[str, Any], count: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for name, schema in described["schema"]["properties"].items():
+def form_parts(
+    form: dict[str, Any], described: dict[str, Any], count: int
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for name, schema in form["properties"].items():
         kind = described["encoding"][name]["contentType"]
         of_one = schema.get("items", schema)
         for number in range(count if "items" in schema else 1):
-            value = PICTURE if kind == "application/octet-stream" else json.dumps(sample(of_one))
+            value: Any = sample(of_one) if kind != "application/octet-stream" else PICTURE
+            value = json.dumps(value) if kind == "application/json" else value
             yield name, (f"{number}.part", value, kind)
 
 
@@ -379,6 +387,10 @@ def test_the_page_shows_the_document(
     ):
         assert words in told
     assert "number[4]" in told
+    told = chromium.evaluate("document.querySelector('#call_hinted').innerText")
+    assert "{\n  data: bytes,\n  hint?: bytes\n} | {\n  item: {" in told
+    told = chromium.evaluate("document.querySelector('#call_greet').innerText")
+    assert "age?: integer,\n  spots: JSON number[2][4][]\n} | {" in told
     assert "unsupported-encoding" in chromium.evaluate(
         "document.querySelector('#errors').innerText"
     )

@@ -423,6 +423,37 @@ def test_numbers_are_sent_as_json(page: Browser) -> None:
     assert page.evaluate("document.querySelector('#answered').innerText") == "1, 2, –"
 
 
+def test_a_record_of_files_is_sent_by_its_fields(page: Browser, folder: Path) -> None:
+    """Each field has a control of its type; what is required is asked for, the rest may be left."""
+    choose(page, "between")
+    kinds = page.evaluate("[...document.querySelectorAll('#record input')].map(e => e.type)")
+    assert kinds == ["file", "file", "checkbox", "text"]
+    assert page.evaluate("document.querySelector('#as-json').hidden")
+    assert page.evaluate(COMMAND).startswith(
+        "curl --form-string far=false -F one=@one -F other=@other "
+    )
+    page.choose_files("#field-one", folder / "0.jpg")
+    page.click("#run")  # which asks for the other
+    assert page.evaluate("document.querySelector('#form').checkValidity()") is False
+    page.choose_files("#field-other", folder / "1.jpg")
+    page.click("#field-far")
+    page.click("#run")
+    sizes = [(folder / name).stat().st_size for name in ("0.jpg", "1.jpg")]
+    assert json.loads(page.wait_for(ANSWER)) == {"sizes": sizes, "told": "1 True None"}
+    page.type("#field-note", "a&b")
+    page.type("#parameter-times", "3")
+    page.click("#run")
+    page.wait_for("document.querySelector('#answer').textContent.includes('3 True a&b')")
+    assert page.evaluate(COMMAND).startswith(
+        "curl --form-string times=3 -F one=@0.jpg -F other=@1.jpg --form-string far=true "
+        "--form-string 'note=a&b' "
+    )
+    assert page.nameless() == []
+    choose(page, "classify")
+    assert page.evaluate("document.querySelector('#as-record').hidden")
+    assert page.complaints() == []
+
+
 def test_names_are_shown_as_text(page: Browser, folder: Path) -> None:
     """A class name that is HTML is shown as it stands, and scores that are no shares as numbers."""
     answer = ask(page, "odd", folder / "0.jpg")

@@ -7,11 +7,13 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 import flowlang
+from flowlang.serve.answer import _count_values
 from flowlang.serve.routes import Service
 from tests.pictures import bad
 from tests.serve.asking import NUMBERS, PICTURES, ask_application, error_of
@@ -34,6 +36,62 @@ def test_json_has_a_largest_size(server: Server) -> None:
     response = server.client.post("/flows/total", content=b"[" + b"[]," * 6_000_000 + b"[]]")
     assert (response.status_code, error_of(response)["code"]) == (413, "too-large")
     assert "JSON larger than 16,777,216 bytes" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("path", ["/flows/total", "/v2/models/total/infer"])
+def test_json_has_a_largest_number_of_values(server: Server, path: str) -> None:
+    """So many are made of their text at once that others wait for it; what strings hold is none."""
+    is_flow = path.startswith("/flows")
+    tensor = '{"inputs":[{"name":"input","datatype":"BYTES","shape":[1],"data":["%s"]}]}'
+
+    def sent(numbers: str) -> httpx.Response:
+        return server.client.post(path, content=numbers if is_flow else tensor % numbers)
+
+    assert sent("[" + "1," * ((1 << 18) - 2) + "1]").status_code == 200
+    for many in ("[" + "1," * (1 << 18) + "1]", "[" + "[]," * (1 << 17) + "1]"):
+        response = sent(many)
+        told = response.json()["error"]
+        told = told["message"] if is_flow else told
+        assert (response.status_code, "more than 262,144 values" in told) == (413, True)
+
+
+def test_values_are_counted_over_a_whole_request(server: Server) -> None:
+    """Items of a form and elements of a tensor share what there may be."""
+    half = b"[" + b"1," * (1 << 17) + b"1]"
+    items = [("item", (None, half))] * 2
+    assert server.client.post("/flows/total", files=items[:1]).json() == (1 << 17) + 1
+    assert server.client.post("/flows/total", files=items).status_code == 413
+    tensor = {"name": "input", "datatype": "BYTES", "shape": [2], "data": [half.decode()] * 2}
+    response = server.client.post("/v2/models/total/infer", json={"inputs": [tensor]})
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-32"])
+def test_json_is_utf_8(server: Server, coding: str) -> None:
+    """Whatever Python guesses: what strings hold is told from values by its bytes."""
+    text = '["\u2201"' + ",1" * (1 << 19) + "]"
+    response = server.client.post("/flows/total", content=text.encode(coding))
+    assert response.status_code in (400, 413)
+    response = server.client.post("/flows/total", content="[1, 2]".encode(coding))
+    assert response.status_code == 400
+    assert server.client.post("/flows/total", content="[1, 2]".encode("utf-8-sig")).json() == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (b"[1, 2]", 2),
+        (b'{"a": [1, {"b": 2}], "c": "xy"}', 5),
+        (b'["' + b"," * (1 << 19) + b'"]', 1),
+        (b'["' + rb"\",[" * (1 << 19) + b'", 2]', 2),
+        (b'["' + rb"\\" * 9 + b'"' + b",1" * (1 << 19) + b"]", (1 << 19) + 1),
+        (b'["' + b"," * (1 << 19), 1),
+        (b'"",' * (1 << 20), 1 << 20),
+    ],
+)
+def test_what_a_string_holds_is_no_value(text: bytes, count: int) -> None:
+    """Where there are many marks of values, those inside strings are left out, escapes or not."""
+    assert _count_values(text) == count
 
 
 @pytest.mark.parametrize("name", ["empty", "text", "jpeg-half", "jpeg-30000x30000"])

@@ -114,6 +114,24 @@ def test_a_strangers_body_is_not_read(server: Server) -> None:
             connection.wait_closed()
 
 
+def test_who_is_turned_away_is_counted(server: Server, client: Any) -> None:
+    """Over HTTP and gRPC, whatever was asked for; who guesses tokens is seen in the metrics."""
+
+    def count() -> float:
+        text = server.client.get("/metrics", headers=RIGHT).text
+        _, _, rest = text.partition('flowlang_refusals_total{code="unauthorized"} ')
+        return float(rest.partition("\n")[0] or 0)
+
+    before = count()
+    server.client.post("/flows/echo", content=b"abc")
+    server.client.get("/metrics", headers=WRONG["other"])
+    server.client.post("/v2/models/echo/infer", content=b"abc")
+    for _ in range(2):
+        with pytest.raises(InferenceServerException):
+            client.infer("echo", [_sent(triton)])
+    wait_until(lambda: count() == before + 5)
+
+
 def test_a_large_body_without_the_token_is_told(server: Server) -> None:
     """Who sends a whole picture without the token sees why, and not a broken connection."""
     for _ in range(5):

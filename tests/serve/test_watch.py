@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 import time
@@ -13,9 +14,10 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from flowlang.serve import watch
-from tests.serve.server import KINDS, Server, serving, wait_until
+from tests.serve.server import KINDS, Server, head, serving, wait_until
 
 FLOW = """use "post.py" as post
 export flow tell: bytes -> {{ size: int, version: int }} = post.{name}
@@ -103,6 +105,34 @@ def test_a_change_of_one_file_loads_all_again(tmp_path: Path) -> None:
         write(tmp_path, 2)
         wait_until(lambda: server.client.post("/flows/tell").json()["version"] == 2)
         assert server.client.post("/flows/same", content=b"x").content == b"x"
+
+
+def test_counts_go_on(server: Server, tmp_path: Path) -> None:
+    """What was counted before is, and what the old flow answers meanwhile; each request once."""
+
+    def counted(name: str) -> dict[str, float]:
+        text = server.client.get("/metrics").text
+        families = text_string_to_metric_families(text)
+        samples = [s for family in families for s in family.samples if s.name == name]
+        return {s.labels.get("code", ""): s.value for s in samples}
+
+    def run(version: int) -> None:
+        server.client.post("/", content=b"x").raise_for_status()
+        assert server.client.post("/?k=1", content=b"x").status_code == 400
+        with server.connect() as connection:  # begun for the old flow, and answered by the new one
+            connection.send(head("/", 2), b"a")
+            write(tmp_path, version)
+            server.line("reloaded: ")
+            connection.send(b"b")
+            assert json.loads(connection.answer()[2]) == {"size": 2, "version": version}
+
+    for round_ in range(3):
+        run(round_ + 2)
+        many = round_ + 1
+        outcomes = {"ok": 2.0 * many, "bad-request": 1.0 * many}
+        wait_until(lambda o=outcomes: counted("flowlang_requests_total") == o)  # type: ignore[misc]
+        assert counted("flowlang_request_seconds_count") == {"": 2 * many}
+        assert sum(counted("flowlang_stage_batch_size_sum").values()) == 2 * many
 
 
 def test_a_stop_waits_for_no_reload(server: Server, tmp_path: Path) -> None:
