@@ -184,7 +184,10 @@ class Scheduler:
             entrance.counts.fail(code, times)
 
     def cancel(self, request: Request) -> bool:
-        """Give a request up: it leaves the queue and its result is dropped."""
+        """Give a request up: it leaves the queue and its result is dropped.
+
+        One whose deadline has passed is late, whoever is first to say so.
+        """
         if self.is_held:
             is_left = request.is_inside and not request.is_answered
             self.give_up([request])
@@ -192,7 +195,9 @@ class Scheduler:
         after = _Afterwards()
         try:
             with self._lock:
-                return self._cancel(request, self.clock(), after)
+                now = self.clock()
+                self._expire_due(now, after)
+                return self._cancel(request, now, after)
         finally:
             after.run()
 
@@ -353,16 +358,19 @@ class Scheduler:
             with self._lock:
                 now = self.clock()
                 self._cancel_given_up(now, after)
-                heap = self._expiries
-                while heap and heap[0][0] <= now:
-                    entry = heapq.heappop(heap)
-                    try:
-                        self._expire(entry[2], entry[3], now, after)
-                    except BaseException:
-                        heapq.heappush(heap, entry)  # to be tried again
-                        raise
+                self._expire_due(now, after)
         finally:
             after.run()
+
+    def _expire_due(self, now: float, after: _Afterwards) -> None:
+        heap = self._expiries
+        while heap and heap[0][0] <= now:
+            entry = heapq.heappop(heap)
+            try:
+                self._expire(entry[2], entry[3], now, after)
+            except BaseException:
+                heapq.heappush(heap, entry)  # to be tried again
+                raise
 
     # Ending
 

@@ -82,6 +82,20 @@ def test_answered_requests_do_not_pile_up_behind_one_that_waits() -> None:
     assert len(simulation.scheduler._expiries) < 100
 
 
+def test_who_gives_up_past_the_deadline_was_late() -> None:
+    """Both come at once to a process that has been stopped, and what is counted is one of them."""
+    simulation = simulated('export flow f = trt("net.onnx", batch=1)')
+    simulation.service_s = lambda stage, items: 1e6
+    early, late = (simulation.submit("f", deadline_s=5.0) for _ in range(2))
+    simulation.scheduler.cancel(early)
+    simulation.clock.now_s = 5.0
+    assert not simulation.scheduler.cancel(late)
+    assert simulation.scheduler.entrances["f"].counts.failures == {
+        "cancelled": 1,
+        "deadline-exceeded": 1,
+    }
+
+
 def test_a_crowd_of_deadlines_is_kept_to_the_instant() -> None:
     """However many requests are given up meanwhile, each of the others has its deadline."""
     simulation = simulated("""
