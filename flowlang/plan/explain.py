@@ -18,6 +18,7 @@ from flowlang.plan.expression import Expression
 from flowlang.plan.graph import FlowPlan, Live, Node, Parameter
 from flowlang.plan.ops import OPS, Param
 from flowlang.plan.rewrite import rewrite
+from flowlang.plan.schedule import NORMAL, PRIORITIES
 from flowlang.plan.values import seconds, shown, written
 
 if TYPE_CHECKING:  # what is not needed to explain a plan is not loaded for it
@@ -44,7 +45,9 @@ def explain_physical(physical: PhysicalPlan) -> str:
         }
         out += _steps(program.steps, physical, names, itertools.count(1), "  ")
         slo = f"  slo {seconds(program.slo_s)}" if program.slo_s else ""
-        out += [f"  queue {program.queue}{slo}", ""]
+        word = next(word for word, rank in PRIORITIES.items() if rank == program.priority)
+        priority = f"  priority {word}" if word != NORMAL else ""
+        out += [f"  queue {program.queue}{slo}{priority}", ""]
     for stage in physical.stages:
         out += [*_stage(stage), ""]
     out += _params(*physical.plans)

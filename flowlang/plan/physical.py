@@ -29,7 +29,7 @@ from flowlang.plan.graph import Body, FlowPlan, Node, topological
 from flowlang.plan.onnx import Model
 from flowlang.plan.ops import OPS
 from flowlang.plan.rewrite import rewrite
-from flowlang.plan.schedule import COPIES, PRIORITIES
+from flowlang.plan.schedule import COPIES, NORMAL, PRIORITIES
 from flowlang.plan.sharing import ModelChain, Part, Shared, model_chain, parts_of
 from flowlang.plan.types import Type
 
@@ -355,7 +355,7 @@ def _program(flow: FlowPlan, walk: _Walk, plan: Plan) -> FlowProgram:
         walk.steps(inputs, flow.output, ()),
         queue.value if queue else QUEUE,
         slo.value if slo else None,
-        PRIORITIES[priority.value if priority else "normal"],
+        PRIORITIES[priority.value if priority else NORMAL],
         flow,
     )
 

@@ -58,7 +58,8 @@ TABLE: tuple[Setting, ...] = (
 )
 SETTINGS: Mapping[str, Setting] = {s.name: s for s in TABLE}
 OF_REQUESTS = frozenset({"priority", "slo", "queue"})  # and not of the stages they go through
-PRIORITIES = {"high": 1, "normal": 2, "low": 3}  # the lowest number first, as in a request
+NORMAL = "normal"
+PRIORITIES = {"high": 1, NORMAL: 2, "low": 3}  # the lowest number first, as in a request
 _ABOVE_ZERO = frozenset({"timeout", "slo"})  # of 0 they would let nothing through
 COPIES = "x"  # `x4`: not a word of the language, so it cannot collide with a setting
 
