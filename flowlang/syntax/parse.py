@@ -23,7 +23,7 @@ from flowlang.syntax.scan import Outline, outline
 if TYPE_CHECKING:
     from lark import Lark
 
-MAX_SOURCE_BYTES = 128 << 10
+MAX_SOURCE_BYTES = 256 << 10
 MAX_DEPTH = 64
 MAX_ERRORS = 100  # syntax errors after which reading stops
 UNTOLD = frozenset({""})  # names were lost, and which ones cannot be told

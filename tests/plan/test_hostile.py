@@ -40,9 +40,9 @@ NESTED: dict[str, str] = {
     "squares": fill("[") + fill("]"),
     "calls": fill("f(") + fill(")"),
     "arrows": fill("a -> (b -> ") + "c" + fill(")"),
-    "open parentheses": "(" * 125_000,
-    "open braces": "{" * 125_000,
-    "open squares": "[" * 125_000,
+    "open parentheses": "(" * 250_000,
+    "open braces": "{" * 250_000,
+    "open squares": "[" * 250_000,
     "if in else": fill("if a then b else ", "c"),
     "if in if": fill("if ", "a"),
     "not": fill("not ", "a"),
@@ -64,7 +64,7 @@ NESTED: dict[str, str] = {
 }
 TOO_LARGE: dict[str, str] = {
     "1 MiB of declarations": lines("flow a{i} = rgb\n", 60_000)[: 1 << 20],
-    "200k parentheses": "(" * 200_000,
+    "300k parentheses": "(" * 300_000,
     "doubling flows": "flow a0 = decode\n"
     + lines("flow a{i} = {{ x: a{j}, y: a{j} }}\n", 60)
     + "export flow main = a59",
