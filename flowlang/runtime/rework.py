@@ -83,6 +83,7 @@ def to_fp16(model: Any) -> Any:
         model = inliner.inline_local_functions(model)
     _make_plain(model)
     model = shape_inference.infer_shapes(model)
+    meant = {n.output[0] for n in model.graph.node if _casts_to(n) == TensorProto.FLOAT16}
     model = float16.convert_float_to_float16(
         model,
         keep_io_types=True,
@@ -90,7 +91,7 @@ def to_fp16(model: Any) -> Any:
         op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_CONTROL],
         node_block_list=_name_of_shapes(model.graph),
     )
-    _keep_single(model.graph)
+    _keep_single(model.graph, meant)
     _widen_captured(model.graph)
     _sort(model.graph)
     return model
@@ -138,12 +139,17 @@ def _name_of_shapes(g: Any) -> list[str]:
     return names
 
 
-def _keep_single(g: Any) -> None:
-    """Have what stays in fp32 not go through fp16 between one node and the next."""
+def _keep_single(g: Any, meant: set[str]) -> None:
+    """Have what stays in fp32 not go through fp16 between one node and the next.
+
+    `meant` are the results that whoever made the graph has cast to fp16.
+    """
     from onnx import TensorProto
 
     narrowed = {
-        node.output[0]: node.input[0] for node in g.node if node.name.endswith("_cast_to_fp16_node")
+        node.output[0]: node.input[0]
+        for node in g.node
+        if _casts_to(node) == TensorProto.FLOAT16 and node.output[0] not in meant
     }
     for node in g.node:
         if node.input and node.input[0] in narrowed and _casts_to(node) == TensorProto.FLOAT:
