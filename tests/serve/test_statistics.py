@@ -62,7 +62,8 @@ def test_statistics_tell_waiting_from_work(folder: Path) -> None:
         row = [as_input("input", ROW * 3, "FP32")]
         asker.infer("waits", row)
         parts, batches = _told(asker, "waits")
-        assert 0.3 <= parts["queue"] < parts["success"]
+        # The batch is of the first of the three, and the others came a moment later.
+        assert 0.29 <= parts["queue"] < parts["success"]
         assert 0 < parts["compute_infer"] < 0.3
         assert list(batches) == [3]
         assert [batches[3][f"compute_{part}"]["count"] for part in ("input", "output")] == [1, 1]
