@@ -24,7 +24,7 @@ use "lengths.py" as lengths
 export flow length = lengths.length(batch=1..8) x2
 """
 
-STORM = """
+INTERRUPTED = """
 import faulthandler, random, signal, sys, time
 import flowlang
 
@@ -33,12 +33,16 @@ class Interrupt(BaseException): ...
 def interrupt(number, frame):
     raise Interrupt
 
+faulthandler.dump_traceback_later(60, exit=True)
+numbers = random.Random(7)
+"""
+
+STORM = """
 def call():
     while True:
         flow(b"x")
 
-faulthandler.dump_traceback_later(60, exit=True)
-items, numbers = [b"x"] * 300, random.Random(7)
+items = [b"x"] * 300
 with flowlang.load(sys.argv[1], device="cpu") as app:
     flow = app["length"]
     ways = [
@@ -66,16 +70,6 @@ print(count)
 """
 
 GIVING_UP = """
-import faulthandler, random, signal, sys, time
-import flowlang
-
-class Interrupt(BaseException): ...
-
-def interrupt(number, frame):
-    raise Interrupt
-
-faulthandler.dump_traceback_later(60, exit=True)
-numbers = random.Random(7)
 with flowlang.load(sys.argv[1], device="cpu") as app:
     signal.signal(signal.SIGALRM, interrupt)
     count = 0
@@ -113,7 +107,7 @@ def app_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_interrupted_callers_leave_an_app_whole(app_file: Path) -> None:
     """Wherever it comes: no request stays inside, no instance sleeps beside work."""
-    command = [sys.executable, "-c", STORM, str(app_file)]
+    command = [sys.executable, "-c", INTERRUPTED + STORM, str(app_file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 200
@@ -121,7 +115,7 @@ def test_interrupted_callers_leave_an_app_whole(app_file: Path) -> None:
 
 def test_one_that_is_interrupted_at_giving_up_keeps_no_lock(app_file: Path) -> None:
     """As a map does at its end: nobody else could go on."""
-    command = [sys.executable, "-c", GIVING_UP, str(app_file)]
+    command = [sys.executable, "-c", INTERRUPTED + GIVING_UP, str(app_file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 100

@@ -54,6 +54,7 @@ from flowlang.plan.unknown import unknown_stage
 from flowlang.plan.values import LITERALS, Refused, evaluate
 from flowlang.syntax import tree
 from flowlang.syntax.scan import RESERVED
+from flowlang.syntax.wording import one_line
 
 if TYPE_CHECKING:
     from flowlang.plan.elaborate import Elaborator
@@ -355,7 +356,7 @@ class Calls:
         )
 
     def _tell_undecided(self, node: Node, op: Op) -> None:
-        call = " ".join(node.span.text.split())
+        call = one_line(node.span)
         self._report(
             Diagnostic(
                 "undecided-colour",

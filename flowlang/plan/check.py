@@ -36,6 +36,7 @@ from flowlang.plan.types import (
 from flowlang.plan.values import refuse
 from flowlang.syntax import tree
 from flowlang.syntax.parse import parse_leniently
+from flowlang.syntax.wording import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +355,7 @@ class _Checker:
         )
 
     def _tell_undecided(self, name: str, output: Node) -> None:
-        text = " ".join(output.span.text.split())
+        text = one_line(output.span)
         self.report(
             Diagnostic(
                 "undecided-colour",

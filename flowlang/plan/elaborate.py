@@ -49,6 +49,7 @@ from flowlang.plan.types import (
 )
 from flowlang.plan.values import LITERALS, Constant, Refused, evaluate
 from flowlang.syntax import tree
+from flowlang.syntax.wording import one_line
 
 
 def _heads(expr: tree.Expr) -> Sequence[tree.Expr]:
@@ -296,8 +297,8 @@ class Elaborator:
 
     def _tell_both_ways(self, expr: tree.Binary, choice: tree.If) -> None:
         """What stands behind the last way of an `if` is done with what either gives."""
-        rest = f"{expr.operator} {' '.join(expr.right.span.text.split())}"
-        last = " ".join(choice.otherwise.span.text.split())
+        rest = f"{expr.operator} {one_line(expr.right.span)}"
+        last = one_line(choice.otherwise.span)
         self.report(
             Diagnostic(
                 "unclear-branch",

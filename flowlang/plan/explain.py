@@ -20,6 +20,7 @@ from flowlang.plan.ops import OPS, Param
 from flowlang.plan.rewrite import rewrite
 from flowlang.plan.schedule import NORMAL, PRIORITIES
 from flowlang.plan.values import seconds, shown, written
+from flowlang.syntax.wording import one_line
 
 if TYPE_CHECKING:  # what is not needed to explain a plan is not loaded for it
     from flowlang.plan.physical import PhysicalPlan, StagePlan, Steps
@@ -107,7 +108,7 @@ def _parameter(given: Parameter) -> str:
     if given.default is None:
         return f"{given.name}: {given.type}"
     is_literal = given.default.op == graph.LITERAL
-    text = node_text(given.default) if is_literal else " ".join(given.default.span.text.split())
+    text = node_text(given.default) if is_literal else one_line(given.default.span)
     return f"{given.name}: {given.type} = {text}"
 
 
@@ -248,7 +249,7 @@ def _argument(node: Node, param: Param) -> str:
 
 def _span_text(node: Node, name: str) -> str:
     """An argument that comes with the request, as it is written."""
-    return " ".join(node.param_spans[name].text.split())
+    return one_line(node.param_spans[name])
 
 
 def _value(value: Any) -> str:

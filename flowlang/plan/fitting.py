@@ -21,6 +21,7 @@ from flowlang.plan.ops import OPS, Op
 from flowlang.plan.rules import Mismatch
 from flowlang.plan.schedule import Given
 from flowlang.plan.types import Image, ListOf, Record, Type, Unknown
+from flowlang.syntax.wording import one_line
 
 Report = Callable[[Diagnostic], None]
 
@@ -142,7 +143,7 @@ class ModelFitter:
             tell_shares(self.report, node)
         elif isinstance(found, Packing) and found.dtype != "u8" and _has_levels(item):
             message = f"`{model.name}` takes {found.dtype} and no `normalize` is present"
-            call = " ".join(node.span.text.split())
+            call = one_line(node.span)
             self.report(
                 Diagnostic(
                     "unscaled-input",
@@ -193,10 +194,10 @@ class ModelFitter:
             )
             return
         message = f"`{model.name}` cannot take what {called(item)} gives"
-        call = " ".join(node.span.text.split())
+        call = one_line(node.span)
         mend = f"{found.mend} -> {call}" if found.mend else None
         if mend and found.slug == "type-mismatch" and item.op != graph.INPUT:
-            mend = " ".join(item.span.text.split()) + f" -> {mend}"
+            mend = f"{one_line(item.span)} -> {mend}"
         mismatch(
             self.report,
             node.span,
@@ -252,7 +253,7 @@ def called(node: Node) -> str:
     if node.op == graph.PYTHON:
         return f"`{node.params[graph.FUNCTION].shown}`"
     if node.op in (graph.LITERAL, graph.BINARY, graph.UNARY, graph.ROUTE, graph.FALLBACK):
-        text = " ".join(node.span.text.split())
+        text = one_line(node.span)
         return f"`{text}`" if len(text) <= 40 else f"`{text[:37]}...`"
     if node.op == graph.CUT_OUT:
         return "`crop`"

@@ -15,6 +15,7 @@ from flowlang.plan import graph
 from flowlang.plan.expression import compute, failure, function_of, is_plain
 from flowlang.plan.physical import Steps, Unit
 from flowlang.runtime.request import UNANSWERED, Request, strip
+from flowlang.syntax.wording import one_line
 
 
 class Track:
@@ -195,7 +196,7 @@ def _take(walk: Walk, index: int, unit: Unit, values: list[Any], arrivals: _Arri
 
 
 def _shown(unit: Unit) -> str:
-    text = " ".join(unit.node.span.text.split())
+    text = one_line(unit.node.span)
     return f"`{text if len(text) <= 40 else f'{text[:37]}...'}`"
 
 

@@ -191,6 +191,11 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
+def check_errors(server: Server) -> None:
+    """Only the operator that fails on purpose may have left a traceback."""
+    assert server.errors.count("Traceback") == server.errors.count("\nRuntimeError: a secret")
+
+
 def wait_until(is_so: Callable[[], bool]) -> None:
     """Wait for something to come true. Fails after PATIENCE_S."""
     end_s = time.monotonic() + PATIENCE_S
