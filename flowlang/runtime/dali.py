@@ -338,15 +338,14 @@ def choose_decodings(device: int, regions: int, pictures: Sequence[bytes]) -> De
         rates = {how: _rate(device, how, pictures) for how in (Decoding(0.0, 2), Decoding(1.0, 2))}
         without, engines = rates.values()
         uses_engines = engines > 1.5 * without
-        if uses_engines:
-            large = Decoding(1.0, 2)
-            small = [Decoding(1.0, 1), large]
+        if uses_engines:  # one thread was the faster for few pictures wherever it was tried
+            small, large = Decoding(1.0, 1), Decoding(1.0, 2)
         else:
-            small = [Decoding(load, share) for load in (0.0, 0.65, 1.0)]
-            rates |= {how: _rate(device, how, pictures) for how in small}
-            large = max(small, key=rates.__getitem__)
-        times_s = {how: _time_s(device, how, pictures[:SMALL_BATCH]) for how in small}
-    chosen = Decodings(min(times_s, key=times_s.__getitem__), large, uses_engines, rates[large])
+            ways = [Decoding(load, share) for load in (0.0, 0.65, 1.0)]
+            rates |= {how: _rate(device, how, pictures) for how in ways}
+            large = max(ways, key=rates.__getitem__)
+            small = min(ways, key=lambda how: _time_s(device, how, pictures[:SMALL_BATCH]))
+    chosen = Decodings(small, large, uses_engines, rates[large])
     log.info("%s", describe(chosen))
     return chosen
 

@@ -300,6 +300,16 @@ class Engine:
         # TensorRT makes a context in milliseconds, but not two at once on one engine.
         self.lock = threading.Lock()
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What the inner tensors of a batch take, whichever its profile."""
+        size = 0
+        if hasattr(self.engine, "device_memory_size"):
+            size = self.engine.device_memory_size
+        if hasattr(self.engine, "device_memory_size_v2"):
+            size = self.engine.device_memory_size_v2
+        return int(size)
+
     def dtype(self, name: str) -> str:
         """numpy's name of a tensor's dtype."""
         trt = _trt()
@@ -322,7 +332,8 @@ class Context:
     """A lane's way to run an engine: its buffers, its stream, a graph for each batch size.
 
     One thread's. Inputs are written to `inputs[name]` (device memory, batch first); `start` and
-    `collect` run them. There is one of TensorRT's execution contexts for each of its profiles.
+    `collect` run them. There is one of TensorRT's execution contexts for each of its profiles; they
+    run one after the other, so they share the memory that a model's inner tensors take.
     """
 
     def __init__(self, engine: Engine, stream: cuda.Stream, *, use_graphs: bool) -> None:
@@ -334,6 +345,7 @@ class Context:
         self.outputs: dict[str, cuda.DeviceBuffer] = {}
         self.results: dict[str, cuda.PinnedBuffer] = {}
         self._graphs: dict[int, cuda.Graph] = {}
+        self._scratch: cuda.DeviceBuffer | None = None
         self._executions: list[_Execution] = []
         self.sizes = [s for s in GRAPHED_SIZES if self.least <= s < self.most] + [self.most]
         self.use_graphs = use_graphs
@@ -341,8 +353,10 @@ class Context:
             for name in (*engine.inputs, *engine.outputs):
                 self._allocate(name)
             addresses = {n: b.address for n, b in (self.inputs | self.outputs).items()}
+            self._scratch = cuda.DeviceBuffer(engine.scratch_bytes)
             for profile in range(len(engine.spec.profiles)):
-                self._executions.append(_Execution(engine, stream, profile, addresses))
+                made = _Execution(engine, stream, profile, addresses, self._scratch)
+                self._executions.append(made)
         except BaseException:
             self.close()
             raise
@@ -401,25 +415,41 @@ class Context:
         for result in self.results.values():
             result.close()
         self._executions.clear()
+        if self._scratch is not None:
+            self._scratch.close()
 
 
 class _Execution:
     """One of TensorRT's execution contexts: an engine's kernels for one profile, on a stream."""
 
     def __init__(
-        self, engine: Engine, stream: cuda.Stream, profile: int, addresses: Mapping[str, int]
+        self,
+        engine: Engine,
+        stream: cuda.Stream,
+        profile: int,
+        addresses: Mapping[str, int],
+        scratch: cuda.DeviceBuffer,
     ) -> None:
+        trt = _trt()
         self.most = engine.spec.profiles[profile][2]
         self._engine = engine
         self._stream = stream
         self._shaped = 0
         with engine.lock:
-            self._context = engine.engine.create_execution_context()
+            if hasattr(engine.engine, "create_execution_context_without_device_memory"):
+                self._context = engine.engine.create_execution_context_without_device_memory()
+            else:
+                strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+                self._context = engine.engine.create_execution_context(strategy)
         if self._context is None:
             raise EngineError(
                 f"no execution context for `{engine.spec.model.name}`: out of GPU memory "
                 f"({cuda.free_bytes():,} bytes free)"
             )
+        if hasattr(self._context, "set_device_memory"):
+            self._context.set_device_memory(scratch.address, scratch.size_bytes)
+        else:
+            self._context.device_memory = scratch.address
         if profile and not self._context.set_optimization_profile_async(profile, stream.handle):
             raise EngineError(f"TensorRT takes no profile {profile}: {_logger().last}")
         for name, address in addresses.items():

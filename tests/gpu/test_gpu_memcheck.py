@@ -1,6 +1,7 @@
 """A short run under compute-sanitizer: no kernel and no copy touches what is not its own.
 
-It needs `compute-sanitizer` on the PATH (the wheel nvidia-cuda-sanitizer-api-cu12 has it).
+It needs the `compute-sanitizer` of a CUDA toolkit on the PATH; that of the wheel
+nvidia-cuda-sanitizer-api-cu12 lacks the programs that it starts others with.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from flowlang.runtime import cuda
 
 pytestmark = pytest.mark.gpu
 
-FLOW = 'decode -> resize(64) -> rgb -> trt("net.onnx", fp16, batch=1..4..16)\n'
+FLOW = 'decode -> resize(224) -> rgb -> trt("net.onnx", fp16, batch=1..4..16)\n'
 # Every picture, each batch size once, and a bad one among its neighbours.
 RUN = """
 import sys, flowlang, pytest

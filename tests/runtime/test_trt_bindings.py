@@ -59,6 +59,7 @@ RECEIVERS = {
     ("Engine", "trt"): "",
     ("Engine", "self._runtime"): "Runtime",
     ("Engine", "self.engine"): "ICudaEngine",
+    ("_Execution", "trt"): "",
     ("_Execution", "engine.engine"): "ICudaEngine",
     ("_Execution", "self._context"): "IExecutionContext",
 }
