@@ -44,6 +44,7 @@ from flowlang.plan.types import (
     Tensor,
     Type,
     Unknown,
+    as_said,
     fits,
     images_in_frame,
     in_frame,
@@ -109,7 +110,7 @@ class Calls:
         """A mention of a flow: its declared input is checked, then its nodes follow."""
         flow = declared.flow
         if flow.signature:
-            wanted = declared.module.types.resolve(flow.signature[0])
+            wanted = as_said(declared.module.types.resolve(flow.signature[0]), item.type)
             if not fits(item.type, wanted):
                 mismatch(
                     self._report,
@@ -212,7 +213,7 @@ class Calls:
     ) -> Node:
         """What a flow's parameter is given, wholly of its type."""
         value = self._known(expr, scope) or self._elaborator.operand(expr, item, scope)
-        kind = declared.module.types.resolve(wanted.type)
+        kind = as_said(declared.module.types.resolve(wanted.type), value.type)
         if value.op == "unknown":
             return value
         if fits(value.type, kind):

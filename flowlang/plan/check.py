@@ -32,6 +32,7 @@ from flowlang.plan.types import (
     Type,
     Unknown,
     is_undecided,
+    taken,
 )
 from flowlang.plan.values import refuse
 from flowlang.syntax import tree
@@ -336,6 +337,7 @@ class _Checker:
         before = len(self.diagnostics)
         scope = Scope(declared, constants=declared.module.constants)
         kind = elaborator.flow_input(declared)
+        kind = taken(kind) if is_served else kind
         if isinstance(kind, Image) and not flow.signature and not is_served:
             kind = UNKNOWN  # a part of something: sized and coloured where it is mentioned
         item = Node(graph.INPUT, {}, (), kind, flow.name_span, scope.site(flow.name_span))
@@ -372,7 +374,7 @@ class _Checker:
         """The values that each request brings for the parameters of a flow."""
         found = []
         for given in declared.flow.inputs:
-            kind = declared.module.types.resolve(given.type)
+            kind = taken(declared.module.types.resolve(given.type))
             name = {"called": f"`{given.name}`"}
             node = Node(graph.INPUT, name, (), kind, given.span, scope.site(given.span))
             default = elaborator.calls.default(declared, given, item)

@@ -40,9 +40,11 @@ from flowlang.plan.types import (
     Record,
     Type,
     Unknown,
+    as_said,
     fits,
     is_vague,
     is_writable,
+    taken,
     unify,
     why_vast,
     without_null,
@@ -110,7 +112,7 @@ class Elaborator:
                 self.seen.append((let.name_span, scope.values[let.name].type))
             result = self.apply(flow.body.result, item, scope)
         if flow.signature:
-            wanted = declared.module.types.resolve(flow.signature[1])
+            wanted = as_said(declared.module.types.resolve(flow.signature[1]), result.type)
             if not fits(result.type, wanted):
                 span = flow.signature[1].span
                 is_told = is_writable(result.type)
@@ -131,7 +133,7 @@ class Elaborator:
         if isinstance(expr, tree.Call):
             return self._call_takes(expr, scope)
         if isinstance(expr, tree.Ascribe):
-            return scope.module.types.resolve(expr.type)
+            return taken(scope.module.types.resolve(expr.type))
         for first in _heads(expr):
             kind = self.head_type(first, scope)
             if not isinstance(kind, Unknown):
@@ -142,7 +144,8 @@ class Elaborator:
         module = scope.module
         mentioned = module.declared(call.path.names)
         if mentioned is not None:
-            return self.flow_input(mentioned, self.calls.known_arguments(mentioned, call, scope))
+            known = self.calls.known_arguments(mentioned, call, scope)
+            return taken(self.flow_input(mentioned, known))
         op = OPS.get(str(call.path)) or module.operator(call.path.names)
         if op is not None and op.kind == "model":
             model = self.calls.fitter.model_of(self.calls.bind_quietly(call, op, scope))
@@ -234,7 +237,7 @@ class Elaborator:
 
     def _ascribe(self, expr: tree.Ascribe, item: Node, scope: Scope) -> Node:
         """`as TYPE` checks; where it says tensor and an image arrives, the image is packed."""
-        wanted = scope.module.types.resolve(expr.type)
+        wanted = as_said(scope.module.types.resolve(expr.type), item.type)
         packing = tensor_packing(item.type, wanted)
         if packing is not None:
             params = {**packing, "mean": None, "std": None}

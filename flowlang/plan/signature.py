@@ -26,11 +26,13 @@ from flowlang.plan.types import (
     NAMED,
     UNKNOWN,
     ListOf,
+    Optional,
     Record,
     Type,
     Unknown,
     fits,
     optional,
+    taken,
 )
 from flowlang.plan.written import WrittenTypes
 from flowlang.syntax.parse import parse_leniently
@@ -124,7 +126,7 @@ class _Reader:
         self.records: dict[str, ast.ClassDef] = {}
         self.classes: frozenset[str] = frozenset()
         self.aliases: dict[str, ast.expr] = {}
-        self.types: dict[str, Type] = {}
+        self.types: dict[str, Record] = {}
         self._resolving: set[str] = set()
 
     def read(self, parsed: ast.Module) -> PythonFile:
@@ -206,7 +208,7 @@ class _Reader:
         bare = len(positional) - len(args.defaults)
         items, rest = positional[: max(1, bare)], positional[max(1, bare) :]
         self._check_names(node, rest)
-        takes = [(a.arg, self._annotation(a, is_batched)) for a in items]
+        takes = [(a.arg, taken(self._annotation(a, is_batched))) for a in items]
         gives = self._type(node.returns)
         gives = self._element(node.returns, gives) if is_batched else gives
         item = takes[0][1] if len(takes) == 1 else Record(tuple(takes))
@@ -273,7 +275,7 @@ class _Reader:
     def _said(self, annotation: ast.expr | None) -> Type:
         """The type of an argument; one that no type of the language says may be anything."""
         with contextlib.suppress(_Unreadable):
-            return self._type(annotation) if annotation is not None else UNKNOWN
+            return taken(self._type(annotation)) if annotation is not None else UNKNOWN
         return UNKNOWN
 
     def _type(self, node: ast.expr) -> Type:
@@ -348,19 +350,22 @@ class _Reader:
         with self._once(node, name):
             return self._type(self.aliases[name])
 
-    def _record(self, name: str) -> Type:
+    def _record(self, name: str) -> Record:
         if name not in self.types:
             with self._once(self.records[name], name):
-                self.types[name] = Record(tuple(self._fields(self.records[name]).items()), name)
+                self.types[name] = self._fields(self.records[name])
         return self.types[name]
 
-    def _fields(self, node: ast.ClassDef) -> dict[str, Type]:
-        """The fields of a class, those of the records it is derived from first."""
+    def _fields(self, node: ast.ClassDef) -> Record:
+        """The record of a class, with the fields of those it is derived from first."""
         fields: dict[str, Type] = {}
+        defaults: set[str] = set()
         for inherited in (_name(b) for b in node.bases):
             if inherited in self.records:
-                kind = self._record(inherited)
-                fields |= dict(kind.fields) if isinstance(kind, Record) else {}
+                base = self._record(inherited)
+                fields |= dict(base.fields)
+                defaults |= base.defaults
+        is_made = node.name in self.classes  # and no dict, which has no defaults
         may_lack = any(
             k.arg == "total" and isinstance(k.value, ast.Constant) and k.value.value is False
             for k in node.keywords
@@ -369,9 +374,13 @@ class _Reader:
             if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
                 if _name(part.annotation) in _NO_FIELDS:
                     continue
-                kind = self._type(part.annotation)
-                fields[part.target.id] = optional(kind) if may_lack else kind
-        return fields
+                name, kind = part.target.id, self._type(part.annotation)
+                fields[name] = optional(kind) if may_lack else kind
+                # A field that may be null is null where it is missing, as everywhere.
+                is_null = isinstance(fields[name], Optional)
+                is_filled = is_made and not is_null and _is_filled(part.value)
+                (defaults.add if is_filled else defaults.discard)(name)
+        return Record(tuple(fields.items()), node.name, frozenset(defaults))
 
     def _written(self, node: ast.expr, text: str) -> Type:
         """A type in the language's own words."""
@@ -452,6 +461,16 @@ def _typed_dicts(parsed: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.ClassDef) and found & {_name(b) for b in node.bases}:
             found.add(node.name)
             yield node.name
+
+
+def _is_filled(value: ast.expr | None) -> bool:
+    """Whether a field has a value where a caller gives none: a default, or one of its class."""
+    if _name(value) != "field" or not isinstance(value, ast.Call):
+        return value is not None
+    said = {k.arg: k.value for k in value.keywords}
+    init = said.get("init")
+    is_made = isinstance(init, ast.Constant) and init.value is False
+    return is_made or bool(said.keys() & {"default", "default_factory"})
 
 
 def _aliases(parsed: ast.Module) -> Iterator[tuple[str, ast.expr]]:

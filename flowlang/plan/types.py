@@ -78,10 +78,15 @@ class ListOf:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Named fields in order; `name` is how the type was introduced, if it was."""
+    """Named fields in order; `name` is how the type was introduced, if it was.
+
+    `defaults` are the fields, never null themselves, that a class in Python fills in where they are
+    missing.
+    """
 
     fields: tuple[tuple[str, Type], ...]
     name: str | None = field(default=None, compare=False)
+    defaults: frozenset[str] = field(default=frozenset(), compare=False)
 
     def get(self, name: str) -> Type | None:
         return dict(self.fields).get(name)
@@ -200,6 +205,23 @@ def without_null(kind: Type) -> Type:
 
 def optional(kind: Type) -> Type:
     return kind if isinstance(kind, (Optional, Unknown)) else Optional(kind)
+
+
+def taken(kind: Type) -> Type:
+    """A type as that of what is given to something: fields with defaults may be left out."""
+    if isinstance(kind, Record):
+        fields = ((n, taken(part)) for n, part in kind.fields)
+        lax = tuple((n, optional(part) if n in kind.defaults else part) for n, part in fields)
+        return replace(kind, fields=lax)
+    if isinstance(kind, ListOf):
+        return ListOf(taken(kind.item))
+    return Optional(taken(kind.item)) if isinstance(kind, Optional) else kind
+
+
+def as_said(said: Type, given: Type) -> Type:
+    """A type that was written for a value; where that lacks fields with defaults, they may."""
+    lax = taken(said)
+    return lax if fits(given, lax) and not fits(given, said) else said
 
 
 def in_frame(kind: Type, frame: object) -> Type:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from flowlang.diagnostics import Diagnostic, Label, Span
 from flowlang.plan.arguments import Report
@@ -181,7 +182,7 @@ class WrittenTypes:
         self._resolving.append(name)
         kind = self.resolve(self._declared[name].type)
         self._resolving.pop()
-        self._resolved[name] = Record(kind.fields, name) if isinstance(kind, Record) else kind
+        self._resolved[name] = replace(kind, name=name) if isinstance(kind, Record) else kind
         return self._resolved[name]
 
     def _list(self, given: tree.TypeExpr) -> Type:

@@ -85,9 +85,17 @@ def building(kind: Type, names: Mapping[str, Any], classes: frozenset[str]) -> C
     to = dict if made is None else made
     if dataclasses.is_dataclass(made):  # others it makes itself
         parts = {f.name: parts[f.name] for f in dataclasses.fields(made) if f.init}
+    lax = kind.defaults if made is not None else frozenset()
 
     def build(value: Any) -> Any:
-        return to(**{n: b(value.get(n)) if b else value.get(n) for n, b in parts.items()})
+        found = {n: value.get(n) for n in parts}
+        return to(
+            **{
+                n: b(found[n]) if b else found[n]
+                for n, b in parts.items()
+                if found[n] is not None or n not in lax
+            }
+        )
 
     return build
 

@@ -360,6 +360,18 @@ class Circle(Shape):
     SIDES: t.ClassVar[int] = 0
     r: "float"
     def area(self) -> float: return 3.0
+@dataclasses.dataclass
+class Ring(Circle):
+    r: float
+    hole: float = dataclasses.field(default=0.5, repr=False)
+    marks: list[Point] = dataclasses.field(default_factory=list)
+    told: int = dataclasses.field(repr=False)
+    width: float = dataclasses.field(init=False)
+    note: str | None = "none"
+@dataclasses.dataclass
+class Thin(Ring):
+    hole: float
+    told: int = 1
 """
 FOUND = "{ a: int, b: str? }"
 ANNOTATIONS: dict[str, str] = {
@@ -395,7 +407,21 @@ ANNOTATIONS: dict[str, str] = {
     "Point": "{ x: float, y: float }",
     "list[Shape]": "list<{ points: list<{ x: float, y: float }>, name: str? }>",
     "Circle": "{ points: list<{ x: float, y: float }>, name: str?, r: float }",
+    "Ring": "{ points: list<{ x: float, y: float }>, name: str?, r: float, hole: float, "
+    "marks: list<{ x: float, y: float }>, told: int, width: float, note: str? }",
 }
+_POINTS = "list<{ x: float, y: float? }>"
+_RING = f"{{ points: {_POINTS}, name: str?, r: float, hole: float?, marks: {_POINTS}?"
+# What may be left out of what is given to an operator, where that is not all the same.
+TAKEN: dict[str, str] = {
+    "Point": "{ x: float, y: float? }",
+    "list[Shape]": f"list<{{ points: {_POINTS}, name: str? }}>",
+    "Circle": f"{{ points: {_POINTS}, name: str?, r: float }}",
+    "Ring": f"{_RING}, told: int, width: float?, note: str? }}",
+    "Thin": f"{_RING.replace('hole: float?', 'hole: float')}, told: int?, width: float?, "
+    "note: str? }",
+}
+ANNOTATIONS["Thin"] = ANNOTATIONS["Ring"]
 
 
 def read(folder: Path, text: str) -> dict[str, Op]:
@@ -422,7 +448,11 @@ def spelled(kind: object) -> str:
 
 @pytest.mark.parametrize("annotation", ANNOTATIONS)
 def test_what_an_annotation_says(furnished: Path, annotation: str) -> None:
-    """An annotation is the type of what arrives, and of what comes out; batched, of one of them."""
+    """An annotation is the type of what arrives, and of what comes out; batched, of one of them.
+
+    Fields with defaults may be missing in what arrives.
+    """
+    taken = TAKEN.get(annotation, ANNOTATIONS[annotation])
     ops = read(
         furnished,
         f"def takes(x: {annotation}) -> int: ...\n"
@@ -430,11 +460,12 @@ def test_what_an_annotation_says(furnished: Path, annotation: str) -> None:
         f"@batched\ndef each(x: list[{annotation}]) -> list[{annotation}]: ...\n",
     )
     assert [op.function.problem for op in ops.values()] == [None] * 3
-    assert spelled(ops["takes"].function.takes) == ANNOTATIONS[annotation]
+    assert spelled(ops["takes"].function.takes) == taken
     assert spelled(ops["gives"].function.gives) == ANNOTATIONS[annotation]
     each = ops["each"].function
     assert each.is_batched
-    assert spelled(each.takes) == spelled(each.gives) == ANNOTATIONS[annotation]
+    assert spelled(each.takes) == taken
+    assert spelled(each.gives) == ANNOTATIONS[annotation]
 
 
 @pytest.mark.parametrize(

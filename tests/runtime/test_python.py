@@ -229,6 +229,69 @@ def test_records_arrive_as_their_classes(load: Load) -> None:
             app[name]({**shape, "points": []})
 
 
+FILLED = """
+class Point(NamedTuple):
+    x: int
+    y: float = 0.5
+    note: str | None = "none"
+@dataclasses.dataclass
+class Job:
+    name: str
+    seen: list[int] = dataclasses.field(default_factory=list)
+    at: Point = Point(7)
+    area: int = dataclasses.field(init=False)
+    def __post_init__(self): self.area = 3
+def point(p: Point) -> str: return f"{p.x} {p.y} {p.note}"
+def job(j: Job) -> str:
+    j.seen.append(1)
+    return f"{j.name} {j.seen} {j.at.x} {j.area}"
+@batched
+def jobs(js: list[Job]) -> list[str]: return [job(j) for j in js]
+def make(x: int) -> Point: return Point(x, note=None)
+def told(x: int, *, at: Point) -> str: return point(at)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flow", "item", "answer"),
+    [
+        ("a = p.point", {"x": 1}, "1 0.5 None"),
+        ("a = p.point", {"x": 1, "y": None}, "1 0.5 None"),
+        ("a = p.point", {"x": 1, "y": 2, "note": "n"}, "1 2.0 n"),
+        ("a = p.job", {"name": "a"}, "a [1] 7 3"),
+        ("a = p.job", {"name": "a", "seen": [5], "at": {"x": 2}, "area": 9}, "a [5, 1] 2 3"),
+        ("a = p.jobs", {"name": "a"}, "a [1] 7 3"),
+        ("a = p.told(at={ x: 4 })", 1, "4 0.5 None"),
+        ("a: int -> str = { x: pass } -> p.point", 1, "1 0.5 None"),
+        ("a: list<p.Point> -> list<str> = map(p.point)", [{"x": 1}], ["1 0.5 None"]),
+        ("a: { of: p.Point } -> str = .of -> p.point", {"of": {"x": 1}}, "1 0.5 None"),
+        ("a = as p.Point -> p.point", {"x": 1}, "1 0.5 None"),
+        ("a: p.Point -> p.Point = pass", {"x": 1}, {"x": 1, "y": None, "note": None}),
+        ("a: p.Point -> float = .y ?? 0.25", {"x": 1}, 0.25),
+        ("a = p.make -> .y + 1", 1, 1.5),
+        ("a: int -> p.Point = p.make -> as p.Point", 2, {"x": 2, "y": 0.5, "note": None}),
+        ("a = p.make -> part\nflow part: p.Point -> float = .y + 1", 1, 1.5),
+        ("a = p.make -> part(at={ x: 3 })\nflow part(at: p.Point): p.Point -> int = at.x", 1, 3),
+    ],
+)
+def test_defaults_of_fields(load: Load, flow: str, item: Any, answer: object) -> None:
+    """What is missing where a record is given has the default of its class, made anew each time.
+
+    A field that may be None is that. What an operator gives lacks nothing.
+    """
+    app = load(FILLED, f"export flow {flow}")
+    assert app(item) == answer
+    assert app(item) == answer
+
+
+def test_parameters_lack_fields_with_defaults(load: Load) -> None:
+    """A record that comes as a parameter of a request is like one that comes as the item."""
+    app = load(FILLED, "export flow a(at: p.Point): int -> str = at -> p.point")
+    assert app(1, at={"x": 2}) == "2 0.5 None"
+    with pytest.raises(flowlang.BadRequest, match="`x` is missing"):
+        app(1, at={"y": 2.0})
+
+
 TOLD = """
 class Point(NamedTuple):
     x: int

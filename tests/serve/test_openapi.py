@@ -37,6 +37,7 @@ export flow maybe(mask: bytes?): bytes -> bytes? { return in -> more.maybe }
 ##
 ## Its size stays.
 export flow turned: image<rgb, u8, hwc, 2x3> -> image<rgb, u8, hwc, 2x3> = more.turned
+export flow moved = more.moved
 """
 OPERATORS = """
 from typing import Annotated, NamedTuple
@@ -45,6 +46,13 @@ import numpy as np
 
 Small = Annotated[np.ndarray, "image<rgb, u8, hwc, 2x3>"]
 Who = Annotated[dict, "{ name: str, age: int?, spots: list<quad> }"]
+
+class Point(NamedTuple):
+    x: int
+    y: float = 0.5
+
+def moved(p: Point) -> Point:
+    return p._replace(x=p.x + 1)
 
 def greet(who: Who) -> str:
     return "hello " + who["name"]
@@ -280,6 +288,27 @@ def test_optional_parameters_are_not_required(server: Server) -> None:
     required = {p["name"]: p["required"] for p in listed["greet"]["parameters"]}
     assert required == {"loud": False, "times": True, "least": False, "note": False, "area": False}
     assert [p["required"] for p in listed["maybe"]["parameters"]] == [False]
+
+
+def test_fields_with_defaults_are_not_required(document: dict[str, Any], server: Server) -> None:
+    """They may be left out of JSON, of a form and of an inference, and are in every answer."""
+    call = document["paths"]["/flows/moved"]["post"]
+    schemas = {name: c["schema"] for name, c in call["requestBody"]["content"].items()}
+    assert schemas["application/json"]["required"] == ["x"]
+    assert schemas["multipart/form-data"]["anyOf"][0]["required"] == ["x"]
+    assert call["responses"]["200"]["content"]["application/json"]["schema"]["anyOf"][0][
+        "required"
+    ] == ["x", "y"]
+    listed = {flow["name"]: flow for flow in server.client.get("/flows").json()["flows"]}
+    assert {f["name"]: f["required"] for f in listed["moved"]["fields"]} == {"x": True, "y": False}
+    config = server.client.get("/v2/models/moved/config").json()
+    assert {p["name"]: p["optional"] for p in config["input"]} == {"x": False, "y": True}
+    moved = {"x": 2, "y": 0.5}
+    assert server.client.post("/flows/moved", json={"x": 1}).json() == moved
+    assert server.client.post("/flows/moved", files={"x": (None, "1")}).json() == moved
+    sent = {"inputs": [{"name": "x", "datatype": "INT64", "shape": [1, 1], "data": [1]}]}
+    answer = server.client.post("/v2/models/moved/infer", json=sent).json()
+    assert {o["name"]: o["data"] for o in answer["outputs"]} == {"x": [2], "y": [0.5]}
 
 
 @pytest.mark.parametrize(
