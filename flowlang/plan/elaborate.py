@@ -167,6 +167,11 @@ class Elaborator:
             steps = value.steps if isinstance(value, tree.Pipeline) else ()
             if len(steps) > 1 and steps[0].span.text == "in":
                 return self.head_type(steps[1], scope)
+        values = {*(let.name for let in flow.body.lets), *(given.name for given in flow.inputs)}
+        for let in flow.body.lets:  # `let picture = decode` is of the item too
+            first = let.value.steps[0] if isinstance(let.value, tree.Pipeline) else let.value
+            if isinstance(first, tree.Call) and first.path.names[0] not in values:
+                return self.head_type(first, scope)
         return UNKNOWN
 
     # Expressions

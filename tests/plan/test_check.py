@@ -548,6 +548,9 @@ def test_what_a_flow_takes_is_what_its_first_operator_takes() -> None:
         "flow a = b -> rgb\nflow b = decode\nexport flow c = a -> gray": "bytes",
         "export flow a { let x = in -> decode return x -> rgb }": "bytes",
         "export flow a { return in -> decode }": "bytes",
+        "export flow a { let x = decode return x -> rgb }": "bytes",
+        "export flow a { let x = decode -> rgb let y = x -> gray return { x, y } }": "bytes",
+        "flow x = decode\nexport flow a(k: int) { let y = x return { y, k } }": "bytes",
     }
     for text, expected in inputs.items():
         assert str(plan(text).flows[0].input.type) == expected, text
