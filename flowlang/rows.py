@@ -101,6 +101,8 @@ def _summary(answer: Any) -> str:
         return _finding(answer)
     if isinstance(answer, dict):
         return "\n".join(f"{name}: {_summary(part)}" for name, part in answer.items())
+    if (numbers := _numbers(answer)) is not None:
+        return numbers
     if isinstance(answer, list):
         return "\n".join(_summary(part) for part in answer)
     if hasattr(answer, "shape"):
@@ -108,6 +110,16 @@ def _summary(answer: Any) -> str:
         first[4:] = ["..."] if len(first) > 4 else []
         return f"{answer.dtype} {'x'.join(map(str, answer.shape))} [{', '.join(first)}]"
     return str(answer)
+
+
+def _numbers(answer: Any) -> str | None:
+    """A list of numbers, or of such lists, as a quad is, in one line. None where it is neither."""
+    if not isinstance(answer, list) or not answer:
+        return None
+    if all(type(part) in (int, float) for part in answer):
+        return ", ".join(f"{part:.4g}" if isinstance(part, float) else str(part) for part in answer)
+    found = [_numbers(part) for part in answer]
+    return "  ".join(part for part in found if part is not None) if all(found) else None
 
 
 def _finding(answer: dict[str, Any]) -> str:

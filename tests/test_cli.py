@@ -267,6 +267,40 @@ def test_run_answers_every_file(folder: Path) -> None:
     assert done.stderr.startswith("2 done, 2 failed, ")
 
 
+def test_run_prints_numbers_in_one_line(folder: Path) -> None:
+    """Those of a list or a quad stand side by side; what else is in a list has lines of its own."""
+    (folder / "facts.py").write_text(
+        "def f(x: bytes) -> "
+        "'{ where: quad, scores: list<float>, words: list<str>, no: list<int> }':\n"
+        "    return {'where': [[0, 0], [9.5, 0], [9.5, 4], [0, 4]], 'scores': [0.123456, 2],\n"
+        "            'words': ['a', 'b'], 'no': []}\n"
+    )
+    (folder / "facts.flow").write_text('use "facts.py" as p\nexport flow f = p.f\n')
+    done = flowlang(folder, "run", "facts.flow", "facts.py", "--device", "cpu")
+    assert [line.strip() for line in done.stdout.splitlines()] == [
+        "facts.py  where: 0, 0  9.5, 0  9.5, 4  0, 4",
+        "scores: 0.1235, 2",
+        "words: a",
+        "b",
+        "no:",
+    ]
+
+
+def test_run_reads_parameters_of_bytes_from_files(folder: Path) -> None:
+    """`@FILE` is what a file holds, as curl has it; one that cannot be read is wrong use."""
+    (folder / "two.flow").write_text(
+        "export flow two(other: bytes, name: str): bytes -> { sides: list<int>, name: str } {\n"
+        "  return { sides: [(in -> decode -> .width), (other -> decode -> .width)], name }\n}\n"
+    )
+    given = ("run", "two.flow", "pictures/a.jpg", "--device", "cpu", "--param", "name=@a")
+    done = flowlang(folder, *given, "--param", "other=@pictures/more/c.jpg", "--json")
+    result = json.loads(done.stdout)["result"]
+    assert (result["name"], len(result["sides"])) == ("@a", 2)
+    lost = flowlang(folder, *given, "--param", "other=@gone.jpg")
+    assert (lost.returncode, lost.stdout) == (2, "")
+    assert "`gone.jpg`: No such file or directory" in lost.stderr
+
+
 def test_run_json_prints_a_line_for_each_file(folder: Path) -> None:
     """--json prints objects with a result or an error, in order, and nothing else."""
     done = flowlang(folder, "run", "app.flow", "gone.jpg", "pictures", "--json", "--set", "best=1")

@@ -312,7 +312,7 @@ def explain_error(slug: str | None) -> None:
     multiple=True,
     metavar="NAME=VALUE",
     callback=named_values,
-    help="A parameter of the flow, as a request would bring it.",
+    help="A parameter of the flow, as a request would bring it. One of bytes may be `@FILE`.",
 )
 @device_option
 @engines_option
@@ -390,13 +390,21 @@ def _flow(app: App, name: str | None) -> Flow:
 
 
 def _parameters(flow: Flow, texts: dict[str, str]) -> dict[str, Any]:
-    """The parameters of a flow out of their texts. Raises UsageError."""
+    """The parameters of a flow out of their texts; of bytes, out of files. Raises UsageError."""
+    from flowlang.plan.types import BYTES, without_null
     from flowlang.serve.form import ParameterReader
 
+    of_bytes = {p.name for p in flow.parameters if without_null(p.type) == BYTES}
+    files = {n: t[1:] for n, t in texts.items() if n in of_bytes and t.startswith("@")}
     try:
-        return ParameterReader(flow.parameters).of_texts(texts)
+        contents = {name: Path(file).read_bytes() for name, file in files.items()}
+        rest = {name: text for name, text in texts.items() if name not in files}
+        return ParameterReader(flow.parameters).of_texts(rest) | contents
     except BadRequest as error:
         raise click.UsageError(error.message) from None
+    except OSError as error:
+        message = f"`{error.filename}`: {error.strerror}"
+        raise click.BadParameter(message, param_hint="--param") from None
 
 
 @main.command()
