@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,8 +63,13 @@ class Names(Protocol):
         """Whether an expression needs the item or a value of the flow."""
 
 
-# What others call a parameter.
+# What others call a setting, and a parameter.
+_FOREIGN_SETTINGS = {
+    **dict.fromkeys(("max_batch_size", "max_batch", "preferred_batch_size"), "batch"),
+    **dict.fromkeys(("max_queue_delay", "max_delay", "batching_timeout"), "wait"),
+}
 _FOREIGN = {
+    **_FOREIGN_SETTINGS,
     **dict.fromkeys(("confidence", "conf_thres", "conf_threshold", "score", "min_score"), "conf"),
     **dict.fromkeys(("iou_thres", "iou_threshold", "nms", "nms_threshold"), "iou"),
     **dict.fromkeys(("classes", "labels", "class_names"), "names"),
@@ -78,9 +84,19 @@ _FOREIGN = {
 _COPIES = frozenset({"instances", "instance_num", "replicas", "copies", "workers", "num_workers"})
 
 
-def is_count_of_copies(arg: tree.Arg) -> bool:
-    """Whether an argument says by another name what `xN` says."""
-    return arg.name in _COPIES and arg.value.span.text.isdigit()
+def setting_meant(arg: tree.Arg, of: object) -> str | None:
+    """What an argument says that stands for a setting, where it says so in another way.
+
+    `of` is what it is given to: `xN` stands behind that.
+    """
+    value = arg.value.span.text
+    if arg.name is None and re.fullmatch("x[1-9][0-9]*", value):
+        return f"behind the parentheses: {of}(...) {value}"
+    if arg.name in _COPIES and value.isdigit():
+        return f"behind the parentheses: {of}(...) x{value}"
+    like = _FOREIGN_SETTINGS.get(arg.name or "")
+    value = f"1..{value}" if like == "batch" and value.isdigit() else value
+    return f"did you mean `{like}`?   {like}={value}" if like else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
@@ -132,7 +148,7 @@ class Binder:
         if given.kind == "word":
             param = op.param_of_word(given.value)
             if param is None:
-                raise self._unknown_word(op, given, names)
+                raise self._unknown_word(op, arg, given, names)
             value: Any = True if param.kind == "flag" else given.value
         else:
             places = [p for p in free if p.kind != "value" or op.kind == "python"]
@@ -187,6 +203,11 @@ class Binder:
         if op.kind == "python" and named:
             message = f"`{op.name}` takes `{named[0]}` by name"
             help_text = f"{named[0]}={span.text}"
+        elif op.name == "cut" and span.text.isdecimal():
+            if places[0] != span:
+                return Refused(None)  # told of the first
+            message = "`cut` takes the height `h` of its pieces, or their width `w`"
+            help_text = f"name the side: cut(w={span.text})"
         elif first and places[1:2] == [span] and span.text.isdecimal():
             sides = f"h={span.text}, w={first.text}"
             help_text = f"name the sides so they cannot be swapped: {op.name}({sides})"
@@ -226,8 +247,8 @@ class Binder:
         help_text = f"did you mean `{like}`?   {like}={value}" if like else None
         if like is None and name in SETTINGS:
             help_text = f"in a schedule block, on a flow: schedule {{ flow({name}={value}) }}"
-        if is_count_of_copies(arg):
-            help_text = f"behind the parentheses: {op.name}(...) x{value}"
+        if arg.name in _COPIES or like in op.settings:
+            help_text = setting_meant(arg, op.name) or help_text
         return refuse(
             "unknown-parameter",
             f"`{op.name}` has no parameter `{name}`",
@@ -236,12 +257,14 @@ class Binder:
             note=_signature(op),
         )
 
-    def _unknown_word(self, op: Op, given: Constant, names: Names) -> Refused:
+    def _unknown_word(self, op: Op, arg: tree.Arg, given: Constant, names: Names) -> Refused:
         help_text = did_you_mean(given.value, [*op.words, *(n for n in names.constants if n)])
         words = f"words of `{op.name}`: {' '.join(op.words)}" if op.words else _signature(op)
         param = op.param(given.value)
         if given.value == "in":
             help_text, words = None, "`in` is the item of a flow that has a body in braces"
+        if op.kind in ("model", "image", "python"):
+            help_text = setting_meant(arg, op.name) or help_text
         if param is not None:
             other = next((w for w in param.words if w != param.default), None)
             help_text = f"{param.name}={other}" if other else None
@@ -361,6 +384,9 @@ class Binder:
             slug, problem = "missing-parameter", f"`fit={fit}` needs both sides"
         if problem:
             bound.is_whole = False
+            if slug == "missing-parameter" and {"multiple", "most"} & bound.spans.keys():
+                bound.params["fit"] = "shorter"  # which leaves a side for them to decide
+                bound.spans.setdefault("fit", call.span)
             mended = with_sides(op, bound.params, bound.spans, size, size)
             place = Label(call.span)
             self.report(Diagnostic(slug, problem, place, help=mended, fix=call.span))

@@ -40,6 +40,7 @@ from flowlang.plan.types import (
     STR,
     UNKNOWN,
     Image,
+    Record,
     Scalar,
     Tensor,
     Type,
@@ -109,6 +110,9 @@ class Calls:
     def _mention(self, declared: Declared, call: tree.Call, item: Node, scope: Scope) -> Node:
         """A mention of a flow: its declared input is checked, then its nodes follow."""
         flow = declared.flow
+        if _is_given_item(declared, call):
+            self._report(_no_place(declared, call, call.args[0]))  # type: ignore[index]
+            return self._elaborator.unknown(call.span, item, scope)
         if flow.signature:
             wanted = as_said(declared.module.types.resolve(flow.signature[0]), item.type)
             if not fits(item.type, wanted):
@@ -274,22 +278,28 @@ class Calls:
 
     def _lacks_image(self, call: tree.Call, item: Node, scope: Scope) -> bool:
         """Whether a box is to be cut out of no image. Reports it, with one that it may lie in."""
-        place = without_null(item.type)
-        is_place = isinstance(place, Scalar) and place.name in ("box", "quad")
-        if not is_place or any(scope.is_live(arg.value) for arg in call.args or ()):
+        place, field = _place_in(item.type)
+        args = [arg.value for arg in call.args or ()]
+        is_swapped = field is not None and any(arg.span.text == f".{field}" for arg in args)
+        if place is None or (not is_swapped and any(map(scope.is_live, args))):
             return False
         values = {name: scope.value(name) for name in sorted(scope.names())}
         images = {n: v.type for n, v in values.items() if v and isinstance(v.type, Image)}
-        of_frame = (n for n, kind in images.items() if kind.frame == getattr(place, "frame", None))
+        of_frame = (n for n, kind in images.items() if kind.frame == place.frame)
         name = next(iter([*of_frame, *images]), None)
+        lost = next((a.span.text for a in args if isinstance(a, tree.Call) and not a.args), None)
+        before = f".{field} -> " if field else ""
+        note = f"let picture = in -> decode ... {before}crop(picture)"
+        if lost is not None:
+            note = f"there is no value `{lost}` here: let {lost} = in -> decode names one"
         self._report(
             Diagnostic(
                 "missing-parameter",
                 f"`crop` of a {place} needs the image that it lies in",
                 Label(call.span),
-                (Label(item.span, f"gives {place}"),),
-                help=f"crop({name})" if name else None,
-                note=None if name else "let picture = in -> decode ... crop(picture)",
+                (Label(item.span, f"gives {item.type}"),),
+                help=f"{before}crop({name})" if name else None,
+                note=None if name else note,
                 fix=call.span if name else None,
             )
         )
@@ -471,12 +481,39 @@ class Calls:
         )
 
 
+def _place_in(kind: Type) -> tuple[Scalar | None, str | None]:
+    """The box or quad that a type is, or has in a field; and the name of that."""
+    kind = without_null(kind)
+    parts = kind.fields if isinstance(kind, Record) else ()
+    if any(isinstance(part, Image) for _, part in parts):
+        return None, None  # which may be what is meant
+    for name, part in ((None, kind), *parts):
+        if isinstance(part, Scalar) and part.name in ("box", "quad"):
+            return part, name
+    return None, None
+
+
+def _is_given_item(declared: Declared, call: tree.Call) -> bool:
+    """Whether a flow without parameters is called like a function, on what should flow into it."""
+    args = call.args or ()
+    is_item = len(args) == 1 and args[0].name is None
+    return (
+        is_item
+        and not declared.flow.inputs
+        and isinstance(args[0].value, (tree.Call, tree.Current, tree.Pipeline))
+    )
+
+
 def _no_place(declared: Declared, call: tree.Call, arg: tree.Arg) -> Diagnostic:
     known = [given.name for given in declared.flow.inputs]
     if arg.name is None:
         message = f"`{call.path}` has no place for this argument"
         note = f"parameters are {', '.join(known)}" if known else f"`{call.path}` takes none"
-        return Diagnostic("too-many-arguments", message, Label(arg.span), note=note)
+        mended = f"{arg.span.text} -> {call.path}" if _is_given_item(declared, call) else None
+        fix = call.span if mended else None
+        return Diagnostic(
+            "too-many-arguments", message, Label(arg.span), help=mended, note=note, fix=fix
+        )
     span = Span(arg.span.source, arg.span.start, arg.span.start + len(arg.name))
     message = f"`{call.path}` has no parameter `{arg.name}`"
     help_text = did_you_mean(arg.name, known)

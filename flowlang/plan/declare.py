@@ -287,10 +287,15 @@ class _Reader:
         default, origin = self._default(item)
         kind = declared or default.kind
         if declared and not _is_of(default, declared):
+            unit = {"duration": "ms", "size": "MiB"}.get(declared)
+            text = item.default.span.text
+            mended = f"{text}{unit}" if unit and default.kind == "int" and text.isdigit() else None
             raise refuse(
                 "wrong-kind",
                 f"`{item.name}` is declared as {declared}, and its default is {default.noun}",
                 item.default.span,
+                help=mended,
+                fix=item.default.span if mended else None,
             )
         if declared == "float" and default.kind == "int":
             default = Constant("float", float(default.value), default.span)

@@ -14,13 +14,14 @@ from typing import Any
 from flowlang.diagnostics import Diagnostic, FlowError, Label, Span
 from flowlang.plan import graph
 from flowlang.plan.arguments import Bound, with_sides
+from flowlang.plan.expression import EMPTY
 from flowlang.plan.graph import Node
 from flowlang.plan.model import Misfit, Packing, fit, gives, input_type
 from flowlang.plan.onnx import Model, NotAModel, Opener, Port, read_model
 from flowlang.plan.ops import OPS, Op
 from flowlang.plan.rules import Mismatch
 from flowlang.plan.schedule import Given
-from flowlang.plan.types import Image, ListOf, Record, Type, Unknown
+from flowlang.plan.types import Image, ListOf, Optional, Record, Type, Unknown
 from flowlang.syntax.wording import one_line
 
 Report = Callable[[Diagnostic], None]
@@ -34,10 +35,25 @@ def mismatch(report: Report, span: Span, item: Node, message: str, label: str, *
 
 
 def from_part(node: Node, op: Op) -> dict[str, Any]:
-    """The help of one who gave a whole record or list, and the operator takes a part of it."""
+    """The help of one whose operator takes a part of what was given, or that with more known.
+
+    A part is a field of a record, or an element; more is known of what is null no longer, or has
+    its colour.
+    """
     kind, call = node.inputs[0].type, node.span.text
     parts: list[tuple[Type, str]] = []
-    if isinstance(kind, Record):
+    if isinstance(kind, Optional) and (otherwise := EMPTY.get(kind.item)):
+        is_first = node.inputs[0].op == graph.INPUT
+        source = node.span if is_first else node.inputs[0].span  # where the default goes
+        stage = "pass" if is_first else one_line(source)
+        mended = f"{stage} ?? {otherwise}" + (f" -> {call}" if is_first else "")
+        with contextlib.suppress(Mismatch):
+            op.rule(kind.item, node.params)
+            return {"help": mended, "fix": source}
+    elif isinstance(kind, Image) and kind.colour is None:
+        colours = ("rgb", "gray") if op.kind == "python" else ()
+        parts = [(replace(kind, colour=c), f"{c} -> {call}") for c in colours]
+    elif isinstance(kind, Record):
         parts = [(part, f".{name} -> {call}") for name, part in kind.fields]
         wanted = [name for name, _ in op.takes.fields] if isinstance(op.takes, Record) else []
         if wanted and len(node.inputs) == 1:  # what else the call names may be left behind
@@ -46,6 +62,8 @@ def from_part(node: Node, op: Op) -> dict[str, Any]:
             parts.append((some, f"{{ {picked} }} -> {call}"))
     elif isinstance(kind, ListOf):
         parts = [(kind.item, f"map({call})")]
+        if op.name == "best" and isinstance(kind.item, Record) and kind.item.get("score"):
+            return {"help": "top(1, by=.score)", "fix": node.span}
     for part, mended in parts:
         with contextlib.suppress(Mismatch):
             op.rule(part, node.params)
@@ -111,16 +129,18 @@ class ModelFitter:
         elif isinstance(item.type, Record):
             given = dict(item.type.fields)
             for port in model.inputs:
-                if port.name not in given:
-                    mismatch(
-                        self.report,
-                        node.span,
-                        item,
-                        f"`{model.name}` takes a record with a field `{port.name}`",
-                        f"wants {input_type(model)}",
-                    )
-                else:
+                if port.name in given:
                     self._check_fit(node, replace(item, type=given[port.name]), model, port.name)
+            missing = [f"`{p.name}`" for p in model.inputs if p.name not in given]
+            if missing:
+                fields = "a field" if len(missing) == 1 else "the fields"
+                mismatch(
+                    self.report,
+                    node.span,
+                    item,
+                    f"`{model.name}` takes a record with {fields} {' and '.join(missing)}",
+                    f"wants {input_type(model)}",
+                )
         elif not isinstance(item.type, Unknown):
             mismatch(
                 self.report,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from flowlang.diagnostics import Diagnostic, Label, Span
-from flowlang.plan.arguments import did_you_mean, given_setting, is_count_of_copies
+from flowlang.plan.arguments import did_you_mean, given_setting, setting_meant
 from flowlang.plan.elaborate import Elaborator
 from flowlang.plan.extent import calls
 from flowlang.plan.graph import FlowPlan, Site
@@ -116,9 +116,7 @@ class Settler:
         declared = self.module.declared(entry.path.names)
         call = self._owner(declared.flow, name, arg) if declared is not None else None
         if call is None:
-            help_text = did_you_mean(name, SETTINGS)
-            if is_count_of_copies(arg):
-                help_text = f"behind the parentheses: {entry.path}(...) x{arg.value.span.text}"
+            help_text = setting_meant(arg, entry.path) or did_you_mean(name, SETTINGS)
             return refuse(
                 "unknown-setting",
                 f"there is no setting `{name}`",

@@ -24,6 +24,8 @@ _FOREIGN = {
     **dict.fromkeys(("each", "foreach", "for_each"), "map"),
     **dict.fromkeys(("select", "where"), "filter"),
     **dict.fromkeys(("concat", "implode"), "join"),
+    **dict.fromkeys(("sort", "sorted", "sort_by", "order_by", "first", "head", "take"), "top"),
+    **dict.fromkeys(("limit", "max_by"), "top"),
 }
 
 
@@ -47,7 +49,8 @@ def unknown_stage(call: tree.Call, item: Node, scope: Scope) -> Diagnostic:
         message = f"`{name}` is a file, and a stage belongs here"
         return Diagnostic("not-a-stage", message, place, help=next(first, None))
     if name in ("null", "None"):
-        message, note = f"there is no value `{name}`", "`.a ?? 0` is 0 where `.a` is null"
+        message = f"there is no value `{name}`"
+        note = "`.a ?? 0` is 0 where `.a` is null; `if .b then { a: .c } else {}` gives null as `a`"
         return Diagnostic("unknown-operator", message, place, note=note)
     if name in scope.lets:
         message = f"`{name}` is used before it is declared"

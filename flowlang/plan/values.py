@@ -246,9 +246,30 @@ def _range(node: tree.Range) -> Constant:
     return Constant("range", values, node.span)
 
 
+def _joined(node: tree.Expr, names: Mapping[str, Constant]) -> str | None:
+    """What stands in a string that is put together with `+`, or None where that is no string."""
+    if isinstance(node, tree.Binary) and node.operator == "+":
+        left, right = _joined(node.left, names), _joined(node.right, names)
+        return left + right if left is not None and right is not None else None
+    if isinstance(node, tree.String):
+        return node.span.text[1:-1]
+    return (
+        f"{{{node.span.text}}}" if isinstance(node, tree.Call) and _is_text(node, names) else None
+    )
+
+
+def _is_text(call: tree.Call, names: Mapping[str, Constant]) -> bool:
+    found = names.get(str(call.path)) if call.args is None else None
+    return found is not None and found.kind == "str"
+
+
 def _arithmetic(node: tree.Binary, names: Mapping[str, Constant]) -> Constant:
     if node.operator not in _ARITHMETIC:
         raise refuse("not-a-constant", "this must be known before anything runs", node.span)
+    text = _joined(node, names)
+    if text is not None and '"' in node.span.text:
+        message = "a string is put together by naming params inside it"
+        raise refuse("not-a-constant", message, node.span, help=f'"{text}"', fix=node.span)
     left, right = evaluate(node.left, names), evaluate(node.right, names)
     kinds = {left.kind, right.kind}
     if not kinds <= {"int", "float"}:

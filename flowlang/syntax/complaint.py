@@ -124,6 +124,10 @@ def _character(source: Source, at: int) -> Diagnostic:
     if char == "." and (path := re.compile(r"\./[\w./-]*\.\w+").match(source.text, at)):
         return unquoted(Span(source, at, path.end()))
     help_text, note = _LOOKALIKE.get(char), _REMARK.get(char)
+    if char == ";" and re.compile(r";\s*[A-Za-z_]\w*\s*:").match(source.text, at):
+        help_text, note = ",", None  # between the fields of a record
+    if char == "." and re.compile(r"(?<=[\s(])\.(?=[\s)])").match(source.text, at):
+        help_text, note = "pass", "the item itself is `pass`"
     if char in "&!" and source.text[at : at + 2] == "&&":
         span = Span(source, at, at + 2)
     plain = unicodedata.normalize("NFKC", char)

@@ -111,6 +111,8 @@ def _branch(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
             Label(span),
             note="if .a > 3 then (.a - 3) else .a",
         )
+    if span.text in ("elif", "elsif", "elseif"):
+        return _swapped(span, "another `if` stands behind `else`", "else if")
     before = stage_before(span.source.text, span.start)
     left = Span(span.source, *before) if before else None
     gap = "" if span.text in ")]}," else " "
@@ -232,6 +234,19 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         if re.compile(r"\s*=(?![=>])").match(text, span.end):
             return _swapped(span, "a value in a body is named with `let`", f"let {found}")
         return _swapped(span, "the body of a flow ends with `return`", f"return {found}")
+    if found == "," and "GIVES" in accepts:
+        return _swapped(span, "values that go one way have a `|` between them", "|")
+    if found == "," and "RPAR" in accepts and "COMMA" not in accepts:
+        return Diagnostic(
+            "unexpected-token",
+            "parentheses hold one stage, and these are several",
+            Label(span),
+            note="`{ a, b }` is a record of what several give, `[a, b]` a list of it",
+        )
+    if found == "(" and {"COLON", "RBRACE"} <= accepts and (head := stage_before(text, span.start)):
+        call = Span(span.source, head[0], stage_after(text, head[0])[1])
+        name = text[slice(*head)]
+        return _swapped(call, "a record's field has a name", f"{name}: {one_line(call)}")
     is_field = {"NAME", "RBRACE"} <= accepts and "ARROW" not in accepts
     if is_field and kind == "FIELD":
         return _nameless(span)
