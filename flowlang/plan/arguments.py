@@ -515,6 +515,8 @@ def _wrong_kind(op: Op, param: Param, given: Constant) -> Refused:
     note = f"{param.name}: {' '.join(param.words)}" if param.words else None
     if note is None and given.kind == "word":
         note = f"there is no param named `{value}`"
+    if value == "in":
+        note = "`in` is the item of a flow that has a body in braces"
     is_quoted = given.kind == "str" and (
         value in param.words or (param.kind == "int" and value.isdecimal())
     )

@@ -173,7 +173,8 @@ class Calls:
                 value = default
             else:
                 message = f"`{call.path}` needs its `{name}`"
-                self._report(Diagnostic("missing-parameter", message, Label(call.span)))
+                note = f"`{name}` is {wanted.type.span.text}"
+                self._report(Diagnostic("missing-parameter", message, Label(call.span), note=note))
                 value = self._elaborator.unknown(call.span, item, scope)
             values[name] = value
         self._set(inner, values)

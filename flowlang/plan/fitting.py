@@ -51,8 +51,7 @@ def from_part(node: Node, op: Op) -> dict[str, Any]:
             op.rule(kind.item, node.params)
             return {"help": mended, "fix": source}
     elif isinstance(kind, Image) and kind.colour is None:
-        colours = ("rgb", "gray") if op.kind == "python" else ()
-        parts = [(replace(kind, colour=c), f"{c} -> {call}") for c in colours]
+        parts = [(replace(kind, colour=c), f"{c} -> {call}") for c in ("rgb", "gray")]
     elif isinstance(kind, Record):
         parts = [(part, f".{name} -> {call}") for name, part in kind.fields]
         wanted = [name for name, _ in op.takes.fields] if isinstance(op.takes, Record) else []
@@ -216,8 +215,11 @@ class ModelFitter:
         message = f"`{model.name}` cannot take what {called(item)} gives"
         call = one_line(node.span)
         mend = f"{found.mend} -> {call}" if found.mend else None
-        if mend and found.slug == "type-mismatch" and item.op != graph.INPUT:
+        is_behind = found.slug == "type-mismatch" and item.op != graph.INPUT
+        if mend and is_behind:
             mend = f"{one_line(item.span)} -> {mend}"
+        if isinstance(item.type, ListOf) and _is_element(item.type.item, model):
+            mend, is_behind = f"map({call})", False
         mismatch(
             self.report,
             node.span,
@@ -226,6 +228,7 @@ class ModelFitter:
             found.wants,
             slug=found.slug,
             help=mend,
+            fix=node.span if mend and not is_behind else None,
         )
 
     def check_batch(self, model: Model, given: Given | None) -> None:
@@ -242,6 +245,12 @@ class ModelFitter:
                 note="export the model with a dynamic first dimension to batch it freely",
             )
         )
+
+
+def _is_element(kind: Type, model: Model) -> bool:
+    """Whether a model takes an element of a list, as it is."""
+    port = model.inputs[0]
+    return len(model.inputs) == 1 and not isinstance(fit(kind, port, model), Misfit)
 
 
 def _sizer(node: Node, h: int, w: int) -> Node | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flowlang.plan.onnx import Model, Port
-from flowlang.plan.types import Image, Record, Tensor, Type, Unknown, describe, shape_text
+from flowlang.plan.types import BYTES, Image, Record, Tensor, Type, Unknown, describe, shape_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def _mend(given: Type, port: Port) -> str | None:
     if layout is None:
         return None
     stages = []
-    if given == Record(()) or isinstance(given, (Record, Tensor)):
+    if not isinstance(given, Image) and given != BYTES:
         return None
     if not isinstance(given, Image):
         stages.append("decode")

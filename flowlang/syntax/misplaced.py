@@ -234,6 +234,13 @@ def _mark(span: Span, kind: str, accepts: set[str]) -> Diagnostic | None:
         if re.compile(r"\s*=(?![=>])").match(text, span.end):
             return _swapped(span, "a value in a body is named with `let`", f"let {found}")
         return _swapped(span, "the body of a flow ends with `return`", f"return {found}")
+    if found == "=" and accepts == {"ARROW"}:
+        return Diagnostic(
+            "unexpected-token",
+            "a flow says both what it takes and what it gives",
+            Label(span),
+            note="flow name: bytes -> label = ...",
+        )
     if found == "," and "GIVES" in accepts:
         return _swapped(span, "values that go one way have a `|` between them", "|")
     if found == "," and "RPAR" in accepts and "COMMA" not in accepts:
