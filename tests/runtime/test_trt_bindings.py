@@ -286,8 +286,7 @@ def test_every_name_is_there(bindings: dict[str, object]) -> None:
     missing = {
         f"line {use.line}: {path_of(use.name)}"
         for use in uses()
-        if known[path_of(use.name)] is None
-        and is_asked_for(use, known)
+        if known[path_of(use.name)] is None and is_asked_for(use, known)
     }
     assert not missing, f"TensorRT {bindings['version']} lacks {sorted(missing)}"
 
