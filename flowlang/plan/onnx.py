@@ -22,11 +22,19 @@ from typing import Any, TypeAlias
 from flowlang.plan.types import Record, Shape, Tensor, Type
 
 # Field numbers of onnx.proto
-MODEL_GRAPH = 7
-GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 5, 11, 12
+MODEL_GRAPH, MODEL_FUNCTION = 7, 25
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
 TENSOR_NAME, TENSOR_EXTERNAL = 8, 13
 ENTRY_KEY, ENTRY_VALUE = 1, 2
 MODEL_SMALL = (1, 8, 14)  # ir_version, opset_import, metadata_props
+# Which fields of a message may hold tensors, and what they are.
+HOLDERS: Mapping[str, Mapping[int, str]] = {
+    "graph": {GRAPH_NODE: "node", GRAPH_INITIALIZER: "tensor"},
+    "function": {7: "node"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
+}
+LOCATION = b"location"
 
 # onnx.TensorProto.DataType
 DTYPE = {
@@ -195,8 +203,12 @@ def _header(data: Data) -> _Header:
                 has_graph = True
                 graph = _graph(data, payload, end, header)
                 out += bytes([MODEL_GRAPH << 3 | 2]) + _as_varint(len(graph)) + graph
+            elif number == MODEL_FUNCTION:
+                _locate(data, payload, end, "function", header)
     except IndexError:
         raise NotAModel("it is cut short, or it is no protobuf message") from None
+    except RecursionError:
+        raise NotAModel("its graphs are in one another too often") from None
     if not has_graph:
         raise NotAModel("it holds no graph")
     header.message = bytes(out)
@@ -212,13 +224,34 @@ def _graph(data: Data, at: int, stop: int, header: _Header) -> bytes:
                 if inner == TENSOR_NAME:
                     header.initializers.add(data[text:last].decode("utf-8", "replace"))
                 elif inner == TENSOR_EXTERNAL:
-                    entry = {n: data[a:z] for n, _, a, z in _fields(data, text, last)}
-                    if entry.get(ENTRY_KEY) == b"location":
-                        location = entry.get(ENTRY_VALUE, b"")
-                        header.locations.add(location.decode("utf-8", "replace"))
+                    _add_location(data, text, last, header)
+        elif number == GRAPH_NODE:
+            _locate(data, payload, end, "node", header)
         elif number in (GRAPH_INPUT, GRAPH_OUTPUT):
             out += data[start:end]
     return bytes(out)
+
+
+def _locate(data: Data, at: int, stop: int, kind: str, header: _Header) -> None:
+    """Add to the header what files the tensors of a message are in, and of those in it.
+
+    Few models have any but among their initializers, so most messages are looked at no further.
+    """
+    if data.find(LOCATION, at, stop) < 0:
+        return
+    for number, _, payload, end in _fields(data, at, stop):
+        if kind == "tensor":
+            if number == TENSOR_EXTERNAL:
+                _add_location(data, payload, end, header)
+        elif number in HOLDERS[kind]:
+            _locate(data, payload, end, HOLDERS[kind][number], header)
+
+
+def _add_location(data: Data, at: int, stop: int, header: _Header) -> None:
+    """The file that an entry of a tensor's external data names, if it is the entry that does."""
+    entry = {number: data[start:end] for number, _, start, end in _fields(data, at, stop)}
+    if entry.get(ENTRY_KEY) == LOCATION:
+        header.locations.add(entry.get(ENTRY_VALUE, b"").decode("utf-8", "replace"))
 
 
 def _as_varint(value: int) -> bytes:

@@ -32,7 +32,7 @@ def build_engines(
     """Build every engine the plan needs and the store does not have.
 
     `progress` is told the model and the step TensorRT is at. Raises EngineError where there is no
-    GPU, nothing to build, or an engine that cannot be built.
+    GPU, nothing to build, or an engine that cannot be built or kept.
     """
     from flowlang.runtime import cuda, trt
     from flowlang.runtime.gpu import spec_of
@@ -48,9 +48,13 @@ def build_engines(
         started_s = time.monotonic()
         if found.engine is None:
             name = spec.model.name
+            store.check_place()
             progress(name, found.reason)
             told = functools.partial(progress, name)
             store.build(key, functools.partial(trt.build, spec, key, told))
+            kept = store.load(key)
+            if kept.engine is None:
+                raise EngineError(f"the engine of `{name}` was built, but not kept: {kept.reason}")
         seconds = time.monotonic() - started_s if found.engine is None else 0.0
         built.append(Built(spec.model.name, store.path(key), seconds, found.reason))
     return built

@@ -227,12 +227,12 @@ def _array(kind: Tensor | Image) -> Conform:
         ):
             sides = f", which is {shape_text(shape)}" if isinstance(kind, Image) else ""
             raise NotOfType(f"an array of shape {shape_text(array.shape)} is not {kind}{sides}")
-        return _converted(array, dtype, kind)
+        return converted(array, dtype, kind)
 
     return conform
 
 
-def _converted(array: Any, dtype: Any, kind: Tensor | Image) -> Any:
+def converted(array: Any, dtype: Any, kind: Tensor | Image) -> Any:
     """An array with another data type. Raises NotOfType where its numbers have no place in it."""
     import numpy as np
 

@@ -238,11 +238,12 @@ class PinnedBuffer:
         import numpy as np
 
         kind = np.dtype(dtype)
-        self.size_bytes = max(1, int(np.prod(shape)) * kind.itemsize)
+        wanted_bytes = int(np.prod(shape)) * kind.itemsize
+        self.size_bytes = max(1, wanted_bytes)
         self.address = int(_call("cudaMallocHost", self.size_bytes))
         raw = (ctypes.c_byte * self.size_bytes).from_address(self.address)
-        flat = np.ctypeslib.as_array(raw).view(kind)
-        self.array: NDArray[Any] = flat[: int(np.prod(shape))].reshape(shape)
+        flat = np.ctypeslib.as_array(raw)[:wanted_bytes].view(kind)
+        self.array: NDArray[Any] = flat.reshape(shape)
 
     def close(self) -> None:
         if self.address:

@@ -181,6 +181,18 @@ class EngineStore:
                 )  # fmt: skip
             return engine
 
+    def check_place(self) -> None:
+        """Raise EngineError where no engine can be kept: before it is built, rather than after."""
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            partial, file = _open_partial(self.directory)
+            with file:
+                partial.unlink()
+        except OSError as error:
+            raise EngineError(
+                f"no engine can be kept in {self.directory}: {error.strerror or error}"
+            ) from error
+
     def place(self, key: EngineKey, path: Path, engine: bytes | None = None) -> None:
         """Write an engine (by default the stored one) to a chosen path, for `load_file`.
 

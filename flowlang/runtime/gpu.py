@@ -17,12 +17,14 @@ from flowlang.plan import graph
 from flowlang.plan.chain import decodes_on_gpu
 from flowlang.plan.graph import Node
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, PhysicalPlan, StagePlan
-from flowlang.plan.types import Image, Tensor
+from flowlang.plan.types import DTYPES, Image, Tensor
 from flowlang.runtime import cuda, dali, trt
+from flowlang.runtime.conform import NotOfType, converted
 from flowlang.runtime.cpu import RowChain
 from flowlang.runtime.exif import upright_size
 from flowlang.runtime.frame import Frame, framed_by, has_free_size
 from flowlang.runtime.host import Work, check_picture, work_of
+from flowlang.runtime.ort import numpy_dtype
 from flowlang.runtime.picture import Picture, plain_jpeg_size
 from flowlang.runtime.rework import Prologue
 from flowlang.runtime.vision import as_bmp, sample_pictures
@@ -105,7 +107,7 @@ class GpuInstance:
         if node.model is None:
             raise InternalError("a GPU stage has a model")
         self.name, self.place = node.model.name, str(node.span)
-        self.ports = node.model.inputs
+        self.given = {p.name: numpy_dtype(p.dtype) for p in node.model.outputs}
         spec = spec_of(plan)
         engine = resources.engines.of(spec, cuda.gpu(gpu))
         extras = dict(zip(plan.nodes, plan.extras, strict=True))
@@ -161,6 +163,7 @@ class GpuInstance:
 
     def _values(self, outputs: Mapping[str, NDArray[Any]], items: Sequence[Any]) -> Sequence[Any]:
         """What the stage gives for each of the items that got through the model."""
+        outputs = {n: rows.astype(self.given[n], copy=False) for n, rows in outputs.items()}
         if len(outputs) == 1:
             (rows,) = outputs.values()
             return self.after.of_rows(rows, items)
@@ -428,13 +431,24 @@ class _Arrays:
             value = work(value)
         for name, staged in self.staged.items():
             part = value if len(self.staged) == 1 else value[name]
-            target = staged.array[row]
+            target = staged.array[row, ...]
             if part.ndim == 2 and target.ndim == 3:  # gray
                 part = part[:, :, None]
             if part.shape != target.shape:
                 wanted = Tensor("f32", target.shape)
                 raise BadRequest(f"`{self.lane.name}` takes {wanted}, not {part.shape}")
-            target[...] = part
+            target[...] = part if part.dtype == target.dtype else self._converted(part, target)
+
+    def _converted(self, part: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
+        """An array in the numbers that an engine has for a model's: TensorRT 8.6 has 32 bits where
+        a model has 64. Raises BadRequest where they do not hold it.
+        """
+        kind = next(name for name in DTYPES if numpy_dtype(name) == str(target.dtype))
+        try:
+            fitting: NDArray[Any] = converted(part, target.dtype, Tensor(kind, target.shape))
+        except NotOfType as error:
+            raise BadRequest(f"the engine of `{self.lane.name}` cannot take it: {error}") from None
+        return fitting
 
     def close(self) -> None:
         for buffer in self.staged.values():

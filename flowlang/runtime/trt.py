@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,6 +252,11 @@ def _profile(builder: Any, network: Any, spec: EngineSpec, batch: tuple[int, int
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shape = tuple(tensor.shape)
+        if not shape:
+            raise EngineError(
+                f"`{spec.model.name}` takes one `{tensor.name}` for a whole batch, and an engine "
+                "needs one for each item: run this flow on the CPU"
+            )
         if any(side < 0 for side in shape[1:]):
             raise EngineError(
                 f"`{spec.model.name}` takes sizes that change ({tensor.name}: {shape}); an engine "
@@ -303,12 +309,10 @@ class Engine:
     @property
     def scratch_bytes(self) -> int:
         """What the inner tensors of a batch take, whichever its profile."""
-        size = 0
-        if hasattr(self.engine, "device_memory_size"):
-            size = self.engine.device_memory_size
-        if hasattr(self.engine, "device_memory_size_v2"):
-            size = self.engine.device_memory_size_v2
-        return int(size)
+        if hasattr(self.engine, "device_memory_size_v2"):  # releases with both warn of the older
+            return int(self.engine.device_memory_size_v2)
+        else:
+            return int(self.engine.device_memory_size)
 
     def dtype(self, name: str) -> str:
         """numpy's name of a tensor's dtype."""
@@ -436,11 +440,11 @@ class _Execution:
         self._stream = stream
         self._shaped = 0
         with engine.lock:
-            if hasattr(engine.engine, "create_execution_context_without_device_memory"):
-                self._context = engine.engine.create_execution_context_without_device_memory()
-            else:
+            if hasattr(trt, "ExecutionContextAllocationStrategy"):
                 strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
                 self._context = engine.engine.create_execution_context(strategy)
+            else:
+                self._context = engine.engine.create_execution_context_without_device_memory()
         if self._context is None:
             raise EngineError(
                 f"no execution context for `{engine.spec.model.name}`: out of GPU memory "
@@ -483,16 +487,30 @@ class Engines:
     def __init__(self, store: EngineStore) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._loaded: dict[tuple[EngineSpec, int], Engine] = {}
+        self._one_by_one = threading.Lock()  # they are timed as they are built
+        self._loaded: dict[tuple[EngineSpec, int], Future[Engine]] = {}
 
     def of(self, spec: EngineSpec, gpu: cuda.Gpu) -> Engine:
-        """The engine of a spec on a GPU: already loaded, from the store, or built now."""
+        """The engine of a spec on a GPU: already loaded, from the store, or built now.
+
+        Where it cannot be, all who wait for it are told: the next would take as long to fail.
+        """
         with self._lock:
-            found = self._loaded.get((spec, gpu.index))
-            if found is None:
-                plan = self._plan(spec, gpu)
-                found = self._loaded[spec, gpu.index] = Engine(plan, spec)
-            return found
+            made = self._loaded.get((spec, gpu.index))
+            is_first = made is None
+            if made is None:
+                made = self._loaded[spec, gpu.index] = Future()
+        if is_first:
+            try:
+                with self._one_by_one:
+                    made.set_result(Engine(self._plan(spec, gpu), spec))
+            except BaseException as error:
+                del self._loaded[spec, gpu.index]  # whoever asks from now on has it tried again
+                made.set_exception(error)
+        try:
+            return made.result()
+        finally:
+            del made  # it holds the error, whose frames hold this one
 
     def _plan(self, spec: EngineSpec, gpu: cuda.Gpu) -> bytes:
         key = spec.key(gpu)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -14,12 +16,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 
 from examples import models
 from flowlang import App, load
+from flowlang.cli import main
 from flowlang.diagnostics import EngineError, FlowError, StageFailed
-from flowlang.runtime import cuda, trt
+from flowlang.runtime import cuda, engine_store, trt
 from flowlang.runtime.stage import InstanceLost
 from tests.gpu.place import CELL_LEVELS, CELLS, LONG_S, ON_GPU, Array, Place, cells_on_host
 
@@ -56,6 +60,35 @@ def test_an_engine_is_built_once_and_a_damaged_one_again(
     assert "damaged" in mended[2]
     np.testing.assert_allclose(mended[3], answer, rtol=1e-2, atol=1e-2)
     assert load_again()[2] == ""
+
+
+def test_building_ahead_keeps_what_it_says_it_built(place: Place, tmp_path: Path) -> None:
+    """`flowlang build` is at fault where its engines cannot be kept, and then builds none."""
+    path = place.models / "ahead.flow"
+    path.write_text('trt("mlp.onnx", batch=1..2) x2', "utf-8")
+    (tmp_path / "file").touch()
+
+    def build_to(folder: Path) -> Result:
+        return CliRunner().invoke(main, ["build", str(path), "--output", str(folder)])
+
+    refused = build_to(tmp_path / "file" / "engines")
+    assert refused.exit_code == 1
+    assert "no engine can be kept in" in refused.output
+    assert "built in" not in refused.output
+    (tmp_path / "engines").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_store, "write_whole", _disk_is_full)
+        lost = build_to(tmp_path / "engines")
+    assert lost.exit_code == 1
+    assert "the engine of `mlp.onnx` was built, but not kept: not built yet" in lost.output
+    for said in ("built in", "was there already"):
+        done = build_to(tmp_path / "engines")
+        assert done.exit_code == 0
+        assert f"mlp.onnx: {said}" in done.output
+
+
+def _disk_is_full(*given: Any, **more: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_lost_instance_is_replaced(

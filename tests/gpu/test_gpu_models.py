@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from flowlang import App
 from flowlang.diagnostics import BadRequest, EngineError
@@ -167,6 +170,55 @@ def test_a_fixed_batch_is_filled_up(open_app: Callable[..., App]) -> None:
     for count in (1, 2, 3, 4, 7):
         items = np.random.default_rng(count).random((count, 6), np.float32)
         np.testing.assert_array_equal(np.stack(list(app.map(items))), items)
+
+
+def write_doubler(path: Path, kind: int, *sides: int) -> None:
+    """Write a model that adds `data` to itself, items of one shape and dtype."""
+    ports = [helper.make_tensor_value_info(n, kind, ["N", *sides]) for n in ("data", "out")]
+    node = helper.make_node("Add", ["data", "data"], ["out"])
+    graph = helper.make_graph([node], "doubler", ports[:1], ports[1:])
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=opsets), path)
+
+
+def test_whole_numbers_stay_what_the_model_says(place: Place, open_app: Callable[..., App]) -> None:
+    """TensorRT 8.6 computes in 32 bits where a model has 64: answers have 64 all the same, and a
+    number that 32 do not hold is refused, not made another.
+    """
+    write_doubler(place.models / "long.onnx", TensorProto.INT64, 3)
+    app = open_app('trt("long.onnx", batch=1..4) x1')
+    small, large = np.asarray([1, -2, 3]), np.asarray([1, 2, 1 << 40])
+    one, other = app.map([small, large], errors="return")
+    assert one.dtype == np.int64
+    np.testing.assert_array_equal(one, 2 * small)
+    if isinstance(other, Exception):
+        assert isinstance(other, BadRequest)
+        assert "with the number 1099511627776 is not tensor<i32, 3>" in str(other)
+    else:
+        np.testing.assert_array_equal(other, 2 * large)
+
+
+def test_an_item_may_be_one_number(place: Place, open_app: Callable[..., App]) -> None:
+    """A model whose batch is a row of numbers takes and gives one for each item."""
+    write_doubler(place.models / "numbers.onnx", TensorProto.FLOAT)
+    app = open_app('trt("numbers.onnx", batch=1..4) -> trt("numbers.onnx", batch=1..4)')
+    answers = list(app.map([np.float32(n) for n in range(7)]))
+    assert answers == [4.0 * n for n in range(7)]
+    assert {(np.shape(a), a.dtype) for a in answers} == {((), np.dtype(np.float32))}
+
+
+def test_an_input_for_a_whole_batch_is_told(place: Place, open_app: Callable[..., App]) -> None:
+    """What has no batch dimension cannot be given item by item."""
+    shapes: dict[str, list[str | int]] = {"data": ["N", 2], "scale": [], "out": ["N", 2]}
+    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
+    node = helper.make_node("Mul", ["data", "scale"], ["out"])
+    graph = helper.make_graph([node], "scaled", ports[:2], ports[2:])
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(
+        helper.make_model(graph, ir_version=8, opset_imports=opsets), place.models / "scaled.onnx"
+    )
+    with pytest.raises(EngineError, match=r"`scaled.onnx` takes one `scale` for a whole batch"):
+        open_app('trt("scaled.onnx", batch=1..4) x1')
 
 
 def test_two_outputs_are_a_record(place: Place, open_app: Callable[..., App]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +130,46 @@ def test_weights_in_another_file_are_not_needed(tmp_path: Path) -> None:
     assert (model.inputs, model.outputs) == (inside.inputs, inside.outputs)
     assert model.weights == (tmp_path / "weights",)
     assert not inside.weights
+
+
+def in_constant(weight: onnx.TensorProto) -> list[onnx.NodeProto]:
+    return [helper.make_node("Constant", [], ["w"], value=weight)]
+
+
+def in_body(weight: onnx.TensorProto) -> list[onnx.NodeProto]:
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["inside"], ["out"])],
+        "body",
+        [],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [64])],
+        [weight],
+    )
+    yes = numpy_helper.from_array(np.asarray(True), "yes")
+    return [
+        helper.make_node("Constant", [], ["is_so"], value=yes),
+        helper.make_node("If", ["is_so"], ["w"], then_branch=body, else_branch=body),
+    ]
+
+
+@pytest.mark.parametrize("holding", [in_constant, in_body])
+def test_weights_in_another_file_are_found_wherever_they_are_used(
+    holding: Callable[[onnx.TensorProto], list[onnx.NodeProto]], tmp_path: Path
+) -> None:
+    """Constants, and the bodies of control flow, may have theirs outside as well: an engine built
+    of them must not outlive them.
+    """
+    weight = numpy_helper.from_array(np.ones(64, np.float32), "inside")
+    nodes = [*holding(weight), helper.make_node("Add", ["x", "w"], ["y"])]
+    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 64]) for n in "xy"]
+    made = helper.make_model(helper.make_graph(nodes, "made", ports[:1], ports[1:]))
+    assert not read_bytes(tmp_path / "inside.onnx", made.SerializeToString()).weights
+    onnx.save_model(
+        made, tmp_path / "outside.onnx", save_as_external_data=True, location="weights",
+        size_threshold=0, convert_attribute=True,
+    )  # fmt: skip
+    model = read_model(tmp_path / "outside.onnx")
+    assert model.weights == (tmp_path / "weights",)
+    assert model.weights[0].stat().st_size >= weight.ByteSize() // 2
 
 
 @pytest.mark.parametrize(

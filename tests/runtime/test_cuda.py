@@ -88,6 +88,14 @@ def test_memory_that_lacks_is_named(runtime: Runtime) -> None:
         cuda.PinnedBuffer((4,), "float32")
 
 
+def test_memory_of_nothing_is_an_empty_array(runtime: Runtime) -> None:
+    """A side of 0 is nothing to copy, and no reason to fail with the memory held."""
+    for shape, dtype in (((4, 0), "float32"), ((0,), "int64")):
+        made = cuda.PinnedBuffer(shape, dtype)
+        assert made.array.shape == shape
+        assert made.array.dtype == dtype
+
+
 def test_a_context_beyond_use_is_lost(runtime: Runtime) -> None:
     """Errors after which CUDA asks for a new process ask here for a new instance."""
     for status in (Status.cudaErrorLaunchFailure, Status.cudaErrorMpsClientTerminated):

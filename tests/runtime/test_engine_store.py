@@ -328,6 +328,15 @@ def test_an_unwritable_directory_costs_only_the_storing(
     assert "Not a directory" in caplog.text
 
 
+def test_a_place_for_engines_is_checked_before_they_are_built(tmp_path: Path) -> None:
+    """Who builds ahead of time has nothing of an engine that is not kept."""
+    EngineStore(tmp_path / "new" / "engines").check_place()
+    assert list((tmp_path / "new" / "engines").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match=r"no engine can be kept in .*file/engines: Not a direct"):
+        EngineStore(tmp_path / "file" / "engines").check_place()
+
+
 def test_a_directory_where_the_file_should_be_is_survived(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

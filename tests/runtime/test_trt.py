@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx
@@ -17,7 +22,11 @@ from flowlang.diagnostics import EngineError
 from flowlang.plan.onnx import read_model
 from flowlang.runtime import trt
 from flowlang.runtime.cuda import Gpu
-from flowlang.runtime.trt import EngineSpec
+from flowlang.runtime.engine_store import EngineStore
+from flowlang.runtime.trt import Engines, EngineSpec
+
+if TYPE_CHECKING:
+    from flowlang.runtime.cuda import Stream
 
 GPU = Gpu(0, "NVIDIA H200", "9.0", "13.0")
 
@@ -131,3 +140,68 @@ def test_an_engine_is_not_kept_as_that_of_another_model(
     os.utime(tmp_path / "m.onnx", ns=(1, 1))
     with pytest.raises(EngineError, match=r"`m.onnx` changed before its engine was built"):
         trt.build(spec, key)
+
+
+class Outdated(SimpleNamespace):
+    """Of a release that has several names for a thing, and warns of the older ones."""
+
+    device_memory_size_v2 = 4096
+
+    @property
+    def device_memory_size(self) -> int:
+        raise DeprecationWarning("superseded by device_memory_size_v2")
+
+    def create_execution_context_without_device_memory(self) -> None:
+        raise DeprecationWarning("use create_execution_context")
+
+
+def test_outdated_names_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT 10 warns of names that 8.6 has alone, even where they are only looked at: that is an
+    error in a program which has warnings be errors.
+    """
+    given: list[object] = []
+    engine = Outdated(
+        num_io_tensors=0,
+        create_execution_context=lambda strategy: SimpleNamespace(
+            set_device_memory=lambda *memory: given.append((strategy, *memory))
+        ),
+    )
+    module = SimpleNamespace(
+        TensorIOMode=SimpleNamespace(INPUT=1),
+        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine),
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="ours"),
+    )
+    monkeypatch.setattr(trt, "_trt", lambda: module)
+    monkeypatch.setattr(trt, "_logger", lambda: None)
+    made = trt.Engine(b"", EngineSpec(Path("m.onnx"), "fp32", (1, 1, 1), None))
+    assert made.scratch_bytes == 4096
+    scratch: Any = SimpleNamespace(address=512, size_bytes=4096)
+    trt._Execution(made, cast("Stream", None), 0, {}, scratch)
+    assert given == [("ours", 512, 4096)]
+
+
+def test_lanes_that_wait_for_one_engine_share_its_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To find that a model cannot be built may take minutes, which each lane would take again. Who
+    asks later has it tried once more, for memory may be there by then.
+    """
+    spec = EngineSpec(tmp_path / "m.onnx", "fp32", (1, 1, 1), None)
+    engines, tries = trt.Engines(EngineStore(tmp_path)), itertools.count(1)
+    are_waiting = threading.Barrier(3)
+
+    def failing(self: Engines, spec: EngineSpec, gpu: Gpu) -> bytes:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            are_waiting.wait(0.5)  # nobody comes: the others wait for this one
+        raise EngineError(f"try {next(tries)} failed")
+
+    monkeypatch.setattr(Engines, "_plan", failing)
+
+    def told(number: int) -> str:
+        with pytest.raises(EngineError) as error:
+            engines.of(spec, GPU)
+        return str(error.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(told, range(3))) == ["try 1 failed"] * 3
+    assert told(0) == "try 2 failed"

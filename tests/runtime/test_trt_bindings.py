@@ -72,13 +72,15 @@ Name: TypeAlias = tuple[str, str]
 class Use:
     """An attribute that trt.py asks for; `arguments` of the call, or None where it is none.
 
-    `guards` are the attributes that are tested for before: without them it is not asked for.
+    `guards` are the attributes that are tested for before: without them it is not asked for. Nor
+    is it where there are those of `unless`.
     """
 
     name: Name
     line: int
     arguments: int | None
     guards: tuple[Name, ...]
+    unless: tuple[Name, ...]
 
 
 class Reader(ast.NodeVisitor):
@@ -88,6 +90,7 @@ class Reader(ast.NodeVisitor):
         self.uses: list[Use] = []
         self._class = ""
         self._guards: tuple[Name, ...] = ()
+        self._unless: tuple[Name, ...] = ()
         self._calls: dict[ast.expr, ast.Call] = {}
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
@@ -97,8 +100,12 @@ class Reader(ast.NodeVisitor):
 
     def visit_If(self, node: ast.If) -> None:
         self._visit_guarded(node.test, node.body)
+        before = self._unless
+        if ast.unparse(node.test).startswith("hasattr("):
+            self._unless += tuple(self._guards_of(node.test))
         for other in node.orelse:
             self.visit(other)
+        self._unless = before
 
     def visit_IfExp(self, node: ast.IfExp) -> None:
         self._visit_guarded(node.test, [node.body])
@@ -133,9 +140,11 @@ class Reader(ast.NodeVisitor):
             count = len(call.args) + len(call.keywords) if call and is_counted else None
             if count is not None and node.attr == "__init__":
                 count -= 1  # called of the class, so `self` is among them
-            self.uses.append(Use((owner, node.attr), node.lineno, count, self._guards))
+            names = [(owner, node.attr)]
             if call and not owner and node.attr[0].isupper():
-                self.uses.append(Use((node.attr, "__init__"), node.lineno, count, self._guards))
+                names.append((node.attr, "__init__"))
+            for name in names:
+                self.uses.append(Use(name, node.lineno, count, self._guards, self._unless))
         self.generic_visit(node)
 
     def _owner(self, node: ast.expr) -> str | None:
@@ -229,7 +238,7 @@ def bindings(
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(folder)
-    paths = {path_of(n) for use in uses() for n in (use.name, *use.guards)}
+    paths = {path_of(n) for use in uses() for n in (use.name, *use.guards, *use.unless)}
     looked = subprocess.run(
         [sys.executable, "-c", LOOK],
         input=json.dumps(sorted(paths)), capture_output=True, text=True, check=False, timeout=60,
@@ -245,6 +254,13 @@ def documents(bindings: Mapping[str, object]) -> Mapping[str, str | None]:
     names = bindings["names"]
     assert isinstance(names, dict)
     return names
+
+
+def is_asked_for(use: Use, known: Mapping[str, str | None]) -> bool:
+    """Whether a release with these names comes to what trt.py tests for before."""
+    return all(known[path_of(guard)] is not None for guard in use.guards) and all(
+        known[path_of(other)] is None for other in use.unless
+    )
 
 
 def test_the_uses_are_found() -> None:
@@ -270,8 +286,7 @@ def test_every_name_is_there(bindings: dict[str, object]) -> None:
     missing = {
         f"line {use.line}: {path_of(use.name)}"
         for use in uses()
-        if known[path_of(use.name)] is None
-        and all(known[path_of(guard)] is not None for guard in use.guards)
+        if known[path_of(use.name)] is None and is_asked_for(use, known)
     }
     assert not missing, f"TensorRT {bindings['version']} lacks {sorted(missing)}"
 
