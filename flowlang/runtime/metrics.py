@@ -31,6 +31,11 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
+    def merge(self, other: Histogram) -> None:
+        """Add what another of the same bounds holds."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
+
     @property
     def total(self) -> int:
         return sum(self.counts)
@@ -60,6 +65,13 @@ class FlowCounts:
         """Count one that was refused at the entrance, or failed; or so many of them."""
         self.failures[code] = self.failures.get(code, 0) + times
 
+    def merge(self, other: FlowCounts) -> None:
+        """Add what another has counted, who may go on counting meanwhile."""
+        self.successes += other.successes
+        for code, times in other.failures.copy().items():
+            self.fail(code, times)
+        self.latency_s.merge(other.latency_s)
+
     @property
     def outcomes(self) -> dict[str, int]:
         """All of them by error code, or `ok`."""
@@ -82,12 +94,23 @@ class StageCounts:
         self.waited_s = Histogram(LATENCY_S)
         self.failures: dict[str, int] = {}
 
-    def count_work(self, size: int, busy_s: float) -> None:
+    def count_work(self, size: int, busy_s: float, times: int = 1) -> None:
+        """Count a batch and how long it was worked on; or so many, and how long on all of them."""
         batches, before_s = self.worked.get(size, (0, 0.0))
-        self.worked[size] = (batches + 1, before_s + busy_s)
+        self.worked[size] = (batches + times, before_s + busy_s)
 
-    def count_failure(self, code: str) -> None:
-        self.failures[code] = self.failures.get(code, 0) + 1
+    def count_failure(self, code: str, times: int = 1) -> None:
+        self.failures[code] = self.failures.get(code, 0) + times
+
+    def merge(self, other: StageCounts) -> None:
+        """Add what another has counted, who may go on counting meanwhile."""
+        for size, batches in other.sizes.copy().items():
+            self.sizes[size] = self.sizes.get(size, 0) + batches
+        for size, (batches, busy_s) in other.worked.copy().items():
+            self.count_work(size, busy_s, batches)
+        self.waited_s.merge(other.waited_s)
+        for code, times in other.failures.copy().items():
+            self.count_failure(code, times)
 
     @property
     def busy_s(self) -> float:
