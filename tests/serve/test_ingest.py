@@ -20,11 +20,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
-import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as triton
 
+from tests.serve.asking import bytes_by_grpc
 from tests.serve.processes import kill, memory_bytes, processes, wait_gone
 from tests.serve.server import (
     PATIENCE_S,
@@ -748,7 +748,9 @@ def test_all_protocols_are_refused_at_once_and_answered_to_the_end(folder: Path)
         triton.InferenceServerClient(f"127.0.0.1:{grpc_port}") as client,
         ThreadPoolExecutor(2) as pool,
     ):
-        over_grpc: Future[triton.InferResult] = pool.submit(client.infer, "slow", _sent(b"0.8"))
+        over_grpc: Future[triton.InferResult] = pool.submit(
+            client.infer, "slow", bytes_by_grpc(b"0.8")
+        )
         wait_until(lambda: _inside(server, "slow") == 1)
         server.signal()
         wait_until(lambda: not _is_listening(server.port))
@@ -759,16 +761,10 @@ def test_all_protocols_are_refused_at_once_and_answered_to_the_end(folder: Path)
 
 def _is_let_in(client: triton.InferenceServerClient) -> bool:
     try:
-        client.infer("echo", _sent(b"x"))
+        client.infer("echo", bytes_by_grpc(b"x"))
     except triton.InferenceServerException as error:
         return bool(error.status() != "StatusCode.UNAVAILABLE")
     return True
-
-
-def _sent(data: bytes) -> list[triton.InferInput]:
-    found = triton.InferInput("input", [1], "BYTES")
-    found.set_data_from_numpy(np.array([data], object))
-    return [found]
 
 
 def _is_listening(port: int) -> bool:
