@@ -2,7 +2,7 @@
 
 Layer 3; the only file importing cryptography, and only when something is sealed or opened.
 AES-256-GCM protects a file at rest (a disk, a backup, a bucket), not the memory of a running
-program. Nothing here touches the disk but for the key file.
+program. Nothing here touches the disk but to read key files and sealed models.
 
 A sealed file, numbers big-endian::
 

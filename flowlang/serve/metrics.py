@@ -1,7 +1,8 @@
 """Metrics of running flows as Prometheus text (prometheus.io, "Exposition formats").
 
-Layer 4, and the only file importing prometheus_client. The counts are kept by the scheduler; here
-they are named and written out when somebody asks.
+Layer 4, and the only file importing prometheus_client. The counts are kept by the scheduler, which
+goes when others take over from its flows; here they are added up, named, and written out when
+somebody asks.
 """
 
 from __future__ import annotations
