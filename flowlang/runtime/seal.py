@@ -110,13 +110,11 @@ def read_key(
     )
 
 
-def model_opener(
-    argument: KeySource | None = None, file: str | Path | None = None
-) -> Callable[[Path], bytes]:
+def model_opener(argument: KeySource | None = None) -> Callable[[Path], bytes]:
     """What opens encrypted models, with the key `read_key` finds once it is needed."""
 
     def open_model(path: Path) -> bytes:
-        key = read_key(argument, file=file)
+        key = read_key(argument)
         with open(path, "rb") as sealed:
             return open_sealed_file(sealed, key, header=MODEL_HEADER)
 
