@@ -6,8 +6,11 @@ to a monitoring system is for the faces to say.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 # Seconds: from a queue's shortest wait to a deadline's longest.
 LATENCY_S = (
@@ -15,6 +18,7 @@ LATENCY_S = (
 )
 BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 OK = "ok"
+Counted = TypeVar("Counted")
 
 
 class Histogram:
@@ -116,3 +120,31 @@ class StageCounts:
     def busy_s(self) -> float:
         """The time that all instances worked, added up."""
         return sum(busy_s for _, busy_s in self.worked.copy().values())
+
+
+class Succession(Generic[Counted]):
+    """What one scheduler after the other counts. Who looks at it does so from one thread.
+
+    Where flows take over from others, those before go on to count what they still have, as does a
+    lane that was given up. Once a scheduler is gone nobody does, and `add_up` is given what it
+    counted: so there are never more of these than there are schedulers.
+    """
+
+    def __init__(self, add_up: Callable[[Counted], object]) -> None:
+        self._add_up = add_up
+        self._living: list[Counted] = []
+        self._ended: deque[Counted] = deque()
+
+    def follow(self, scheduler: object, counted: Counted) -> None:
+        """This is what a scheduler counts, the last of all."""
+        self._living.append(counted)
+        # Told by the garbage collector, in any thread: so it is added up elsewhere.
+        weakref.finalize(scheduler, self._ended.append, counted).atexit = False
+
+    def living(self) -> list[Counted]:
+        """What may still be counted, in order. All before has been added up."""
+        while self._ended:
+            counted = self._ended.popleft()
+            self._living.remove(counted)
+            self._add_up(counted)
+        return self._living

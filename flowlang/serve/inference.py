@@ -347,7 +347,8 @@ class Inference:
         }
         for name, model in self.models.items():
             stages = app.scheduler.entrances[name].stages
-            model.statistics.follow([s for s in stages if s.plan.model is not None])
+            models = [s for s in stages if s.plan.model is not None]
+            model.statistics.follow(app.scheduler, models)
         self.become("ready")
 
     def refuse(self) -> None:

@@ -7,14 +7,12 @@ somebody asks.
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowlang import __version__
 from flowlang.diagnostics import Draining
-from flowlang.runtime.metrics import BATCH_SIZES, FlowCounts, Histogram, StageCounts
+from flowlang.runtime.metrics import BATCH_SIZES, FlowCounts, Histogram, StageCounts, Succession
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -54,36 +52,25 @@ class Counts:
     def __init__(self) -> None:
         self.app: App | None = None
         self._past = _Counted()
-        self._living: list[_Counted] = []  # the last by the flows there are
-        self._ended: deque[_Counted] = deque()  # of the living, whose scheduler is gone
+        self._succession = Succession(self._past.merge)
 
     def follow(self, app: App) -> None:
         """These are the flows from now on. Those before go on to count what they still have."""
         self.app = app
-        counted = _Counted.by(app.scheduler)
-        self._living.append(counted)
-        # While a scheduler is there somebody may count, such as a lane that was given up. The
-        # collector tells of its end in any thread, so the sum is taken elsewhere.
-        weakref.finalize(app.scheduler, self._ended.append, counted).atexit = False
-        self._add_up_ended()
+        self._succession.follow(app.scheduler, _Counted.by(app.scheduler))
+        self._succession.living()  # or only who looks would have all before added up
 
     def total(self) -> _Counted:
         """Everything that was counted, whoever did."""
-        self._add_up_ended()
+        living = self._succession.living()
         found = _Counted()
-        for counted in (self._past, *self._living[:-1]):
+        for counted in (self._past, *living[:-1]):
             found.merge(counted)
         for counts in found.flows.values():  # who takes over answers, and counts, what was left
             counts.failures.pop(Draining.code, None)
-        for counted in self._living[-1:]:
+        for counted in living[-1:]:
             found.merge(counted)
         return found
-
-    def _add_up_ended(self) -> None:
-        while self._ended:
-            counted = self._ended.popleft()
-            self._living.remove(counted)
-            self._past.merge(counted)
 
 
 def _labels(stage: Stage) -> tuple[str, str]:
