@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.serve.ingesting import INFERENCE, counted, ingesting, inside, write_ingested
+from tests.serve.ingesting import INFERENCE, counted, ingesting, inside
 from tests.serve.processes import kill, memory_bytes, processes
 from tests.serve.server import (
     PATIENCE_S,
@@ -28,19 +28,6 @@ from tests.serve.server import (
     wait_until,
     write,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, `light.flow` and `holding.flow`."""
-    return write_ingested(tmp_path_factory.mktemp("flows"))
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    """A server that the tests leave whole, if not with the same processes."""
-    with ingesting(folder, file="holding.flow") as server:
-        yield server
 
 
 def wait_serving(server: Server) -> None:

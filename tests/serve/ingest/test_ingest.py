@@ -17,7 +17,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from tests.serve.asking import bytes_by_grpc
-from tests.serve.ingesting import INFERENCE, ingesting, inside, write_ingested
+from tests.serve.ingesting import INFERENCE, ingesting, inside
 from tests.serve.processes import processes, wait_gone
 from tests.serve.server import (
     PATIENCE_S,
@@ -31,19 +31,6 @@ from tests.serve.server import (
 
 TOKEN = "the-token-of-both"
 RIGHT = {"Authorization": f"Bearer {TOKEN}"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, `light.flow` and `holding.flow`."""
-    return write_ingested(tmp_path_factory.mktemp("flows"))
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    """A server that the tests leave whole, if not with the same processes."""
-    with ingesting(folder, file="holding.flow") as server:
-        yield server
 
 
 # Beginning
