@@ -104,6 +104,13 @@ def write_tiff(pixels: NDArray[np.generic], **options: Any) -> bytes:
     return out.getvalue()
 
 
+def blurred_noise(seed: int, height: int, width: int) -> bytes:
+    """A JPEG that decodes to something else for every seed, and has no hard edges."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    image = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    return cv2.imencode(".jpg", image)[1].tobytes()
+
+
 def turned(image: Image.Image, orientation: int) -> tuple[Image.Image, Image.Exif]:
     """An image stored so that its EXIF orientation turns it upright, and that EXIF block."""
     exif = Image.Exif()

@@ -38,6 +38,7 @@ from flowlang import (
 from flowlang.runtime import seal
 from flowlang.runtime.request import Request, Wake
 from flowlang.window import LotReply
+from tests.pictures import blurred_noise
 from tests.waiting import eventually
 
 Array: TypeAlias = NDArray[Any]
@@ -89,13 +90,7 @@ def app(folder: Path) -> Iterator[App]:
         yield opened
 
 
-def picture(seed: int, height: int = 48, width: int = 64) -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
-    image = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
-    return cv2.imencode(".jpg", image)[1].tobytes()
-
-
-PICTURES = [picture(seed) for seed in range(12)]
+PICTURES = [blurred_noise(seed, 48, 64) for seed in range(12)]
 
 
 def prepared(data: bytes) -> Array:

@@ -79,14 +79,14 @@ def binary_type(sign: str, left: Type, right: Type) -> Type:
         return BOOL
     if sign in ARITHMETIC:
         _check(sides, _is_number, "wants a number")
-        return INT if left == right == INT and sign != "/" else _of_unknown(sides, FLOAT)
+        return INT if left == right == INT and sign != "/" else _float_of(sides)
     _check(sides, lambda kind: _is_number(kind) or kind == STR, "wants a number or a string")
     _check_alike(*sides)
     return BOOL
 
 
-def _of_unknown(sides: Sequence[Type], otherwise: Type) -> Type:
-    return UNKNOWN if any(isinstance(s, Unknown) for s in sides) else otherwise
+def _float_of(sides: Sequence[Type]) -> Type:
+    return UNKNOWN if any(isinstance(s, Unknown) for s in sides) else FLOAT
 
 
 def _check(sides: Sequence[Type], suits: Callable[[Type], bool], wants: str) -> None:
@@ -110,7 +110,7 @@ def unary_type(sign: str, kind: Type) -> Type:
         _check((kind,), lambda k: k == BOOL, "wants true or false")
         return BOOL
     _check((kind,), _is_number, "wants a number")
-    return kind if kind == INT else _of_unknown((kind,), FLOAT)
+    return kind if kind == INT else _float_of((kind,))
 
 
 def compute(node: Node, values: Sequence[Any]) -> Any:

@@ -1,8 +1,8 @@
 """What a model file says of itself: its inputs, outputs and opset.
 
-Layer 2, and the only file importing onnx. Weights are never loaded: the file is walked by the
-protobuf wire format (protobuf.dev, "Encoding"), initializers are stepped over, and only what is
-left goes to onnx.
+Layer 2. Weights are never loaded: the file is walked by the protobuf wire format (protobuf.dev,
+"Encoding"), initializers are stepped over, and only what is left is read as a message of onnx,
+without the rest of that package.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The operator table: what each operator is called, takes, gives and may be told.
 
 Layer 2. No implementation: the work is done in `flowlang.runtime`. A new operator is a row here, a
-rule in `flowlang/plan/rules.py` and a function in `flowlang/runtime/host.py`.
+rule in `flowlang/plan/rules.py` and a function in `flowlang/runtime/host.py`, or for what models
+give in `flowlang/runtime/results.py`.
 """
 
 from __future__ import annotations

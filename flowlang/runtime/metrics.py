@@ -6,8 +6,11 @@ to a monitoring system is for the faces to say.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 # Seconds: from a queue's shortest wait to a deadline's longest.
 LATENCY_S = (
@@ -15,6 +18,7 @@ LATENCY_S = (
 )
 BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 OK = "ok"
+Counted = TypeVar("Counted")
 
 
 class Histogram:
@@ -30,6 +34,11 @@ class Histogram:
     def add(self, value: float, times: int = 1) -> None:
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
+
+    def merge(self, other: Histogram) -> None:
+        """Add what another of the same bounds holds."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
 
     @property
     def total(self) -> int:
@@ -60,6 +69,13 @@ class FlowCounts:
         """Count one that was refused at the entrance, or failed; or so many of them."""
         self.failures[code] = self.failures.get(code, 0) + times
 
+    def merge(self, other: FlowCounts) -> None:
+        """Add what another has counted, who may go on counting meanwhile."""
+        self.successes += other.successes
+        for code, times in other.failures.copy().items():
+            self.fail(code, times)
+        self.latency_s.merge(other.latency_s)
+
     @property
     def outcomes(self) -> dict[str, int]:
         """All of them by error code, or `ok`."""
@@ -82,14 +98,53 @@ class StageCounts:
         self.waited_s = Histogram(LATENCY_S)
         self.failures: dict[str, int] = {}
 
-    def count_work(self, size: int, busy_s: float) -> None:
+    def count_work(self, size: int, busy_s: float, times: int = 1) -> None:
+        """Count a batch and how long it was worked on; or so many, and how long on all of them."""
         batches, before_s = self.worked.get(size, (0, 0.0))
-        self.worked[size] = (batches + 1, before_s + busy_s)
+        self.worked[size] = (batches + times, before_s + busy_s)
 
-    def count_failure(self, code: str) -> None:
-        self.failures[code] = self.failures.get(code, 0) + 1
+    def count_failure(self, code: str, times: int = 1) -> None:
+        self.failures[code] = self.failures.get(code, 0) + times
+
+    def merge(self, other: StageCounts) -> None:
+        """Add what another has counted, who may go on counting meanwhile."""
+        for size, batches in other.sizes.copy().items():
+            self.sizes[size] = self.sizes.get(size, 0) + batches
+        for size, (batches, busy_s) in other.worked.copy().items():
+            self.count_work(size, busy_s, batches)
+        self.waited_s.merge(other.waited_s)
+        for code, times in other.failures.copy().items():
+            self.count_failure(code, times)
 
     @property
     def busy_s(self) -> float:
         """The time that all instances worked, added up."""
         return sum(busy_s for _, busy_s in self.worked.copy().values())
+
+
+class Succession(Generic[Counted]):
+    """What one scheduler after the other counts. Who looks at it does so from one thread.
+
+    Where flows take over from others, those before go on to count what they still have, as does a
+    lane that was given up. Once a scheduler is gone nobody does, and `add_up` is given what it
+    counted: so there are never more of these than there are schedulers.
+    """
+
+    def __init__(self, add_up: Callable[[Counted], object]) -> None:
+        self._add_up = add_up
+        self._living: list[Counted] = []
+        self._ended: deque[Counted] = deque()
+
+    def follow(self, scheduler: object, counted: Counted) -> None:
+        """This is what a scheduler counts, the last of all."""
+        self._living.append(counted)
+        # Told by the garbage collector, in any thread: so it is added up elsewhere.
+        weakref.finalize(scheduler, self._ended.append, counted).atexit = False
+
+    def living(self) -> list[Counted]:
+        """What may still be counted, in order. All before has been added up."""
+        while self._ended:
+            counted = self._ended.popleft()
+            self._living.remove(counted)
+            self._add_up(counted)
+        return self._living

@@ -2,7 +2,7 @@
 
 Layer 3; the only file importing cryptography, and only when something is sealed or opened.
 AES-256-GCM protects a file at rest (a disk, a backup, a bucket), not the memory of a running
-program. Nothing here touches the disk but for the key file.
+program. Nothing here touches the disk but to read key files and sealed models.
 
 A sealed file, numbers big-endian::
 
@@ -110,13 +110,11 @@ def read_key(
     )
 
 
-def model_opener(
-    argument: KeySource | None = None, file: str | Path | None = None
-) -> Callable[[Path], bytes]:
+def model_opener(argument: KeySource | None = None) -> Callable[[Path], bytes]:
     """What opens encrypted models, with the key `read_key` finds once it is needed."""
 
     def open_model(path: Path) -> bytes:
-        key = read_key(argument, file=file)
+        key = read_key(argument)
         with open(path, "rb") as sealed:
             return open_sealed_file(sealed, key, header=MODEL_HEADER)
 

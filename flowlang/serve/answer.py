@@ -209,12 +209,11 @@ def takes_bytes(kind: Type) -> bool:
 
 
 def reader_of(kind: Type) -> Callable[[bytes], Any] | None:
-    """What makes a flow's item of a body; None where the body is the item."""
+    """What makes a flow's item of a body, JSON that has been checked; None where the body is it."""
     if takes_bytes(kind):
         return None
 
     def read(body: bytes) -> Any:
-        check_json([body])
         try:
             value = from_json(body)
         except (ValueError, RecursionError) as error:

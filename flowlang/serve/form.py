@@ -16,10 +16,11 @@ from urllib.parse import parse_qsl
 from flowlang.diagnostics import BadRequest
 from flowlang.plan.graph import Parameter
 from flowlang.plan.types import Record, Scalar, Type, without_null
-from flowlang.serve.answer import reader_of
+from flowlang.serve.answer import check_json, reader_of, takes_bytes
 
 FORM = b"multipart/form-data"
 MAX_PARTS = 256
+_TEXTS = (Scalar("str"), Scalar("path"))
 
 # It warns of forms that are none: those are their clients' mistakes, and told as such here.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
@@ -128,6 +129,7 @@ class ParameterReader:
 
     def __init__(self, parameters: Sequence[Parameter], item: Type | None = None) -> None:
         self._types = {p.name: p.type for p in parameters}
+        self._item = item
         self._fields = form_fields(item, self._types)
 
     def of_query(self, query: bytes) -> dict[str, Any]:
@@ -144,14 +146,17 @@ class ParameterReader:
         unknown = texts.keys() - self._types.keys()
         if unknown:
             raise BadRequest(self._unknown(min(unknown)))
-        return {name: _read(name, self._types[name], text.encode()) for name, text in texts.items()}
+        given = {name: text.encode() for name, text in texts.items()}
+        check_json([text for name, text in given.items() if _is_json(self._types[name])])
+        return {name: _read(name, self._types[name], text) for name, text in given.items()}
 
     def of_form(self, parts: Sequence[Part]) -> Form:
-        """What a form brings. Raises BadRequest.
+        """What a form brings, items as JSON that has been checked. Raises BadRequest and Refusal.
 
         Where a form has parts of several names besides its parameters, each shows that it is an
         item: it has a file's name or is called so. Others are parameters with misspelt names.
         """
+        check_json([part.content for part in parts if self._is_json(part.name)])
         found = Form({}, [], {})
         for part in parts:
             if part.name in self._types:
@@ -165,6 +170,13 @@ class ParameterReader:
         else:
             self._check_items(found.items)
         return found
+
+    def _is_json(self, name: str) -> bool:
+        """Whether a part of this name is JSON: what all of them hold together is bounded."""
+        kind = self._types.get(name) or self._fields.get(name)
+        if kind is not None:
+            return _is_json(kind)
+        return self._item is not None and not takes_bytes(self._item)
 
     def _check_fields(self, form: Form) -> None:
         if form.items:
@@ -193,10 +205,15 @@ def _add(found: dict[str, Any], part: Part, types: Mapping[str, Type]) -> None:
     found[part.name] = _read(part.name, types[part.name], part.content)
 
 
+def _is_json(kind: Type) -> bool:
+    kind = without_null(kind)
+    return kind not in _TEXTS and not takes_bytes(kind)
+
+
 def _read(name: str, kind: Type, content: bytes) -> Any:
     """A value of a type. What does not fit is told when the request is let in."""
     kind = without_null(kind)
-    if kind in (Scalar("str"), Scalar("path")):
+    if kind in _TEXTS:
         return content.decode("utf-8", "replace")
     reader = reader_of(kind)
     try:

@@ -19,7 +19,7 @@ from flowlang import __version__
 from flowlang.diagnostics import BadRequest, Draining, RequestError
 from flowlang.plan.types import Scalar, without_null
 from flowlang.runtime.conform import PLAIN
-from flowlang.serve.answer import Refusal, reason_of, told
+from flowlang.serve.answer import Refusal, check_json, reason_of, told
 from flowlang.serve.form import ParameterReader
 from flowlang.serve.log import tell_broken, tell_unanswered
 from flowlang.serve.port import Port, Ports, port_of
@@ -213,16 +213,23 @@ class Model:
 
     def _items(self, request: Request) -> tuple[list[Any], list[dict[str, Any]]]:
         """The items of a request, and the parameters of each. Raises BadRequest."""
-        rows: dict[str, list[Any]] = {}
+        ports: dict[str, Port] = {}
+        texts: list[bytes] = []
         for index, tensor in enumerate(request.inputs):
             place = f"inputs[{index}]"
             # Again: another flow may have taken over from the one that was asked then.
             port = self.port(place, tensor.name, tensor.datatype, tensor.shape)
-            if tensor.name in rows:
+            if tensor.name in ports:
                 raise BadRequest(f"{place}: `{tensor.name}` is given twice")
             if tensor.shape[0] != (count := request.inputs[0].shape[0]):
                 raise BadRequest(f"{place}.shape: it has not {count} items, as inputs[0] has")
-            rows[tensor.name] = port.rows(place, tensor)
+            ports[tensor.name] = port
+            texts += port.json_of(tensor)
+        check_json(texts)
+        rows = {
+            tensor.name: ports[tensor.name].rows(f"inputs[{index}]", tensor)
+            for index, tensor in enumerate(request.inputs)
+        }
         missing = [n for n, port in self._takes.items() if n not in rows and not port.is_optional]
         if missing:
             raise BadRequest(f"inputs: `{missing[0]}` is missing; {self._needed()}")
@@ -340,7 +347,8 @@ class Inference:
         }
         for name, model in self.models.items():
             stages = app.scheduler.entrances[name].stages
-            model.statistics.follow([s for s in stages if s.plan.model is not None])
+            models = [s for s in stages if s.plan.model is not None]
+            model.statistics.follow(app.scheduler, models)
         self.become("ready")
 
     def refuse(self) -> None:

@@ -1,26 +1,49 @@
 """Metrics of running flows as Prometheus text (prometheus.io, "Exposition formats").
 
-Layer 4, and the only file importing prometheus_client. The counts are kept by the scheduler; here
-they are named and written out when somebody asks.
+Layer 4, and the only file importing prometheus_client. The counts are kept by the scheduler, which
+goes when others take over from its flows; here they are added up, named, and written out when
+somebody asks.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowlang import __version__
 from flowlang.diagnostics import Draining
-from flowlang.runtime.metrics import BATCH_SIZES, FlowCounts, Histogram, StageCounts
+from flowlang.runtime.metrics import BATCH_SIZES, FlowCounts, Histogram, StageCounts, Succession
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from flowlang.app import App
     from flowlang.runtime.entrance import Stage
+    from flowlang.runtime.scheduler import Scheduler
 
 KIND = b"text/plain; version=0.0.4; charset=utf-8"
+
+
+class _Counted:
+    """What flows and stages have counted, by the names that metrics have for them."""
+
+    def __init__(self) -> None:
+        self.flows: dict[str, FlowCounts] = {}
+        self.stages: dict[tuple[str, str], StageCounts] = {}
+
+    @classmethod
+    def by(cls, scheduler: Scheduler) -> _Counted:
+        """What a scheduler counts, now and from now on."""
+        found = cls()
+        found.flows = {name: e.counts for name, e in scheduler.entrances.items()}
+        found.stages = {_labels(stage): stage.counts for stage in scheduler.stages}
+        return found
+
+    def merge(self, other: _Counted) -> None:
+        for name, counts in other.flows.items():
+            self.flows.setdefault(name, FlowCounts()).merge(counts)
+        for labels, of_stage in other.stages.items():
+            self.stages.setdefault(labels, StageCounts()).merge(of_stage)
 
 
 class Counts:
@@ -28,34 +51,26 @@ class Counts:
 
     def __init__(self) -> None:
         self.app: App | None = None
-        self._flows: dict[str, list[FlowCounts]] = {}  # those of one name, whatever their app
-        self._stages: dict[tuple[str, str], list[StageCounts]] = {}
+        self._past = _Counted()
+        self._succession = Succession(self._past.merge)
 
     def follow(self, app: App) -> None:
         """These are the flows from now on. Those before go on to count what they still have."""
         self.app = app
-        for name, entrance in app.scheduler.entrances.items():
-            self._flows.setdefault(name, []).append(entrance.counts)
-        for stage in app.scheduler.stages:
-            self._stages.setdefault(_labels(stage), []).append(stage.counts)
+        self._succession.follow(app.scheduler, _Counted.by(app.scheduler))
+        self._succession.living()  # or only who looks would have all before added up
 
-    def of_flows(self) -> Iterator[tuple[str, Mapping[str, int], Histogram]]:
-        """Of each flow its name, its outcomes and its latencies."""
-        entrances = self.app.scheduler.entrances if self.app is not None else {}
-        for name, counts in self._flows.items():
-            now = entrances[name].counts if name in entrances else None
-            outcomes: Counter[str] = Counter()
-            for counted in counts:
-                outcomes.update(counted.outcomes)
-                if counted is not now:  # who takes over answers, and counts, what was left
-                    outcomes[Draining.code] -= counted.failures.get(Draining.code, 0)
-            if not outcomes[Draining.code]:
-                del outcomes[Draining.code]
-            yield name, outcomes, _sum([counted.latency_s for counted in counts])
-
-    def of_stages(self) -> Iterable[tuple[tuple[str, str], list[StageCounts]]]:
-        """Of each stage its labels, and its counts."""
-        return self._stages.items()
+    def total(self) -> _Counted:
+        """Everything that was counted, whoever did."""
+        living = self._succession.living()
+        found = _Counted()
+        for counted in (self._past, *living[:-1]):
+            found.merge(counted)
+        for counts in found.flows.values():  # who takes over answers, and counts, what was left
+            counts.failures.pop(Draining.code, None)
+        for counted in living[-1:]:
+            found.merge(counted)
+        return found
 
 
 def _labels(stage: Stage) -> tuple[str, str]:
@@ -92,11 +107,12 @@ def _metrics(counts: Counts, state: str, refusals: Mapping[str, int]) -> Iterato
         refused.add_metric([code], count)
     yield refused
     if counts.app is not None:
-        yield from _of_flows(counts, counts.app)
-        yield from _of_stages(counts, counts.app)
+        total = counts.total()
+        yield from _of_flows(total, counts.app)
+        yield from _of_stages(total, counts.app)
 
 
-def _of_flows(counts: Counts, app: App) -> Iterator[Metric]:
+def _of_flows(total: _Counted, app: App) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     requests = CounterMetricFamily(
@@ -110,17 +126,17 @@ def _of_flows(counts: Counts, app: App) -> Iterator[Metric]:
     limit = GaugeMetricFamily(
         "flowlang_requests_limit", "Requests that may be inside at once.", labels=["flow"]
     )
-    for name, outcomes, latency_s in counts.of_flows():
-        for code, count in outcomes.items():
+    for name, counts in total.flows.items():
+        for code, count in counts.outcomes.items():
             requests.add_metric([name, code], count)
-        _add(seconds, [name], latency_s)
+        _add(seconds, [name], counts.latency_s)
     for name, entrance in app.scheduler.entrances.items():
         inside.add_metric([name], entrance.outstanding)
         limit.add_metric([name], entrance.limit)
     return iter((requests, seconds, inside, limit))
 
 
-def _of_stages(counts: Counts, app: App) -> Iterator[Metric]:
+def _of_stages(total: _Counted, app: App) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     labels = ["stage", "device"]
@@ -143,15 +159,12 @@ def _of_stages(counts: Counts, app: App) -> Iterator[Metric]:
     for stage in app.scheduler.stages:
         waiting.add_metric(_labels(stage), len(stage.batcher.waiting))
         instances.add_metric(_labels(stage), stage.plan.instances - stage.lost)
-    for named, all_there_were in counts.of_stages():
-        busy.add_metric(named, sum(counted.busy_s for counted in all_there_were))
-        failed: Counter[str] = Counter()
-        for counted in all_there_were:
-            failed.update(counted.failures.copy())
-        for code, count in failed.items():
+    for named, counts in total.stages.items():
+        busy.add_metric(named, counts.busy_s)
+        for code, count in counts.failures.items():
             failures.add_metric([*named, code], count)
-        _add(sizes, named, _sum([_by_size(counted.sizes.copy()) for counted in all_there_were]))
-        _add(waited, named, _sum([counted.waited_s for counted in all_there_were]))
+        _add(sizes, named, _by_size(counts.sizes))
+        _add(waited, named, counts.waited_s)
     return iter((waiting, instances, busy, failures, sizes, waited))
 
 
@@ -161,18 +174,10 @@ def _histogram(name: str, text: str, labels: Sequence[str] = ("flow",)) -> Any:
     return HistogramMetricFamily(name, text, labels=list(labels))
 
 
-def _sum(histograms: Sequence[Histogram]) -> Histogram:
-    """What several histograms of the same bounds hold together."""
-    found = Histogram(histograms[0].bounds)
-    found.counts = [sum(counts) for counts in zip(*(h.counts for h in histograms), strict=True)]
-    found.sum = sum(h.sum for h in histograms)
-    return found
-
-
 def _add(family: Any, labels: Sequence[str], counted: Histogram) -> None:
     """A histogram's buckets, each with all that fell up to its bound."""
     buckets, total = [], 0
-    for bound, count in zip((*counted.bounds, float("inf")), list(counted.counts), strict=True):
+    for bound, count in zip((*counted.bounds, float("inf")), counted.counts, strict=True):
         total += count
         buckets.append(("+Inf" if bound == float("inf") else f"{bound:g}", total))
     family.add_metric(list(labels), buckets, counted.sum)

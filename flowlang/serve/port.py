@@ -15,7 +15,7 @@ from flowlang.diagnostics import BadRequest
 from flowlang.items import plain
 from flowlang.plan import types
 from flowlang.plan.types import Image, Optional, Record, Scalar, Shape, Type, without_null
-from flowlang.serve.answer import check_json, reader_of, to_json
+from flowlang.serve.answer import reader_of, to_json
 from flowlang.serve.tensor import BYTES, DATATYPE, NUMPY, Tensor
 
 Form: TypeAlias = Literal["bytes", "text", "number", "array", "json", "any"]
@@ -49,8 +49,13 @@ class Port:
         """The shape with the items in front; -1 is any length."""
         return [-1, *(-1 if side is None else side for side in self.shape or ())]
 
+    def json_of(self, tensor: Tensor) -> list[bytes]:
+        """What is JSON of a tensor that is this one: it is bounded over a whole request."""
+        values = tensor.values
+        return values if self.form == "json" and isinstance(values, list) else []
+
     def rows(self, place: str, tensor: Tensor) -> list[Any]:
-        """What each item has of a tensor that has been checked. Raises BadRequest."""
+        """What each item has of a tensor that has been checked, its JSON too. Raises BadRequest."""
         values = tensor.values
         if not isinstance(values, list):
             if self.form == "number":
@@ -62,7 +67,6 @@ class Port:
         read = reader_of(self.kind)
         if read is None:
             return list(values)
-        check_json(values)
         return [_read(read, place, index, value) for index, value in enumerate(values)]
 
     def check(self, place: str, datatype: str, shape: tuple[int, ...]) -> None:

@@ -6,11 +6,14 @@ Layer 4. Requests are counted here, as they are answered; batches by the schedul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from flowlang.runtime.metrics import StageCounts, Succession
 
 if TYPE_CHECKING:
     from flowlang.runtime.entrance import Stage
+    from flowlang.runtime.scheduler import Scheduler
 
 
 @dataclass(slots=True)
@@ -45,13 +48,17 @@ class Statistics:
         self.items = 0
         self.last_ms = 0  # when the last request came, in milliseconds since 1970
         self.spans = {name: Span() for name in self.NAMES}
-        self._stages: Sequence[Stage] = ()
-        self._batches_before: dict[int, Span] = {}
+        self._past = StageCounts()
+        self._succession = Succession(self._add_up)
 
-    def follow(self, stages: Sequence[Stage]) -> None:
-        """Count the batches of these stages from now on, after those that were counted before."""
-        self._batches_before = self.batches()
-        self._stages = stages
+    def follow(self, scheduler: Scheduler, stages: Sequence[Stage]) -> None:
+        """Count the batches of these stages too, from now on."""
+        self._succession.follow(scheduler, [stage.counts for stage in stages])
+        self._succession.living()  # or only who looks would have all before added up
+
+    def _add_up(self, counted: list[StageCounts]) -> None:
+        for counts in counted:
+            self._past.merge(counts)
 
     def succeed(
         self, items: int, queue_ns: int, input_ns: int, infer_ns: int, output_ns: int
@@ -80,13 +87,13 @@ class Statistics:
 
     def batches(self) -> dict[int, Span]:
         """The batches of each size, and the time instances worked on them."""
-        found = {size: replace(span) for size, span in self._batches_before.items()}
-        for stage in self._stages:
-            for size, (count, busy_s) in stage.counts.worked.copy().items():
-                span = found.setdefault(size, Span())
-                span.count += count
-                span.ns += round(busy_s * 1e9)
-        return found
+        total = StageCounts()
+        living = self._succession.living()
+        for counts in (self._past, *(counts for counted in living for counts in counted)):
+            total.merge(counts)
+        return {
+            size: Span(count, round(busy_s * 1e9)) for size, (count, busy_s) in total.worked.items()
+        }
 
 
 def _batches(size: int, work: Span) -> dict[str, Any]:

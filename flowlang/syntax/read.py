@@ -69,26 +69,16 @@ class Reader:
 
     def name(self, token: Token, *, may_be_x: bool = True) -> str:
         """A declared name: reserved words are refused, and `x4` where it would read as a copy."""
-        text = str(token)
+        text, why = str(token), None
         if text in RESERVED:
-            self.diagnostics.append(
-                Diagnostic(
-                    "reserved-word",
-                    f"`{text}` is a word of the language, so it cannot be a name",
-                    Label(self.span(token)),
-                    help=f"{text}_",
-                    fix=self.span(token),
-                )
-            )
+            why = "is a word of the language, so it cannot be a name"
         elif not may_be_x and re.fullmatch(r"x[0-9]+", text):
+            why = f"after a stage means {text[1:]} copies, so it cannot name a flow"
+        if why is not None:
+            span = self.span(token)
+            message = f"`{text}` {why}"
             self.diagnostics.append(
-                Diagnostic(
-                    "reserved-word",
-                    f"`{text}` after a stage means {text[1:]} copies, so it cannot name a flow",
-                    Label(self.span(token)),
-                    help=f"{text}_",
-                    fix=self.span(token),
-                )
+                Diagnostic("reserved-word", message, Label(span), help=f"{text}_", fix=span)
             )
         return text
 

@@ -22,6 +22,7 @@ from examples import models
 from flowlang.diagnostics import BadRequest, EngineError, StageFailed
 from flowlang.runtime.cpu import CpuInstance
 from flowlang.runtime.ort import Sessions
+from tests.pictures import blurred_noise
 from tests.simulation import plan_of
 
 Array: TypeAlias = NDArray[Any]
@@ -99,12 +100,6 @@ def instance_of(text: str, folder: Path, stage: int = 0) -> CpuInstance:
     instance = CpuInstance(plan_of(text, folder).stages[stage], Sessions(1))
     instance.warm()
     return instance
-
-
-def picture(seed: int, height: int = 37, width: int = 53) -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
-    image = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
-    return cv2.imencode(".jpg", image)[1].tobytes()
 
 
 def test_items_of_different_shapes_share_a_batch(folder: Path) -> None:
@@ -258,7 +253,7 @@ def prepared(data: bytes) -> Array:
 
 def test_pictures_reach_the_model_as_they_should(folder: Path) -> None:
     """Decoded, resized, reordered, normalized and packed, a picture gives the model's answer."""
-    pictures = [picture(seed) for seed in range(4)]
+    pictures = [blurred_noise(seed, 37, 53) for seed in range(4)]
     outcomes = instance_of(IMAGE_FLOW, folder).run(pictures)
     seen = np.stack([prepared(p) for p in pictures])
     wanted = run_directly(folder / "heads.onnx", data=seen)["scores"]
@@ -270,7 +265,7 @@ def test_pictures_reach_the_model_as_they_should(folder: Path) -> None:
 def test_a_bad_picture_fails_alone(folder: Path) -> None:
     """A file cut short or no picture at all leaves the batch, named with operator and place."""
     instance = instance_of(IMAGE_FLOW, folder)
-    good = [picture(1), picture(2)]
+    good = [blurred_noise(1, 37, 53), blurred_noise(2, 37, 53)]
     outcomes = instance.run([good[0], b"no picture", good[1][:-200], good[1]])
     for bad in outcomes[1:3]:
         assert isinstance(bad, BadRequest)
@@ -286,7 +281,7 @@ def test_a_batch_answers_what_its_items_answer_alone(folder: Path) -> None:
     """Batching changes when things are computed, and not what."""
     instance = instance_of(IMAGE_FLOW + " -> .scores -> softmax -> top(3)", folder)
     follow = instance_of(IMAGE_FLOW + " -> .scores -> softmax -> top(3)", folder, stage=1)
-    pictures = [picture(seed, 20 + seed, 40 - seed) for seed in range(8)]
+    pictures = [blurred_noise(seed, 20 + seed, 40 - seed) for seed in range(8)]
     together = instance.run(pictures)
     alone = [instance.run([p])[0] for p in pictures]
     for batch, single in zip(together, alone, strict=True):
@@ -333,7 +328,10 @@ def lone_answers(flow: str, folder: Path) -> tuple[CpuInstance, list[bytes], lis
     """An instance, pictures of two sizes with a broken one at the end, and what the good ones get
     from an instance that has seen no other.
     """
-    pictures = [*(picture(s, 20 + s % 2, 30) for s in range(5)), picture(5)[:-200]]
+    pictures = [
+        *(blurred_noise(s, 20 + s % 2, 30) for s in range(5)),
+        blurred_noise(5, 37, 53)[:-200],
+    ]
     alone = [scores(instance_of(flow, folder).run([p])[0]) for p in pictures[:5]]
     return instance_of(flow, folder), pictures, alone
 
@@ -420,7 +418,7 @@ def test_a_failing_tail_fails_alone(folder: Path) -> None:
 def test_a_stage_of_images_alone_gives_images(folder: Path) -> None:
     """A stage without a model works item by item, and has nothing to warm up."""
     instance = instance_of("export flow f = decode -> resize(h=4, w=6) -> gray", folder)
-    image, bad = instance.run([picture(3), b""])
+    image, bad = instance.run([blurred_noise(3, 37, 53), b""])
     assert image.shape == (4, 6)
     assert image.dtype == np.uint8
     assert isinstance(bad, BadRequest)

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import tritonclient.grpc
 import tritonclient.http as triton
 
 from flowlang.serve.tensor import BYTES, NUMPY
@@ -26,6 +27,13 @@ def as_input(name: str, values: Any, datatype: str, *, is_binary: bool = True) -
     found = triton.InferInput(name, list(array.shape), datatype)
     found.set_data_from_numpy(array, binary_data=is_binary)
     return found
+
+
+def bytes_by_grpc(data: bytes) -> list[tritonclient.grpc.InferInput]:
+    """One item of bytes as Triton's client sends it by gRPC."""
+    found = tritonclient.grpc.InferInput("input", [1], BYTES)
+    found.set_data_from_numpy(np.array([data], object))
+    return [found]
 
 
 def one_row(**fields: Any) -> dict[str, Any]:

@@ -188,12 +188,18 @@ class Browser:
         self.call("Input.insertText", text=text)
 
     def nameless(self) -> list[str]:
-        """The roles of what can be focused and has no name for a screen reader."""
+        """The roles of what a screen reader needs a name for, and has none.
+
+        That is what can be focused, and lists whose rows can be.
+        """
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
         return [
             node["role"]["value"]
             for node in nodes
-            if any(p["name"] == "focusable" for p in node.get("properties", ()))
+            if (
+                node["role"]["value"] == "listbox"
+                or any(p["name"] == "focusable" for p in node.get("properties", ()))
+            )
             and not node.get("name", {"value": ""})["value"].strip()
         ]
 

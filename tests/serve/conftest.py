@@ -1,4 +1,4 @@
-"""Flows of every kind, a server of them all, and Triton's client of it."""
+"""Flows of every kind, a server of them all, Triton's client of it, and a browser."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tritonclient.http as triton
 
+from tests.serve.browser import Browser, opened
 from tests.serve.faces import write_types
 from tests.serve.server import KINDS, Server, check_errors, serving, write
 
@@ -40,3 +41,9 @@ def client(server: Server) -> Iterator[triton.InferenceServerClient]:
     """Triton's client, as it comes."""
     with triton.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One Chromium for all tests of a file."""
+    yield from opened(tmp_path_factory.mktemp("chromium"))

@@ -104,6 +104,11 @@ class Server:
         assert line.startswith(start), line + self.errors
         return line
 
+    def port_of(self, scheme: str) -> int:
+        """The port of the one address that begins so, such as `grpc`."""
+        (url,) = (url for url in self.urls if url.startswith(f"{scheme}:"))
+        return int(url.rpartition(":")[2])
+
     def wait_ready(self) -> Server:
         self.line("serving ")
         return self

@@ -268,7 +268,7 @@ def test_an_answer_on_its_way_comes_to_its_end(
     command = ("--device", "cpu", f"--{protocol}-port", "0", str(echo))
     with serving(tmp_path, *command) as server, ThreadPoolExecutor(1) as pool:
         server.wait_ready()
-        port = int(server.urls[0].rpartition(":")[2])
+        port = server.port_of(protocol)
         with holding_back(port) as (way, began, go_on):
             asked = pool.submit(ask, way, 30_000_000)
             assert began.wait(PATIENCE_S)

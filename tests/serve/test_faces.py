@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import thriftpy2
 import tritonclient.grpc as triton
@@ -22,18 +21,13 @@ from thriftpy2.rpc import client_context
 
 import flowlang
 from tests.pictures import photographs
+from tests.serve.asking import bytes_by_grpc
 from tests.serve.server import KINDS, PATIENCE_S, free_port, refused, serving, wait_until, write
 
 PICTURE = photographs(1)[0]
 IDL = thriftpy2.load(
     str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_thrift"
 )
-
-
-def _sent(data: bytes) -> list[triton.InferInput]:
-    found = triton.InferInput("input", [1], "BYTES")
-    found.set_data_from_numpy(np.array([data], object))
-    return [found]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,14 +43,14 @@ def test_one_server_speaks_them_all(folder: Path, kind: tuple[str, ...]) -> None
     ):
         server.wait_ready()
         label = server.client.post("/flows/classify", content=PICTURE).json()[0]
-        assert client.infer("classify", _sent(PICTURE)).as_numpy("output").shape == (1,)
+        assert client.infer("classify", bytes_by_grpc(PICTURE)).as_numpy("output").shape == (1,)
         service = IDL.InferenceService
         with client_context(service, "127.0.0.1", thrift_port, socket_timeout=30_000) as thrift:
             found = thrift.infer_batch(IDL.InferenceParams(uuid="a", data=PICTURE))
             assert found.label == label["label"]
         (counted,) = client.get_inference_statistics("classify").model_stats
         assert counted.inference_count == 1
-        over_grpc = pool.submit(client.infer, "slow", _sent(b"x"))
+        over_grpc = pool.submit(client.infer, "slow", bytes_by_grpc(b"x"))
         over_http = [pool.submit(server.client.post, "/flows/slow", content=b"x") for _ in range(4)]
         time.sleep(0.2)
         server.signal(signal.SIGTERM)
@@ -85,10 +79,10 @@ def test_refusals_are_counted_alike(folder: Path) -> None:
 
         with triton.InferenceServerClient(f"127.0.0.1:{ports[0]}") as client:
             calls: tuple[Callable[..., Any], ...] = (
-                partial(client.infer, "nothing", _sent(b"x")),
+                partial(client.infer, "nothing", bytes_by_grpc(b"x")),
                 partial(client.get_model_config, "nothing"),
-                partial(client.infer, "total", _sent(b"x"), model_version="2"),
-                partial(client.infer, "total", _sent(b"no JSON")),  # of a flow
+                partial(client.infer, "total", bytes_by_grpc(b"x"), model_version="2"),
+                partial(client.infer, "total", bytes_by_grpc(b"no JSON")),  # of a flow
             )
             for call in calls:
                 with pytest.raises(triton.InferenceServerException):

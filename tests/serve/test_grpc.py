@@ -301,22 +301,24 @@ def test_errors_have_their_status(client: triton.InferenceServerClient) -> None:
     assert late[0] == "StatusCode.DEADLINE_EXCEEDED"
 
 
+def _failures(client: triton.InferenceServerClient) -> int:
+    """How many requests of `held` had no answer."""
+    (found,) = client.get_inference_statistics("held").model_stats
+    return int(found.inference_stats.fail.count)
+
+
 def test_the_clients_deadline_is_the_requests(
     client: triton.InferenceServerClient, server: Server
 ) -> None:
     """A call with a deadline gives up at it, and the request with it."""
     row = _input("input", [[1, 2, 3]], "FP32")
 
-    def failures() -> int:
-        (found,) = client.get_inference_statistics("held").model_stats
-        return int(found.inference_stats.fail.count)
-
-    before = failures()
+    before = _failures(client)
     start_s = time.monotonic()
     status, _ = _refused(lambda: client.infer("held", [row], client_timeout=0.1))
     assert status == "StatusCode.DEADLINE_EXCEEDED"
     assert time.monotonic() - start_s < 5
-    wait_until(lambda: failures() == before + 1)
+    wait_until(lambda: _failures(client) == before + 1)
 
 
 def test_a_full_queue_is_resource_exhausted(client: triton.InferenceServerClient) -> None:
@@ -340,15 +342,11 @@ def test_a_cancelled_call_is_left_out_of_the_batch(client: triton.InferenceServe
     one = [_input("input", [[1, 2, 3]], "FP32")]
     many = [_input("input", [[1, 2, 3]] * 63, "FP32")]
 
-    def failures() -> int:
-        (found,) = client.get_inference_statistics("held").model_stats
-        return int(found.inference_stats.fail.count)
-
-    before = failures()
+    before = _failures(client)
     call = client.async_infer("held", one, lambda result, error: None)
     time.sleep(0.2)
     call.cancel()
-    wait_until(lambda: failures() == before + 1)
+    wait_until(lambda: _failures(client) == before + 1)
     client.async_infer("held", many, lambda result, error: answers.put(error))
     with pytest.raises(queue.Empty):
         answers.get(timeout=0.3)

@@ -154,8 +154,7 @@ def test_no_question_over_grpc_leaks(server: Server, check: Callable[[str], None
 
 def test_no_answer_over_thrift_leaks(server: Server, check: Callable[[str], None]) -> None:
     """A failure inside is an exception, or an answer that says so."""
-    (url,) = [url for url in server.urls if url.startswith("thrift://")]
-    port = int(url.rpartition(":")[2])
+    port = server.port_of("thrift")
     service = IDL.ImageProcessingService
     with client_context(service, "127.0.0.1", port, socket_timeout=30_000) as client:
         found = client.process_image(IDL.ProcessRequest(image_data=b"abc"))

@@ -17,7 +17,6 @@ from typing import Any
 
 import grpc
 import httpx
-import numpy as np
 import pytest
 import thriftpy2
 import tritonclient.grpc as triton
@@ -28,6 +27,7 @@ from tritonclient.utils import InferenceServerException
 
 import flowlang
 from flowlang.serve.log import JsonFormatter
+from tests.serve.asking import bytes_by_grpc
 from tests.serve.collector import collecting
 from tests.serve.server import KINDS, ROOT, Raw, Server, refused, serving, wait_until, write
 
@@ -288,11 +288,6 @@ def telling(flow: Path) -> Iterator[Server]:
         yield server
 
 
-def port_of(server: Server, scheme: str) -> int:
-    (url,) = (url for url in server.urls if url.startswith(f"{scheme}:"))
-    return int(url.rpartition(":")[2])
-
-
 def told_of(server: Server, count: int, ask: Callable[[], object]) -> list[dict[str, Any]]:
     """The lines, so many, that the access log has of what is asked, and no more of them."""
     before = len(lines_of(server, logger="flowlang.access"))
@@ -313,13 +308,13 @@ def picked(lines: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
 
 @contextmanager
 def triton_of(server: Server) -> Iterator[triton.InferenceServerClient]:
-    with triton.InferenceServerClient(f"127.0.0.1:{port_of(server, 'grpc')}") as client:
+    with triton.InferenceServerClient(f"127.0.0.1:{server.port_of('grpc')}") as client:
         yield client
 
 
 @contextmanager
 def channel_to(server: Server) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(f"127.0.0.1:{port_of(server, 'grpc')}") as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{server.port_of('grpc')}") as channel:
         yield channel
 
 
@@ -328,14 +323,8 @@ def thrift_of(server: Server, service: Any, flow: str = "") -> Any:
     protocol: Any = TBinaryProtocolFactory()  # type: ignore[no-untyped-call]
     if flow:
         protocol = TMultiplexedProtocolFactory(protocol, flow)
-    port = port_of(server, "thrift")
+    port = server.port_of("thrift")
     return client_context(service, "127.0.0.1", port, proto_factory=protocol, socket_timeout=30_000)
-
-
-def _input(data: bytes) -> list[triton.InferInput]:
-    found = triton.InferInput("input", [1], "BYTES")
-    found.set_data_from_numpy(np.array([data], object))
-    return [found]
 
 
 def call_of(name: bytes, fields: bytes = b"", kind: int = 1) -> bytes:
@@ -353,10 +342,10 @@ def test_each_call_over_grpc_is_in_the_access_log(telling: Server) -> None:
     """The method's full name, the number of its status, and the id that the answer has."""
     with triton_of(telling) as client:
         asked: list[tuple[Callable[..., Any], int, str]] = [
-            (partial(client.infer, "echo", _input(b"a secret")), 0, "ModelInfer"),
-            (partial(client.infer, "picture", _input(b"x")), 3, "ModelInfer"),
-            (partial(client.infer, "nothing", _input(b"x")), 5, "ModelInfer"),
-            (partial(client.infer, "fail", _input(b"x")), 13, "ModelInfer"),
+            (partial(client.infer, "echo", bytes_by_grpc(b"a secret")), 0, "ModelInfer"),
+            (partial(client.infer, "picture", bytes_by_grpc(b"x")), 3, "ModelInfer"),
+            (partial(client.infer, "nothing", bytes_by_grpc(b"x")), 5, "ModelInfer"),
+            (partial(client.infer, "fail", bytes_by_grpc(b"x")), 13, "ModelInfer"),
             (client.is_server_live, 0, "ServerLive"),
             (partial(client.get_model_metadata, "echo"), 0, "ModelMetadata"),
             (partial(client.get_model_config, "nothing"), 5, "ModelConfig"),
@@ -382,7 +371,7 @@ def test_each_call_over_grpc_is_in_the_access_log(telling: Server) -> None:
 def test_an_inference_has_its_own_id_in_the_access_log(telling: Server) -> None:
     """That of its message, or a new one; what is no inference has one only if it brought it."""
     with triton_of(telling) as client:
-        ask = partial(client.infer, "echo", _input(b"x"))
+        ask = partial(client.infer, "echo", bytes_by_grpc(b"x"))
         (own,) = told_of(telling, 1, partial(ask, request_id="own", headers={"x-request-id": "g"}))
         (new,) = told_of(telling, 1, ask)
         (none,) = told_of(telling, 1, client.is_server_ready)
@@ -399,7 +388,7 @@ def test_who_hangs_up_over_grpc_is_in_the_access_log(telling: Server) -> None:
     with triton_of(telling) as client:
 
         def give_up() -> None:
-            sent = _input(b"x")
+            sent = bytes_by_grpc(b"x")
             call = client.async_infer("slow", sent, lambda result, error: None, request_id="gone")
             time.sleep(0.2)
             call.cancel()
@@ -443,7 +432,7 @@ def test_a_stream_has_a_line_for_each_request_and_one_of_its_own(telling: Server
         def ask() -> None:
             client.start_stream(lambda result, error: answers.append(error))
             for number, model in enumerate(("echo", "nothing", "picture", "echo")):
-                client.async_stream_infer(model, _input(b"x"), request_id=f"s-{number}")
+                client.async_stream_infer(model, bytes_by_grpc(b"x"), request_id=f"s-{number}")
             wait_until(lambda: len(answers) == 4)
             client.stop_stream()
 
@@ -462,7 +451,7 @@ def test_a_stream_that_breaks_off_is_told_with_its_requests(telling: Server) -> 
 
         def leave() -> None:
             client.start_stream(lambda result, error: None)
-            client.async_stream_infer("slow", _input(b"x"), request_id="left")
+            client.async_stream_infer("slow", bytes_by_grpc(b"x"), request_id="left")
             time.sleep(0.2)
             client.stop_stream(cancel_requests=True)
 
@@ -502,7 +491,7 @@ def test_who_has_no_token_is_in_the_access_log(flow: Path) -> None:
             *(("/flows/echo", 401), (INFER, 16), (f"{SERVICE}/Nothing", 16), (STREAM, 16))
         ]
         headers = {"authorization": "Bearer of-the-server"}
-        right = partial(client.infer, "echo", _input(b"x"), headers=headers)
+        right = partial(client.infer, "echo", bytes_by_grpc(b"x"), headers=headers)
         assert picked(told_of(server, 1, right), "status") == [(0,)]
         assert "guessed" not in server.errors
         assert "of-the-server" not in server.errors
@@ -539,7 +528,7 @@ def test_who_hangs_up_over_thrift_is_in_the_access_log(telling: Server) -> None:
     """Nothing was answered, so that there is no status; nor where no answer is waited for."""
 
     def leave() -> None:
-        with Raw(port_of(telling, "thrift")) as connection:
+        with Raw(telling.port_of("thrift")) as connection:
             connection.send(call_of(b"slow:process_image", picture_of(b"x")))
             time.sleep(0.2)
 
@@ -549,7 +538,7 @@ def test_who_hangs_up_over_thrift_is_in_the_access_log(telling: Server) -> None:
     assert line["ms"] > 50
 
     def tell() -> None:
-        with Raw(port_of(telling, "thrift")) as connection:
+        with Raw(telling.port_of("thrift")) as connection:
             connection.send(call_of(b"echo:process_image", picture_of(b"x"), kind=4))
             connection.send(call_of(b"ping"))
             assert connection.socket.recv(1) == b"\x80"
@@ -562,7 +551,7 @@ def test_what_is_no_call_over_thrift_is_in_the_access_log(telling: Server) -> No
     """An unknown method, arguments that are none, and bytes that are no message at all."""
 
     def send(sent: bytes) -> None:
-        with Raw(port_of(telling, "thrift")) as connection:
+        with Raw(telling.port_of("thrift")) as connection:
             connection.send(sent)
             connection.socket.recv(1)
 
@@ -584,10 +573,10 @@ def test_the_access_log_of_the_others_as_text(flow: Path) -> None:
     """The same words in the same order; a status is told by its name."""
     with logged(flow, *FACES, "--access-log") as server:
         with triton_of(server) as client:
-            client.infer("echo", _input(b"x"), request_id="r-7")
+            client.infer("echo", bytes_by_grpc(b"x"), request_id="r-7")
         with thrift_of(server, IDL.InferenceService) as thrift:
             thrift.ping()
-        with Raw(port_of(server, "thrift")) as connection:
+        with Raw(server.port_of("thrift")) as connection:
             connection.send(b"GET / HTTP/1.1\r\n\r\n")
             connection.wait_closed()
         wait_until(lambda: server.errors.count("\n") == 3)
@@ -600,7 +589,7 @@ def test_the_access_log_of_the_others_as_text(flow: Path) -> None:
 def ask_by_all(server: Server) -> None:
     server.client.post("/flows/echo", content=b"x")
     with triton_of(server) as client:
-        client.infer("echo", _input(b"x"))
+        client.infer("echo", bytes_by_grpc(b"x"))
     with thrift_of(server, IDL.InferenceService) as thrift:
         thrift.ping()
 
@@ -647,17 +636,17 @@ def test_a_line_of_the_access_log_belongs_to_the_trace(flow: Path) -> None:
             def ask() -> None:
                 answers: list[Any] = []
                 with triton_of(server) as client:
-                    client.infer("echo", _input(b"x"), request_id="o-1")
+                    client.infer("echo", bytes_by_grpc(b"x"), request_id="o-1")
                     client.start_stream(lambda result, error: answers.append(error))
-                    client.async_stream_infer("echo", _input(b"x"), request_id="o-2")
+                    client.async_stream_infer("echo", bytes_by_grpc(b"x"), request_id="o-2")
                     wait_until(lambda: len(answers) == 1)
                     client.stop_stream()
                     call = client.async_infer(
-                        "slow", _input(b"x"), lambda result, error: None, request_id="o-3"
+                        "slow", bytes_by_grpc(b"x"), lambda result, error: None, request_id="o-3"
                     )
                     time.sleep(0.2)
                     call.cancel()
-                with Raw(port_of(server, "thrift")) as connection:
+                with Raw(server.port_of("thrift")) as connection:
                     both = call_of(b"echo:process_image", picture_of(b"x")) + call_of(b"ping")
                     connection.send(both)
                     while b"ping" not in connection.socket.recv(1000):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import ssl
@@ -13,8 +14,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import flowlang
 from examples import models
-from flowlang.runtime.metrics import Histogram
+from flowlang.runtime.metrics import FlowCounts, Histogram, StageCounts
+from flowlang.serve.metrics import Counts, metrics_text
 from tests.pictures import photographs
 from tests.serve.certificates import make_pair
 from tests.serve.server import (
@@ -280,3 +283,35 @@ def test_a_histogram_counts_a_value_up_to_its_bound() -> None:
     assert histogram.counts == [2, 2, 3]
     assert histogram.sum == 19.0
     assert histogram.total == 7
+
+
+def test_what_ended_flows_counted_is_one_sum(tmp_path: Path) -> None:
+    """However often flows take over: no count is lost, and none is kept for each time."""
+
+    def told(name: str) -> float:
+        text = metrics_text(counts, "ready", {}).decode()
+        families = text_string_to_metric_families(text)
+        return sum(s.value for f in families for s in f.samples if s.name == name)
+
+    def kept() -> int:
+        gc.collect()
+        gc.collect()  # what the first has finalized
+        counts.total()
+        return sum(isinstance(found, (FlowCounts, StageCounts)) for found in gc.get_objects())
+
+    (tmp_path / "size.flow").write_text("flow tell = decode -> size\n")
+    counts, most = Counts(), 0
+    before = kept()
+    for times in range(1, 21):
+        with flowlang.load(tmp_path / "size.flow", device="cpu") as app:
+            counts.follow(app)
+            app(PICTURE)
+            with pytest.raises(flowlang.BadRequest):
+                app(b"no picture")
+            assert told("flowlang_requests_total") == 2 * times
+        assert told("flowlang_request_seconds_count") == 2 * times
+        assert told("flowlang_stage_batch_size_sum") == 2 * times
+        assert told("flowlang_stage_failures_total") == times
+        assert told("flowlang_stage_wait_seconds_count") == 2 * times
+        most = max(most, kept() - before)
+    assert most < 10  # two of the app there is, of the sum, and of an app that is just ending

@@ -19,7 +19,7 @@ from flowlang.plan.types import FLOAT, LABEL, UNKNOWN, Image, ListOf, Optional, 
 from flowlang.serve.openapi import ERRORS, schema_of
 from tests.pictures import photographs
 from tests.serve.asking import ask_application
-from tests.serve.browser import Browser, opened
+from tests.serve.browser import Browser
 from tests.serve.faces import write_types
 from tests.serve.server import Server, serving, write
 
@@ -377,11 +377,6 @@ def test_it_is_there_once_the_flows_are(folder: Path) -> None:
 
 
 # The page that shows it
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    yield from opened(tmp_path_factory.mktemp("chromium"))
 
 
 def test_the_page_needs_nothing_else(server: Server) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 
 from flowlang.serve.routes import Service
 from tests.pictures import bad, good
-from tests.serve.browser import Browser, opened
+from tests.serve.browser import Browser
 from tests.serve.page import (
     ANSWER,
     ANYTHING,
@@ -53,12 +53,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[Server]:
     with serving(folder, str(folder / "page.flow")) as server:
         yield server.wait_ready()
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One Chromium for all tests."""
-    yield from opened(tmp_path_factory.mktemp("chromium"))
 
 
 @pytest.fixture

@@ -66,6 +66,52 @@ def test_values_are_counted_over_a_whole_request(server: Server) -> None:
     assert response.status_code == 413
 
 
+def test_values_are_counted_over_fields_parameters_and_inputs(tmp_path: Path) -> None:
+    """Parts of a form and inputs of a model, whatever they are, share it too, and bytes do not."""
+    flow = "flow one(other: list<int>?): { a: list<int>, b: list<int>, c: bytes? } -> int = 1\n"
+    half = b"[" + b"1," * (1 << 17) + b"1]"
+    with flowlang.load(write(tmp_path / "one.flow", flow), device="cpu") as app:
+
+        def ask(**texts: bytes) -> set[int]:
+            """The statuses of all ways to send these."""
+            service = flowlang.serve.asgi(app)
+            files = {name: (None, text) for name, text in texts.items()}
+            inputs = [
+                {"name": name, "datatype": "BYTES", "shape": [1], "data": [text.decode()]}
+                for name, text in texts.items()
+            ]
+            tensors = {"inputs": inputs}
+            return {
+                ask_application(service, "POST", "/", files=files).status_code,
+                ask_application(service, "POST", "/v2/models/one/infer", json=tensors).status_code,
+            }
+
+        assert ask(a=b"[1]", b=half, c=half + half) == {200}
+        assert ask(a=half, b=half) == {413}
+        assert ask(a=b"[1]", b=half, other=half) == {413}
+
+
+def test_values_are_counted_for_whoever_takes_over(tmp_path: Path) -> None:
+    """A body for a flow of bytes is JSON to the one that has taken over before it was there."""
+    service, path = Service(), tmp_path / "total.flow"
+    with (
+        flowlang.load(write(path, "export flow f: bytes -> int = 1\n"), device="cpu") as before,
+        flowlang.load(write(path, "export flow f: list<int> -> int = 2\n"), device="cpu") as after,
+    ):
+
+        async def sent(rest: bytes) -> AsyncIterator[bytes]:
+            yield b"[1"
+            service.let_in(after)
+            before.close()
+            yield rest
+
+        service.let_in(before)
+        assert ask_application(service, "POST", "/", content=sent(b"]")).json() == 2
+        service.let_in(before)
+        answer = ask_application(service, "POST", "/", content=sent(b",1" * (1 << 18) + b"]"))
+        assert (answer.status_code, error_of(answer)["code"]) == (413, "too-large")
+
+
 @pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-32"])
 def test_json_is_utf_8(server: Server, coding: str) -> None:
     """Whatever Python guesses: what strings hold is told from values by its bytes."""

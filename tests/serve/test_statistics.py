@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
@@ -92,3 +93,22 @@ def test_statistics_go_on_when_other_flows_take_over(folder: Path) -> None:
             assert found["inference_stats"]["success"]["count"] == answered
             (batches,) = found["batch_stats"]
             assert (batches["batch_size"], batches["compute_infer"]["count"]) == (1, answered)
+
+
+def test_batches_that_end_after_others_took_over_are_counted(folder: Path) -> None:
+    """The flows before still answer what they have: their batches are of the model as well."""
+    flow = folder / "late.flow"
+    flow.write_text('export flow late = trt("identity.onnx", batch=2..2, wait=60s)\n')
+    inference, row = Inference(), np.asarray([1, 2, 3], np.float32)
+
+    def batches() -> int:
+        (found,) = inference.statistics("late")["model_stats"]
+        return sum(batch["compute_infer"]["count"] for batch in found["batch_stats"])
+
+    with flowlang.load(flow, device="cpu") as before, flowlang.load(flow, device="cpu") as app:
+        inference.let_in(before)
+        waiting = before.submit(row)
+        inference.let_in(app)
+        assert batches() == 0
+        assert before(row).tolist() == waiting.result().tolist()
+        assert batches() == 1

@@ -72,6 +72,16 @@ def test_bytes_of_no_tensor_are_refused(datatype: str, shape: list[int], raw: by
     assert len(to_raw(Tensor("x", datatype, tuple(shape), values))) == len(raw)
 
 
+@given(tensors(), st.integers(-5, 5))
+def test_bytes_of_another_length_are_refused(tensor: Tensor, more: int) -> None:
+    """A tensor with bytes behind it, or without its last ones, is none."""
+    raw = to_raw(tensor)
+    changed = raw + bytes(more) if more >= 0 else raw[:more]
+    if len(changed) != len(raw):
+        with pytest.raises(BadRequest):
+            from_raw("x", tensor.datatype, tensor.shape, changed)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),

@@ -58,11 +58,6 @@ def server(
         yield server.wait_ready()
 
 
-def port_of(server: Server, scheme: str) -> int:
-    (url,) = [url for url in server.urls if url.startswith(f"{scheme}://")]
-    return int(url.rpartition(":")[2])
-
-
 def test_http_is_spoken_over_tls(server: Server) -> None:
     """The URL told is https, and a client that trusts the certificate is answered."""
     assert server.url.startswith("https://127.0.0.1:")
@@ -74,7 +69,7 @@ def test_http_is_spoken_over_tls(server: Server) -> None:
 
 def test_grpc_is_spoken_over_tls(server: Server, pair: Pair) -> None:
     """Triton's client is answered over TLS."""
-    address = f"127.0.0.1:{port_of(server, 'grpcs')}"
+    address = f"127.0.0.1:{server.port_of('grpcs')}"
     sent = triton.InferInput("input", [1], "BYTES")
     sent.set_data_from_numpy(np.array([b"abc"], object))
     with triton.InferenceServerClient(
@@ -85,7 +80,7 @@ def test_grpc_is_spoken_over_tls(server: Server, pair: Pair) -> None:
 
 def test_thrift_is_spoken_over_tls(server: Server, trust: ssl.SSLContext) -> None:
     """A Thrift client is answered over TLS."""
-    port = port_of(server, "thrifts")
+    port = server.port_of("thrifts")
     with client_context(
         IDL.InferenceService, "127.0.0.1", port, socket_timeout=30_000, ssl_context=trust
     ) as client:
@@ -108,7 +103,7 @@ def test_tls_is_of_version_1_2_at_least(server: Server, scheme: str) -> None:
             context.minimum_version = ssl.TLSVersion.TLSv1
             context.maximum_version = newest
         with (
-            socket.create_connection(("127.0.0.1", port_of(server, scheme)), PATIENCE_S) as plain,
+            socket.create_connection(("127.0.0.1", server.port_of(scheme)), PATIENCE_S) as plain,
             context.wrap_socket(plain) as secure,
         ):
             return secure.version()

@@ -106,11 +106,6 @@ def _without_those_before(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("collector").spans.clear()
 
 
-def _port(server: Server, scheme: str) -> int:
-    (url,) = (url for url in server.urls if url.startswith(f"{scheme}:"))
-    return int(url.rpartition(":")[2])
-
-
 def _only(spans: list[Span], name: str, kind: int = INTERNAL) -> Span:
     (found,) = (span for span in spans if (span.name, span.kind) == (name, kind))
     return found
@@ -341,7 +336,7 @@ def _grpc_input(rows: int) -> Any:
 
 def test_a_call_over_grpc_is_traced(server: Server, collector: Collector) -> None:
     """`traceparent` comes in the metadata, and the id goes back behind the answer."""
-    with triton.InferenceServerClient(f"127.0.0.1:{_port(server, 'grpc')}") as client:
+    with triton.InferenceServerClient(f"127.0.0.1:{server.port_of('grpc')}") as client:
         client.infer("same", [_grpc_input(1)], request_id="g-1", headers={"traceparent": SAMPLED})
     span = _only(collector.wait_for(3), "same", SERVER)
     assert (span.trace_id, span.parent_id) == (TRACE, PARENT)
@@ -352,7 +347,7 @@ def test_a_call_over_grpc_is_traced(server: Server, collector: Collector) -> Non
 
 def test_an_error_over_grpc_has_its_code_and_its_id(server: Server, collector: Collector) -> None:
     """Where the client gives no id, the server's is in the trace and behind the answer."""
-    with grpc.insecure_channel(f"127.0.0.1:{_port(server, 'grpc')}") as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{server.port_of('grpc')}") as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         name = b"\n\x04same"
         with pytest.raises(grpc.RpcError) as caught:
@@ -368,7 +363,7 @@ def test_a_stream_has_a_trace_for_each_of_its_requests(
 ) -> None:
     """Requests of one stream are told apart by the ids of their messages."""
     answers: list[Any] = []
-    with triton.InferenceServerClient(f"127.0.0.1:{_port(server, 'grpc')}") as client:
+    with triton.InferenceServerClient(f"127.0.0.1:{server.port_of('grpc')}") as client:
         client.start_stream(lambda result, error: answers.append(error or result))
         for number in range(3):
             client.async_stream_infer("same", [_grpc_input(1)], request_id=f"s-{number}")
@@ -383,7 +378,7 @@ def test_a_call_over_thrift_is_traced(server: Server, collector: Collector) -> N
     """It has a trace of its own, for Thrift brings none; its id is the client's."""
     idl = thriftpy2.load(str(ROOT / "flowlang/serve/inference.thrift"), "traced_thrift")
     client = thriftpy2.rpc.make_client(
-        idl.ImageProcessingService, "127.0.0.1", _port(server, "thrift"), timeout=30_000
+        idl.ImageProcessingService, "127.0.0.1", server.port_of("thrift"), timeout=30_000
     )
     told = client.process_image(idl.ProcessRequest(image_data=b"nothing"))
     client.close()
