@@ -138,7 +138,7 @@ class Binder:
         if self._bind_expression(call, op, arg, free, bound, names):
             return
         if isinstance(arg.value, tree.Repeat):
-            raise self._copied(call, op, arg.value)
+            raise self._replica(call, op, arg.value)
         if arg.name is not None and op.param(arg.name) is None and arg.name not in op.settings:
             raise self._unknown_parameter(op, arg.name, arg)
         given = evaluate(arg.value, names.constants)
@@ -277,11 +277,11 @@ class Binder:
             note=words,
         )
 
-    def _copied(self, call: tree.Call, op: Op, value: tree.Repeat) -> Refused:
+    def _replica(self, call: tree.Call, op: Op, value: tree.Repeat) -> Refused:
         number = value.stage.span.text
         sided = op.param("h") is not None and number.isdigit()
         return refuse(
-            "copies-of-value",
+            "replica-of-value",
             f"`x{value.count}` copies a stage, but `{number}` is a number",
             value.count_span,
             help=f"name the sides so they cannot be swapped: {op.name}(h={value.count}, w={number})"

@@ -375,7 +375,7 @@ class Elaborator:
             if scope.module.declared(inner.path.names) is not None:
                 self.report(
                     Diagnostic(
-                        "copies-of-flow",
+                        "replica-of-flow",
                         f"`{inner.path}` is one thing however often it is mentioned, so its copies "
                         "are counted where it is scheduled",
                         Label(expr.count_span),
@@ -386,7 +386,7 @@ class Elaborator:
         if not isinstance(node.type, Unknown):
             self.report(
                 Diagnostic(
-                    "copies-of-value",
+                    "replica-of-value",
                     f"`x{expr.count}` copies an operator that has instances, and this is none",
                     Label(expr.count_span),
                 )

@@ -217,7 +217,7 @@ def evaluate(node: tree.Expr, names: Mapping[str, Constant]) -> Constant:
     if isinstance(node, tree.Repeat):
         copied = node.stage.span.text
         raise refuse(
-            "copies-of-value",
+            "replica-of-value",
             f"`x{node.count}` copies a stage, but `{copied}` is a number",
             node.count_span,
         )

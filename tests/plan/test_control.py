@@ -314,7 +314,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "flow f(k: int) { return k }\nexport flow g(k: int) { return k }", "unknown-input", "g",
     ),
     "copies of a choice": (
-        "decode -> (if .width > 3 then rgb else rgb) x2", "copies-of-value", "x2",
+        "decode -> (if .width > 3 then rgb else rgb) x2", "replica-of-value", "x2",
     ),
 }  # fmt: skip
 
