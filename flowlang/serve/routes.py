@@ -267,7 +267,8 @@ class Service:
             if header in found
         }
         attributes = {"http.request.method": scope["method"], "url.path": path}
-        return tracer.begin(known(name, self.names), parent, attributes)
+        request_id = scope[REQUEST_ID].decode("ascii")
+        return tracer.begin(known(name, self.names), parent, attributes, request_id)
 
     def count_refusal(self, code: str) -> None:
         """Count a request that was refused, and that is of no flow."""
