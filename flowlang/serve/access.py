@@ -12,8 +12,11 @@ from collections.abc import Awaitable, Callable
 
 from flowlang.diagnostics import Cancelled
 from flowlang.serve.body import Message, Receive, Scope, Send
+from flowlang.serve.log import on_one_line
 
-REFUSED = "flowlang.refused"  # in a scope: the status answered by the protocol to what it is of
+# In a scope:
+REFUSED = "flowlang.refused"  # the status answered by the protocol to what it is of
+REQUEST_ID = "flowlang.request_id"  # the request's id, where its answer brings no other
 MAX_PATH = 1000  # characters: what a client asks for may be as long as it likes
 
 log = logging.getLogger("flowlang.access")
@@ -46,6 +49,7 @@ class AccessLog:
             path = scope["raw_path"].decode("latin-1")
             # Without an answer from here, the client has hung up, or has sent what is no body.
             status = status or scope.get(REFUSED, Cancelled.http_status)
+            request_id = request_id or scope[REQUEST_ID].decode("ascii")
             tell(scope["method"], path, status, start_s, request_id)
 
 
@@ -58,7 +62,7 @@ def tell(
     `name`, where it has one.
     """
     ms = round((time.perf_counter() - start_s) * 1e3, 3)
-    path = _on_one_line(path[:MAX_PATH])
+    path = on_one_line(path[:MAX_PATH])
     fields = {
         "method": method,
         "path": path or None,
@@ -69,10 +73,3 @@ def tell(
     shown = name or (status if status is not None else "-")
     words = (method, path or "-", shown, ms, request_id or "-")
     log.info("%s %s %s %.3f ms %s", *words, extra=fields)
-
-
-def _on_one_line(text: str) -> str:
-    """Text as it was sent, unless something in it could end the line."""
-    if text.isascii() and text.isprintable():
-        return text
-    return text.encode("unicode_escape").decode("ascii")

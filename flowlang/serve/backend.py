@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from flowlang.serve.launch import say
 from flowlang.serve.watch import reload_on_change
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class Local:
             closing = asyncio.ensure_future(asyncio.to_thread(before.close, self._grace_s))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-        print(f"reloaded: {', '.join(app.flows)}", flush=True)
+        say(f"reloaded: {', '.join(app.flows)}")
 
     def hold(self) -> None:
         self._is_held = True

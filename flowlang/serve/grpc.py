@@ -93,8 +93,8 @@ class GrpcServer:
         inference = read_protocol("inference.proto")
         health = read_protocol("health.proto")
         recorders = (_recorder(),) if self._setup.tells_requests else ()
-        token, count = self._setup.token, self._inference.count_refusal
-        guards = () if token is None else (_guard(token, count),)
+        token = self._setup.token
+        guards = () if token is None else (_guard(token, self._inference),)
         server = grpc.aio.server(
             interceptors=(*recorders, *guards),  # those that are turned away are recorded too
             options=(
@@ -203,7 +203,7 @@ class GrpcServer:
             return bytes(found.SerializeToString())
         except RequestError as error:
             if message is None or kind.DESCRIPTOR.name != INFERENCE:
-                self._inference.count_refusal(error.code)
+                self._inference.turn_away(error, _repeatable_id(context.invocation_metadata()))
             return error
         except Exception:  # gRPC would tell the client all of it
             log.exception("a %s could not be answered", kind.DESCRIPTOR.name)
@@ -251,7 +251,7 @@ class GrpcServer:
         return call
 
 
-def _guard(token: Token, count: Callable[[str], object]) -> Any:
+def _guard(token: Token, inference: Inference) -> Any:
     """What turns away calls without the token, before any of their messages is read."""
     import grpc
 
@@ -263,7 +263,7 @@ def _guard(token: Token, count: Callable[[str], object]) -> Any:
             try:
                 token.check(None if given is None else str(given).encode())
             except RequestError as error:
-                count(error.code)
+                inference.turn_away(error, _repeatable_id(call.invocation_metadata))
                 return _refusal(error)
             return await proceed(call)
 
@@ -358,8 +358,7 @@ def _recorder() -> Any:
 
     class Recorder(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def intercept_service(self, proceed: Any, call: Any) -> Any:
-            given = _given_id(call.invocation_metadata) or b""
-            entry = _Entry(call.method, given.decode("ascii") if is_request_id(given) else "")
+            entry = _Entry(call.method, _repeatable_id(call.invocation_metadata))
             handler = await proceed(call)
             if handler is None:
                 entry.status = "UNIMPLEMENTED"
@@ -482,6 +481,12 @@ def _request_id(message: Message, call: Call) -> str:
 def _given_id(metadata: Iterable[tuple[str, str]]) -> bytes | None:
     given = dict(metadata).get(REQUEST_ID)
     return None if given is None else given.encode()
+
+
+def _repeatable_id(metadata: Iterable[tuple[str, str]]) -> str:
+    """The id that a call brings, empty where that is none."""
+    given = _given_id(metadata) or b""
+    return given.decode("ascii") if is_request_id(given) else ""
 
 
 def read_request(model: Model, message: Message, timeout_s: float | None) -> Request:

@@ -32,7 +32,9 @@ from flowlang.serve.launch import (
     end,
     keep_freed_memory,
     listen,
+    open_standard_streams,
     report,
+    say,
     url_of,
 )
 from flowlang.serve.routes import MAX_BODY_BYTES, Service
@@ -101,6 +103,7 @@ def serve(
 
     With `fronts`, as many processes read HTTP, and one more has the flows and the other protocols.
     """
+    open_standard_streams()
     allow_many_connections()
     keep_freed_memory()
     try:
@@ -138,12 +141,8 @@ def serve(
     return Server(setup, service, backend, listeners[0]).finish()
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def _say_where(url: str) -> None:
-    _say(f"loading, on {url}")
+    say(f"loading, on {url}")
 
 
 def _warn(line: str) -> None:
@@ -478,7 +477,7 @@ class Server(uvicorn.Server):
         if self._setup.on_ready is not None:
             self._setup.on_ready(self._url)
         else:
-            _say(f"serving {', '.join(self._service.names)} on {self._url}")
+            say(f"serving {', '.join(self._service.names)} on {self._url}")
 
     def _fail(self, failure: BaseException) -> None:
         report(failure)

@@ -21,7 +21,7 @@ from flowlang.plan.types import Scalar, without_null
 from flowlang.runtime.conform import PLAIN
 from flowlang.serve.answer import Refusal, check_json, reason_of, told
 from flowlang.serve.form import ParameterReader
-from flowlang.serve.log import tell_broken, tell_unanswered
+from flowlang.serve.log import tell_broken, tell_refused, tell_unanswered
 from flowlang.serve.port import Port, Ports, port_of
 from flowlang.serve.statistics import Statistics
 from flowlang.serve.tensor import BYTES, Tensor
@@ -368,6 +368,11 @@ class Inference:
         """Count a request that was refused, and that is of no flow: metrics have it by its code."""
         self.refusals[code] += 1
 
+    def turn_away(self, error: RequestError, request_id: str) -> None:
+        """Count such a request, and tell of it. It may have no id."""
+        self.count_refusal(error.code)
+        tell_refused(request_id, error.code, error.message)
+
     def _tell_change(self) -> None:
         for tell in self.on_change:
             tell()
@@ -437,7 +442,7 @@ class Inference:
             self.check_open()
             model = self.model(name, version)
         except RequestError as error:
-            self.count_refusal(error.code)
+            self.turn_away(error, exchange.request_id)
             raise
         model.statistics.last_ms = time.time_ns() // 1_000_000
         clock = _Clock()

@@ -13,7 +13,8 @@ import resource
 import signal
 import socket
 import sys
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import NoReturn, TextIO
 
 from flowlang.diagnostics import CompileError, FlowError
 
@@ -49,6 +50,18 @@ def url_of(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def open_standard_streams() -> None:
+    """Open those that were closed when the process began: a socket would get their numbers.
+
+    libuv aborts where it is to close one of them.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
 def allow_many_connections() -> None:
     """Each connection takes a file descriptor, and the usual soft limit is 1024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -69,10 +82,36 @@ def keep_freed_memory() -> None:
         set_option(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
+def say(line: str) -> None:
+    """Say a line on stdout. Who reads that may be gone, and the server goes on all the same."""
+    with _unread(sys.stdout):
+        print(line, flush=True)
+
+
+def flush() -> None:
+    """Have what was said and logged written."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it was closed when the process began
+            with _unread(stream):
+                stream.flush()
+
+
+@contextlib.contextmanager
+def _unread(stream: TextIO) -> Iterator[None]:
+    """What a stream cannot take is let go of, and all that comes after it.
+
+    It would stay in the stream's buffer, and fail again whenever that is written, at the end too.
+    """
+    try:
+        yield
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def end(status: int) -> NoReturn:
     """End the process without waiting for any thread."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     os._exit(status)
 
 

@@ -99,17 +99,32 @@ def fields_of(request_id: str, flow: str, error: RequestError | None = None) -> 
     }
 
 
+def on_one_line(text: str) -> str:
+    """Text with what could end its line, or steer a terminal, written out: clients may send it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def tell_unanswered(request_id: str, flow: str, error: RequestError) -> None:
     """A request was not answered with a result: the server's fault where a stage failed."""
     level = logging.WARNING if isinstance(error, StageFailed) else logging.INFO
     fields = fields_of(request_id, flow, error)
-    log.log(level, "request %s of flow `%s`: %s", request_id, flow, error, extra=fields)
+    reason = on_one_line(str(error))
+    log.log(level, "request %s of flow `%s`: %s", request_id, flow, reason, extra=fields)
+
+
+def tell_refused(request_id: str, code: str, reason: str) -> None:
+    """A request was refused that is of no flow. It may have no id."""
+    fields = {"request_id": request_id or None, "code": code}
+    log.info("request %s: %s", request_id or "-", on_one_line(reason), extra=fields)
 
 
 def tell_unanswered_part(request_id: str, flow: str, part: str, error: RequestError) -> None:
     """The same of one part of a form, whose others go on."""
     fields = fields_of(request_id, flow, error)
-    log.info("request %s, `%s`: %s", request_id, part, error, extra=fields)
+    words = (request_id, on_one_line(part), on_one_line(str(error)))
+    log.info("request %s, `%s`: %s", *words, extra=fields)
 
 
 def tell_broken(request_id: str, flow: str) -> None:

@@ -116,9 +116,10 @@ def _of_flows(total: _Counted, app: App) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     requests = CounterMetricFamily(
-        "flowlang_requests", "Requests by their outcome: ok, or an error's code.",
+        "flowlang_requests",
+        "Requests by their outcome, ok or an error's code; of several items each is one.",
         labels=["flow", "code"],
-    )  # fmt: skip
+    )
     seconds = _histogram("flowlang_request_seconds", "From a request's arrival to its answer.")
     inside = GaugeMetricFamily(
         "flowlang_requests_inside", "Requests taken and not yet answered.", labels=["flow"]

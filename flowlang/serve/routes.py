@@ -17,7 +17,7 @@ from flowlang.items import plain
 from flowlang.plan.draw import plan_svg
 from flowlang.plan.physical import MAX_BYTES, FlowProgram, PhysicalPlan
 from flowlang.plan.types import Optional
-from flowlang.serve.access import REFUSED
+from flowlang.serve.access import REFUSED, REQUEST_ID
 from flowlang.serve.answer import (
     CLOSE,
     HTML,
@@ -54,7 +54,12 @@ from flowlang.serve.form import (
     parts_of,
 )
 from flowlang.serve.inference import Inference, State, asked_again, emptied, known
-from flowlang.serve.log import tell_broken, tell_unanswered, tell_unanswered_part
+from flowlang.serve.log import (
+    tell_broken,
+    tell_refused,
+    tell_unanswered,
+    tell_unanswered_part,
+)
 from flowlang.serve.metrics import KIND as METRICS
 from flowlang.serve.metrics import Counts, metrics_text
 from flowlang.serve.openapi import document
@@ -220,13 +225,13 @@ class Service:
         found = dict(scope["headers"])
         if len(found) != len(scope["headers"]):
             found = _joined(scope["headers"])
-        request_id = request_id_of(found.get(b"x-request-id"))
+        scope[REQUEST_ID] = request_id = request_id_of(found.get(b"x-request-id"))
         method, path = scope["method"], scope["path"]
         if self._token is not None and not _is_open(method, path):
             try:
                 self._token.check(found.get(b"authorization"))
             except Refusal as error:
-                self.count_refusal(error.code)
+                self._refuse(error, request_id)
                 await self._send(send, self._turn_away(path, found, error, request_id), request_id)
                 return
         door = self._open.get(path) if method == "POST" else None
@@ -247,7 +252,8 @@ class Service:
                 trace.answered(request_id.decode("ascii"), answer.status, answer.error)
             await self._send(send, answer, request_id)
         except BrokenOff:
-            self._count_refusal_of(path, BadRequest.code if REFUSED in scope else Cancelled.code)
+            code = BadRequest.code if REFUSED in scope else Cancelled.code
+            (self._flow_at(path) or self).count_refusal(code)
         except HungUp:
             pass
         finally:
@@ -266,20 +272,23 @@ class Service:
             if header in found
         }
         attributes = {"http.request.method": scope["method"], "url.path": path}
-        return tracer.begin(known(name, self.names), parent, attributes)
+        request_id = scope[REQUEST_ID].decode("ascii")
+        return tracer.begin(known(name, self.names), parent, attributes, request_id)
 
     def count_refusal(self, code: str) -> None:
         """Count a request that was refused, and that is of no flow."""
         self.inference.count_refusal(code)
 
-    def _count_refusal_of(self, path: str, code: str) -> None:
-        """Count a request that was refused before its flow was asked, if that is there."""
+    def _refuse(self, error: RequestError, request_id: bytes) -> None:
+        """Count a request that is refused and is of no flow, and tell of it."""
+        self.count_refusal(error.code)
+        tell_refused(request_id.decode("ascii"), error.code, error.message)
+
+    def _flow_at(self, path: str) -> Called | None:
+        """The flow that a request of this path is of, if that is there."""
         parts = path.split("/")  # of a flow or a model
         door = self._doors.get(path) or self._doors.get(f"/flows/{'/'.join(parts[3:4])}")
-        if door is None:
-            self.count_refusal(code)
-        else:
-            door.flow.count_refusal(code)
+        return None if door is None else door.flow
 
     async def _send(self, send: Send, answer: Answer, request_id: bytes) -> None:
         headers = [
@@ -377,7 +386,12 @@ class Service:
             body = await self._bodies.read(found, receive, deadline)
             timeout_s = None if deadline is None else deadline.left_s()
         except RequestError as error:
-            self._count_refusal_of(scope["path"], error.code)
+            flow = self._flow_at(scope["path"])
+            if flow is None:
+                self._refuse(error, request_id)
+            else:
+                flow.count_refusal(error.code)
+                tell_unanswered(request_id.decode("ascii"), flow.name, error)
             return refused(error), request_id
         answer = self.infer(scope["path"], headers, body, request_id, timeout_s)
         return await self._watches.unless_hung_up(answer, receive)
@@ -429,7 +443,7 @@ class Service:
         """The answer to all but a call of a flow that is let in."""
         answer = self._look_up(method, path, request_id)
         if answer.error is not None:
-            self.count_refusal(answer.error.code)
+            self._refuse(answer.error, request_id)
         return answer
 
     def _look_up(self, method: str, path: str, request_id: bytes) -> Answer:

@@ -15,7 +15,6 @@ import select
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from flowlang.serve.launch import STOPS, end
+from flowlang.serve.launch import STOPS, end, flush
 
 log = logging.getLogger("flowlang.serve")
 
@@ -147,8 +146,7 @@ class Supervisor:
         if role is None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         ends: list[int] = []
         try:
             ends += os.pipe()

@@ -27,7 +27,7 @@ from flowlang.serve.access import tell
 from flowlang.serve.answer import request_id_of, takes_bytes, to_json
 from flowlang.serve.inference import Inference, Unanswered, asked_again, emptied
 from flowlang.serve.launch import BACKLOG
-from flowlang.serve.log import tell_broken, tell_unanswered
+from flowlang.serve.log import tell_broken, tell_refused, tell_unanswered
 from flowlang.serve.setup import Setup
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
 from flowlang.serve.tls import expect_no_goodbye
@@ -157,6 +157,7 @@ class ThriftServer:
             found = error
             if error.code:
                 self._count_refusal(error.code)
+                tell_refused(call.request_id, error.code, str(error))
         if call.kind == _ONEWAY:
             return None
         written = _written(call, found)
@@ -281,7 +282,11 @@ class _Calls:
         async def ask(flow: Flow) -> tuple[Flow, Any]:
             return flow, await flow.acall(picture)
 
-        flow = now()
+        try:
+            flow = now()
+        except RequestError as error:
+            tell_refused(call.request_id, error.code, error.message)
+            raise
         tracer = self._inference.tracer
         trace: AbstractContextManager[object] = nullcontext()
         if tracer is not None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,18 @@ import pytest
 
 import flowlang
 from tests.serve.asking import NUMBERS, error_of
-from tests.serve.server import KINDS, PATIENCE_S, head, running, serving, wait_until, write
+from tests.serve.server import (
+    KINDS,
+    PATIENCE_S,
+    ROOT,
+    Raw,
+    free_port,
+    head,
+    running,
+    serving,
+    wait_until,
+    write,
+)
 
 FRONTS = [pytest.param(0, id="one-process"), pytest.param(2, id="ingest")]
 
@@ -175,6 +192,74 @@ def test_what_outlasts_the_grace_is_answered_too(folder: Path, fronts: int) -> N
             assert connection.error() == (503, "draining")
         assert server.wait() == 1
         assert "not all was answered in 0.3 s" in server.errors
+
+
+@contextmanager
+def unread(
+    flow: Path, output: str, *options: str
+) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """A server of one flow, and a client of it, where nobody takes what it says and logs."""
+    port = free_port()
+    options = ("--port", str(port), "--access-log", "--device", "cpu", *options)
+    program = [sys.executable, "-m", "flowlang", "serve", *options, str(flow)]
+    if output == "closed":
+        program = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *program]
+    if output == "gone":
+        read, written = os.pipe()
+        os.close(read)
+    else:
+        written = os.open("/dev/full", os.O_WRONLY)
+    process = subprocess.Popen(program, cwd=ROOT, stdout=written, stderr=written)
+    os.close(written)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
+            wait_until(lambda: flows_of(client) != [])
+            yield process, client
+    finally:
+        process.kill()
+        process.wait()
+
+
+def flows_of(client: httpx.Client) -> list[str]:
+    """The names of the flows there are; none before it listens."""
+    try:
+        return [flow["name"] for flow in client.get("/flows").json().get("flows", ())]
+    except httpx.TransportError:
+        return []
+
+
+OUTPUTS = ["gone", "full", "closed"]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_serves_where_nobody_reads_what_it_says(
+    tmp_path: Path, kind: tuple[str, ...], output: str
+) -> None:
+    """It goes on to reload what changes, and a stop has the status that it always has."""
+    flow = write(tmp_path / "a.flow", "export flow one = pass\n")
+    with unread(flow, output, *kind, "--watch") as (process, client):
+        for name in ("two", "three"):
+            write(flow, f"export flow {name} = pass\n")
+            wait_until(partial(lambda name: flows_of(client) == [name], name))
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_signal_is_heard_where_nobody_reads(
+    tmp_path: Path, kind: tuple[str, ...], output: str
+) -> None:
+    """Nor does it wait for what nobody takes."""
+    flow = write(tmp_path / "a.flow", "export flow one = pass\n")
+    with unread(flow, output, *kind) as (process, client), Raw(client.base_url.port or 0) as half:
+        half.send(head("/flows/one", 2), b"x")
+        wait_until(lambda: client.get("/health/ready").json()["requests"] == 1)
+        process.terminate()
+        wait_until(lambda: client.get("/health/ready").status_code == 503)
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import httpx
+import psutil
 import pytest
 import thriftpy2
 import tritonclient.grpc as triton
@@ -29,6 +31,7 @@ import flowlang
 from flowlang.serve.log import JsonFormatter
 from tests.serve.asking import bytes_by_grpc
 from tests.serve.collector import collecting
+from tests.serve.processes import processes
 from tests.serve.server import KINDS, ROOT, Raw, Server, refused, serving, wait_until, write
 
 OPERATORS = """
@@ -238,6 +241,79 @@ def test_the_level_says_what_is_written(flow: Path) -> None:
         assert "`ops.fail` failed" in server.errors
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_is_refused_is_told_of_whatever_the_reason(flow: Path, kind: tuple[str, ...]) -> None:
+    """A body that is not read, a path, a method, a model, a token: each has a line with its id."""
+    token = write(flow.parent / "token", "of-the-server")
+    token.chmod(0o600)
+    options = ("--token-file", str(token), "--grpc-port", "0", "--log-level", "info")
+    with (
+        logged(flow, *kind, *options, "--log-format", "json") as server,
+        channel_to(server) as channel,
+    ):
+        known = {"authorization": "Bearer of-the-server"}
+        late = {"x-deadline-ms": "soon"}
+        asked: list[tuple[str, str, dict[str, str], str, str | None]] = [
+            ("POST", "/flows/echo", {}, "unauthorized", None),
+            ("POST", "/flows/echo", known | late, "bad-request", "echo"),
+            ("POST", "/v2/models/echo/infer", known | late, "bad-request", "echo"),
+            ("POST", "/v2/models/none/infer", known | late, "bad-request", None),
+            ("POST", "/v2/models/none/infer", known, "not-found", None),
+            ("PUT", "/v2/models/echo/infer", known, "wrong-method", None),
+            ("GET", "/flows/none", known, "not-found", None),
+            ("DELETE", "/flows/echo", known, "wrong-method", None),
+        ]
+        for number, (method, path, headers, _, _) in enumerate(asked):
+            headers = {**headers, "x-request-id": f"h-{number}"}
+            server.client.request(method, path, content=b"x", headers=headers)
+        for number, metadata in enumerate(((), tuple(known.items()))):
+            given = (*metadata, ("x-request-id", f"g-{number}"))
+            with pytest.raises(grpc.RpcError):
+                channel.unary_unary(f"{SERVICE}/ModelMetadata")(b"\x0a\x04none", metadata=given)
+        wait_until(lambda: len(lines_of(server)) == len(asked) + 2)
+        lines = lines_of(server, level="info", logger="flowlang.serve")
+        told = sorted(picked(lines, "request_id", "code"))
+        codes = [code for *_, code, _ in asked]
+        assert told == [
+            *(("g-0", "unauthorized"), ("g-1", "not-found")),
+            *((f"h-{number}", code) for number, code in enumerate(codes)),
+        ]
+        flows = {line["request_id"]: line.get("flow") for line in lines}
+        assert [flows[f"h-{number}"] for number in range(len(asked))] == [f for *_, f in asked]
+
+
+def test_a_front_tells_of_what_its_engine_does_not_answer(flow: Path) -> None:
+    """A deadline that passes while the engine is stopped has its line all the same."""
+    with logged(flow, "--ingest", "2", "--log-level", "info") as server:
+        body = b'{"inputs":[{"name":"input","datatype":"BYTES","shape":[1],"data":["x"]}]}'
+        engine = psutil.Process(processes(server).engine)
+        engine.suspend()
+        try:
+            headers = {"x-deadline-ms": "200", "x-request-id": "late"}
+            answer = server.client.post("/v2/models/echo/infer", content=body, headers=headers)
+        finally:
+            engine.resume()
+        assert answer.status_code == 504
+        assert server.errors == "request late of flow `echo`: not answered by its deadline\n"
+
+
+def test_nobody_can_write_lines_of_the_log(flow: Path) -> None:
+    """What a client may say anywhere has no end of a line, and nothing that steers a terminal."""
+    forged = "x\n\x1b[2J\x85é"
+    with logged(flow, "--log-level", "info") as server:
+        client = server.client
+        client.post("/flows/echo", params={forged: 1}, content=b"x")
+        client.post(f"/v2/models/{quote(forged)}/infer", content=b"x")
+        tensor = {"name": forged, "datatype": "BYTES", "shape": [1], "data": ["x"]}
+        client.post("/v2/models/echo/infer", json={"inputs": [tensor]})
+        parts = [("a", (forged, b"x")), ("b", ("b", b"x"))]
+        client.post("/flows/picture", files=parts)
+        lines = server.errors.split("\n")
+        assert [line.partition(" ")[0] for line in lines] == [*["request"] * 5, ""]
+        assert all(line.isprintable() for line in lines)
+        assert [r"x\n\x1b[2J\x85é" in line for line in lines[:3]] == [True] * 3
+
+
 def test_the_access_log_has_a_line_for_each_request(flow: Path) -> None:
     """Whatever came over HTTP: what was asked, what was answered, and how long that took."""
     with logged(flow, "--access-log", "--log-format", "json") as server:
@@ -264,10 +340,11 @@ def test_the_access_log_has_a_line_for_each_request(flow: Path) -> None:
 def test_who_hangs_up_is_in_the_access_log(flow: Path) -> None:
     """Nothing was answered: the status is that of a request given up by its client."""
     with logged(flow, "--access-log") as server:
+        headers = {"x-request-id": "gave up"}
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/flows/slow", content=b"x", timeout=0.2)
+            httpx.post(f"{server.url}/flows/slow", content=b"x", headers=headers, timeout=0.2)
         wait_until(lambda: server.errors != "")
-        assert re.fullmatch(r"POST /flows/slow 499 \d+\.\d{3} ms -\n", server.errors)
+        assert re.fullmatch(r"POST /flows/slow 499 \d+\.\d{3} ms gave up\n", server.errors)
 
 
 def test_the_access_log_as_text(flow: Path) -> None:

@@ -71,6 +71,38 @@ def test_requests_are_counted_by_outcome(server: Server) -> None:
     assert counted(server, "flowlang_requests_inside", flow="classify") == 0
 
 
+def test_each_item_of_a_request_is_counted(server: Server) -> None:
+    """A form, or tensors of several items, count as often as there are items that a flow saw."""
+
+    def counts(flow: str) -> list[float]:
+        codes = ("ok", "bad-request", "cancelled")
+        found = [counted(server, "flowlang_requests_total", flow=flow, code=c) for c in codes]
+        return [*found, counted(server, "flowlang_request_seconds_count", flow=flow)]
+
+    def added(flow: str, before: list[float]) -> list[float]:
+        wait_until(lambda: counted(server, "flowlang_requests_inside", flow=flow) == 0)
+        return [now - then for now, then in zip(counts(flow), before, strict=True)]
+
+    before = counts("classify")
+    parts = [
+        ("file", (name, PICTURE[:size])) for name, size in (("a", None), ("b", 9), ("c", None))
+    ]
+    assert server.client.post("/flows/classify", files=parts).status_code == 200
+    assert added("classify", before) == [2, 1, 0, 3]
+    before = counts("same")
+    several = {**TENSOR, "shape": [3, 3], "data": [1.0] * 9}
+    assert server.client.post(INFER, json={"inputs": [several]}).status_code == 200
+    assert added("same", before) == [3, 0, 0, 3]
+    # Where one fails the other is given up, unless it was answered before that was known.
+    before = counts("classify")
+    texts = {"name": "input", "datatype": "BYTES", "shape": [2], "data": ["no picture", ""]}
+    failing = server.client.post("/v2/models/classify/infer", json={"inputs": [texts]})
+    assert failing.status_code == 400
+    ok, bad, cancelled, all_told = added("classify", before)
+    assert (ok, bad + cancelled, all_told) == (0, 2, 2)
+    assert bad >= 1
+
+
 INFER = "/v2/models/same/infer"
 TENSOR = {"name": "input", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}
 

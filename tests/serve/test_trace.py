@@ -275,10 +275,12 @@ def test_a_deadline_that_passes_is_an_error(server: Server, collector: Collector
 
 def test_who_hangs_up_is_told_as_cancelled(server: Server, collector: Collector) -> None:
     """There is a span of a request that nobody waits for any more."""
+    headers = {"x-request-id": "gave up"}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/flows/slow", content=b"x", timeout=0.2)
+        httpx.post(f"{server.url}/flows/slow", content=b"x", headers=headers, timeout=0.2)
     span = _only(collector.wait_for(3), "slow", SERVER)
     assert span.attributes["error.type"] == "cancelled"
+    assert span.attributes["flowlang.request_id"] == "gave up"
     assert "http.response.status_code" not in span.attributes
 
 
