@@ -86,8 +86,9 @@ print(count)
 """
 
 ENDLESS = """
-import sys, flowlang
+import signal, sys, flowlang
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells put behind ignores it
 with flowlang.load(sys.argv[1], device="cpu") as app:
     print("ready", flush=True)
     while True:
@@ -133,6 +134,9 @@ def test_ctrl_c_ends_a_program_at_once(app_file: Path) -> None:
             assert process.stdout.readline() == "ready\n"
             time.sleep(0.02 + 0.013 * number)
             os.kill(process.pid, signal.SIGINT)
-            _, errors = process.communicate(timeout=20)
+            try:
+                _, errors = process.communicate(timeout=20)
+            finally:
+                process.kill()
         assert errors.splitlines()[-1] == "KeyboardInterrupt"
         assert process.returncode == -signal.SIGINT

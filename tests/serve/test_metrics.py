@@ -334,7 +334,7 @@ def test_what_ended_flows_counted_is_one_sum(tmp_path: Path) -> None:
     (tmp_path / "size.flow").write_text("flow tell = decode -> size\n")
     counts, most = Counts(), 0
     before = kept()
-    for times in range(1, 21):
+    for times in range(1, 11):
         with flowlang.load(tmp_path / "size.flow", device="cpu") as app:
             counts.follow(app)
             app(PICTURE)
