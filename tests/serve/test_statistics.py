@@ -65,7 +65,7 @@ def test_statistics_tell_waiting_from_work(folder: Path) -> None:
         parts, batches = _told(asker, "waits")
         # The batch is of the first of the three, and the others came a moment later.
         assert 0.29 <= parts["queue"] < parts["success"]
-        assert 0 < parts["compute_infer"] < 0.3
+        assert 0 < parts["compute_infer"] < parts["queue"]
         assert list(batches) == [3]
         assert [batches[3][f"compute_{part}"]["count"] for part in ("input", "output")] == [1, 1]
         assert 0 < batches[3]["compute_infer"]["ns"] / 1e9 <= parts["compute_infer"]
@@ -73,8 +73,8 @@ def test_statistics_tell_waiting_from_work(folder: Path) -> None:
         calls = [asker.async_infer("works", [as_input("input", [b"x"], BYTES)]) for _ in range(2)]
         assert [int(call.get_result().as_numpy("output")[0]) for call in calls] == [1, 1]
         parts, batches = _told(asker, "works")
-        assert 0.15 <= parts["queue"] < 0.4
-        assert 0.4 <= parts["compute_infer"] < 0.6
+        assert 0.15 <= parts["queue"] < parts["compute_infer"]
+        assert 0.4 <= parts["compute_infer"] <= parts["success"] - parts["queue"]
         assert batches == {}
         asker.close()
 
