@@ -329,8 +329,8 @@ def choose_decodings(device: int, regions: int, pictures: Sequence[bytes]) -> De
 
     `regions` is how many will decode side by side. Hardware engines are never assumed: many GPUs
     have none, and containers without the `video` capability hide them. Without them CPU threads
-    carry the work, as many as the regions leave each. Making a pipeline takes long, so no more is
-    tried than has made a difference.
+    carry the work, as many as the regions leave each, and what share of it the GPU takes is tried.
+    Making a pipeline takes long, so no more is tried than has made a difference.
     """
     share = max(2, len(os.sched_getaffinity(0)) // regions)
     pictures = [pictures[i % len(pictures)] for i in range(MOST)]

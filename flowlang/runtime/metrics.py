@@ -140,11 +140,15 @@ class Succession(Generic[Counted]):
         self._living.append(counted)
         # Told by the garbage collector, in any thread: so it is added up elsewhere.
         weakref.finalize(scheduler, self._ended.append, counted).atexit = False
+        self._add_up_ended()  # or all before would be kept until somebody looks
 
     def living(self) -> list[Counted]:
         """What may still be counted, in order. All before has been added up."""
+        self._add_up_ended()
+        return self._living
+
+    def _add_up_ended(self) -> None:
         while self._ended:
             counted = self._ended.popleft()
             self._living.remove(counted)
             self._add_up(counted)
-        return self._living

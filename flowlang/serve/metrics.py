@@ -58,7 +58,6 @@ class Counts:
         """These are the flows from now on. Those before go on to count what they still have."""
         self.app = app
         self._succession.follow(app.scheduler, _Counted.by(app.scheduler))
-        self._succession.living()  # or only who looks would have all before added up
 
     def total(self) -> _Counted:
         """Everything that was counted, whoever did."""

@@ -54,7 +54,6 @@ class Statistics:
     def follow(self, scheduler: Scheduler, stages: Sequence[Stage]) -> None:
         """Count the batches of these stages too, from now on."""
         self._succession.follow(scheduler, [stage.counts for stage in stages])
-        self._succession.living()  # or only who looks would have all before added up
 
     def _add_up(self, counted: list[StageCounts]) -> None:
         for counts in counted:

@@ -1,4 +1,4 @@
-"""What tests ask a server, by the Open Inference Protocol or plainly, and its errors read."""
+"""What tests ask a server, by the Open Inference Protocol or plainly, its errors and its counts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import tritonclient.grpc
 import tritonclient.http as triton
+from prometheus_client.parser import text_string_to_metric_families
 
 from flowlang.serve.tensor import BYTES, NUMPY
 from tests.pictures import photographs
@@ -64,3 +65,14 @@ def ask_application(application: Any, method: str, path: str, **body: Any) -> ht
             return await client.request(method, path, **body)
 
     return asyncio.run(ask())
+
+
+def counted(server: Server, name: str, **labels: str) -> float:
+    """The sum of a metric's samples with these labels."""
+    text = server.client.get("/metrics").text
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )

@@ -1,4 +1,4 @@
-"""Servers with `--ingest`: their flows, and what their engine has counted."""
+"""Servers with `--ingest`: their flows, and what their engine has."""
 
 from __future__ import annotations
 
@@ -77,10 +77,3 @@ def inside(server: Server, flow: str) -> int:
     found = re.search(f'^flowlang_requests_inside{{flow="{flow}"}} (.+)', metrics, re.MULTILINE)
     assert found is not None
     return int(float(found[1]))
-
-
-def counted(server: Server, code: str) -> int:
-    """How many requests of all flows had this outcome."""
-    metrics = server.client.get("/metrics").text
-    found = re.findall(f'^flowlang_requests_total{{code="{code}",.*}} (.+)', metrics, re.MULTILINE)
-    return int(sum(map(float, found)))

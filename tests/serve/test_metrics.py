@@ -19,6 +19,7 @@ from examples import models
 from flowlang.runtime.metrics import FlowCounts, Histogram, StageCounts
 from flowlang.serve.metrics import Counts, metrics_text
 from tests.pictures import photographs
+from tests.serve.asking import counted
 from tests.serve.certificates import make_pair
 from tests.serve.server import (
     KINDS,
@@ -45,17 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     with serving(folder, *request.param, str(folder / "all.flow"), "--device", "cpu") as server:
         yield server.wait_ready()
-
-
-def counted(server: Server, name: str, **labels: str) -> float:
-    """The sum of a metric's samples with these labels."""
-    text = server.client.get("/metrics").text
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    )
 
 
 def test_requests_are_counted_by_outcome(server: Server) -> None:

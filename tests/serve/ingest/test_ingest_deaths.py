@@ -17,7 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.serve.ingesting import INFERENCE, counted, ingesting, inside
+from tests.serve.asking import counted
+from tests.serve.ingesting import INFERENCE, ingesting, inside
 from tests.serve.processes import kill, memory_bytes, processes
 from tests.serve.server import (
     PATIENCE_S,
@@ -295,9 +296,9 @@ def stopped(engine: int) -> Iterator[None]:
         process.resume()
 
 
-def _late(server: Server) -> int:
+def _late(server: Server) -> float:
     """How many requests of all flows were late."""
-    return counted(server, "deadline-exceeded")
+    return counted(server, "flowlang_requests_total", code="deadline-exceeded")
 
 
 @pytest.mark.parametrize(
@@ -367,7 +368,9 @@ def test_what_an_engine_does_not_read_is_refused(folder: Path) -> None:
         answers = [connection.answer() for connection in connections]
         assert server.client.post("/flows/echo", content=b"on").content == b"on"
         counts = Counter(status for status, _, _ in answers)
-        wait_until(lambda: counted(server, "overloaded") == counts[429])
+        wait_until(
+            lambda: counted(server, "flowlang_requests_total", code="overloaded") == counts[429]
+        )
     assert set(counts) == {200, 429}
     assert 60 < counts[200] < 120
     for number, (status, headers, body) in enumerate(answers):
