@@ -27,7 +27,6 @@ from flowlang.serve.answer import Answer, Refusal, error_answer
 from flowlang.serve.channel import Channel, Record, connect
 from flowlang.serve.desk import Card, Kind
 from flowlang.serve.inference import emptied
-from flowlang.serve.log import tell_refused, tell_unanswered
 from flowlang.serve.routes import Service
 from flowlang.serve.v2 import is_below, is_health, refused
 
@@ -364,11 +363,7 @@ class FrontService(Service):
             told = Refusal("internal", 500, "internal error")
         else:
             return answer
-        flow = self._flow_at(path)
-        if flow is None:
-            tell_refused(request_id.decode("ascii"), told.code, told.message)
-        else:
-            tell_unanswered(request_id.decode("ascii"), flow.name, told)
+        self._tell_unanswered(path, told, request_id)
         if is_below(path):
             return refused(told), request_id
         return error_answer(told, None, request_id), request_id

@@ -284,6 +284,14 @@ class Service:
         self.count_refusal(error.code)
         tell_refused(request_id.decode("ascii"), error.code, error.message)
 
+    def _tell_unanswered(self, path: str, error: RequestError, request_id: bytes) -> None:
+        """Tell of a request that was not answered with a result: as one of its flow, if any."""
+        flow, known_as = self._flow_at(path), request_id.decode("ascii")
+        if flow is None:
+            tell_refused(known_as, error.code, error.message)
+        else:
+            tell_unanswered(known_as, flow.name, error)
+
     def _flow_at(self, path: str) -> Called | None:
         """The flow that a request of this path is of, if that is there."""
         parts = path.split("/")  # of a flow or a model
@@ -386,12 +394,8 @@ class Service:
             body = await self._bodies.read(found, receive, deadline)
             timeout_s = None if deadline is None else deadline.left_s()
         except RequestError as error:
-            flow = self._flow_at(scope["path"])
-            if flow is None:
-                self._refuse(error, request_id)
-            else:
-                flow.count_refusal(error.code)
-                tell_unanswered(request_id.decode("ascii"), flow.name, error)
+            (self._flow_at(scope["path"]) or self).count_refusal(error.code)
+            self._tell_unanswered(scope["path"], error, request_id)
             return refused(error), request_id
         answer = self.infer(scope["path"], headers, body, request_id, timeout_s)
         return await self._watches.unless_hung_up(answer, receive)
