@@ -50,7 +50,8 @@ from tests.pictures import photographs
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 FLOW = (
-    'decode{decoder} -> resize(224) -> rgb -> normalize(imagenet) -> trt("{model}", fp16){copies}\n'
+    'decode{decoder} -> resize(224) -> rgb -> normalize(imagenet) -> trt("{model}", fp16{settings})'
+    "{copies}\n"
 )
 
 
@@ -109,11 +110,12 @@ class Run:
         self.results: list[Result] = []
         self.found: dict[str, Any] = {"machine": machine()}
 
-    def flow(self, name: str, *, decoder: str = "", copies: int = 0) -> Path:
+    def flow(self, name: str, *, decoder: str = "", settings: str = "", copies: int = 0) -> Path:
         path = self.folder / f"{name}.flow"
         text = FLOW.format(
             decoder=f"({decoder})" if decoder else "",
             model=self.model.name,
+            settings=settings,
             copies=f" x{copies}" if copies else "",
         )
         path.write_text(text)
@@ -521,6 +523,14 @@ def variants(run: Run) -> None:
             traceback.print_exc()
 
 
+def two_gpus(run: Run) -> None:
+    """One process on two GPUs: the same flow on the first and on both, in turns."""
+    for gpus in ("0", "0..1"):
+        path = run.flow(f"gpu{gpus}", settings=f", gpu={gpus}")
+        maps = (10, 64, 256, SATURATED, 2 * SATURATED)
+        flowlang_flow(run, f"gpu={gpus}", path, (256, SATURATED), maps=maps)
+
+
 def share(run: Run) -> None:
     """Share of the run's own ceiling at saturation."""
     decode = max(run.found.get("decode", {}).values(), default=0)
@@ -541,6 +551,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "cpu": on_cpu,
     "http": over_http,
     "variants": variants,
+    "two": two_gpus,
     "python": python_share,
     "correct": correct,
     "share": share,

@@ -1,0 +1,80 @@
+"""Flows on the second of two NVIDIA GPUs, and on both."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from flowlang import App
+from flowlang.runtime import cuda
+from tests.gpu.place import CELL_LEVELS, CELLS, ON_GPU, Place, cells_on_host
+
+pytestmark = ON_GPU
+
+ANSWER = """
+import sys
+from pathlib import Path
+from flowlang import load
+
+with load(sys.argv[1], device=sys.argv[2], engines=Path(sys.argv[3])) as app:
+    print(len(app(Path(sys.argv[4]).read_bytes())), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def two(place: Place) -> None:
+    if cuda.gpu_count() < 2:
+        pytest.skip("needs two GPUs")
+
+
+@pytest.mark.parametrize(
+    ("settings", "used"), [("gpu=1, ", {1}), ("gpu=0..1, ", {0, 1}), ("", {0})]
+)
+def test_each_gpu_answers_with_the_cells_of_its_own_pictures(
+    place: Place,
+    open_app: Callable[..., App],
+    crops: list[bytes],
+    settings: str,
+    used: set[int],
+) -> None:
+    text = CELLS.replace("batch=", f"{settings}batch=").format(4)
+    app = open_app(text)
+    (stage,) = app.scheduler.stages
+    assert set(stage.plan.gpus) == used
+    wanted = np.stack(cells_on_host(place, crops))
+    got = np.stack(list(app.map(crops * 8)))
+    assert abs(got - np.concatenate([wanted] * 8)).max() <= CELL_LEVELS
+
+
+@pytest.mark.parametrize(("settings", "device"), [("gpu=1, ", "gpu"), ("", "gpu:1")])
+def test_a_flow_of_the_second_gpu_takes_no_memory_of_the_first(
+    place: Place, photos: list[bytes], settings: str, device: str
+) -> None:
+    """A process that works on one GPU has no context on another one (hundreds of MiB)."""
+    pynvml = pytest.importorskip("pynvml")
+    pynvml.nvmlInit()
+
+    def used_mib() -> list[float]:
+        devices = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(2)]
+        return [pynvml.nvmlDeviceGetMemoryInfo(d).used / 2**20 for d in devices]
+
+    flow, picture = place.models / "second.flow", place.models / "picture.jpg"
+    flow.write_text(CELLS.replace("batch=", f"{settings}batch=").format(2))
+    picture.write_bytes(photos[0])
+    before = used_mib()
+    command = [sys.executable, "-c", ANSWER, flow, device, place.engines, picture]
+    with subprocess.Popen(
+        [str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline().strip().isdigit()
+        first, second = (now - was for now, was in zip(used_mib(), before, strict=True))
+        process.communicate("")
+    assert process.returncode == 0
+    assert second > 200
+    assert first < 32
