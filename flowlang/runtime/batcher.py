@@ -25,10 +25,13 @@ class Item:
     """One unit of a request's work, waiting for a stage.
 
     `walk` is where in its flow it stands; None where the flow is one stage and nothing else.
-    `taken_s` is when its batch was taken, which is kept for an observer only.
+    `taken_by` is the batcher that gave it to an instance, while that works on it. `taken_s` is when
+    that was, which is kept for an observer only.
     """
 
-    __slots__ = ("arrived_s", "is_settled", "request", "taken_s", "unit", "value", "walk")
+    __slots__ = (
+        "arrived_s", "is_settled", "request", "taken_by", "taken_s", "unit", "value", "walk",
+    )  # fmt: skip
 
     taken_s: float
 
@@ -45,6 +48,7 @@ class Item:
         self.value = value
         self.arrived_s = arrived_s
         self.walk = walk
+        self.taken_by: Batcher | None = None
         self.is_settled = False  # has come back, or is past the stage's timeout
 
     @property
@@ -73,15 +77,25 @@ def first_of(items: Iterable[Item]) -> Item:
     return min(items, key=lambda item: item.arrived_s)
 
 
+def bring_back(item: Item) -> None:
+    """Note that no instance works on an item any more. Twice is once."""
+    if item.taken_by is not None:
+        item.taken_by.at_work -= 1
+        item.taken_by = None
+
+
 class Batcher:
     """First come, first served; a free instance takes what waits, up to `high`.
 
     What waits is spread over the free instances rather than swallowed by one: at ten waiting
-    requests and three free instances a single batch of ten would leave two of them idle. With
-    `is_shared` it is spread over all instances, the busy ones too: right where a batch saves
-    nothing and only delays its last item. A `wait_s` above 0 holds an incomplete batch back until
-    its oldest item has waited that long. With `is_ranked`, set once items may differ in it, a lower
-    rank is served before a higher one, however long that waits.
+    requests and three free instances a single batch of ten would leave two of them idle. Nor does
+    an instance take more than its share of all that waits or is being worked on, of which `at_work`
+    counts the latter: or one would have most and the others next to nothing, in turns. With
+    `is_shared` what waits is spread over all instances, the busy ones too: right where a batch
+    saves nothing and only delays its last item. A `wait_s` above 0 holds an incomplete batch back
+    until its oldest item has waited that long, and then it has all that waits. With `is_ranked`,
+    set once items may differ in it, a lower rank is served before a higher one, however long that
+    waits.
     """
 
     def __init__(
@@ -94,6 +108,7 @@ class Batcher:
         self.is_shared = is_shared
         self.is_ranked = False
         self.waiting: deque[Item] = deque()
+        self.at_work = 0
         self._swept_at = SPARE
 
     def put(self, item: Item) -> None:
@@ -119,9 +134,10 @@ class Batcher:
         if due is None or (self.wait_s and due > now_s):
             return []
         waiting = self.waiting
-        count = len(waiting)
-        among = self.instances if self.is_shared else free
-        share = count if self.wait_s else -(-count // max(1, among))
+        share = count = len(waiting)
+        if not self.wait_s:
+            among = self.instances if self.is_shared else max(1, free)
+            share = min(-(-count // among), -(-(count + self.at_work) // self.instances))
         size = min(self.high, max(share, self.low), count)
         batch: list[Item] = []
         try:
@@ -134,7 +150,16 @@ class Batcher:
         except BaseException:
             waiting.extendleft(reversed(batch))
             raise
+        for item in batch:
+            item.taken_by = self
+        self.at_work += len(batch)
         return batch
+
+    def put_back(self, batch: list[Item]) -> None:
+        """Have a batch wait again that could not be handed over, first of all."""
+        for item in batch:
+            bring_back(item)
+        self.waiting.extendleft(reversed(batch))
 
     def _drop_unwanted(self) -> None:
         waiting = self.waiting

@@ -30,7 +30,7 @@ from flowlang.diagnostics import (
     StageFailed,
 )
 from flowlang.plan.physical import PhysicalPlan
-from flowlang.runtime.batcher import SPARE, Item, first_of, place
+from flowlang.runtime.batcher import SPARE, Item, bring_back, first_of, place
 from flowlang.runtime.entrance import Entrance, Stage
 from flowlang.runtime.observer import Observer
 from flowlang.runtime.request import UNANSWERED, Reply, Request, Wake, deliver, in_words, strip
@@ -306,6 +306,7 @@ class Scheduler:
                 if items and busy_s:
                     self._stage_of(items[0]).counts.count_work(len(items), busy_s)
                 for item, outcome in zip(items, outcomes, strict=True):
+                    bring_back(item)
                     if item.walk is not None:
                         item.request.end_work(now)
                     is_failure = isinstance(outcome, Exception)
@@ -539,9 +540,8 @@ class Scheduler:
         return batch
 
     def _put_back(self, stage: Stage, batch: list[Item]) -> None:
-        """Have a batch wait again that could not be handed over, first of all."""
         with self._lock:
-            stage.batcher.waiting.extendleft(reversed(batch))
+            stage.batcher.put_back(batch)
 
     def _count_taken(self, stage: Stage, batch: list[Item], now: float) -> None:
         size, counts = len(batch), stage.counts

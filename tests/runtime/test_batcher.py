@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowlang.runtime.batcher import Batcher, Item
+from flowlang.runtime.batcher import Batcher, Item, bring_back
 from flowlang.runtime.entrance import Entrance
 from flowlang.runtime.request import Request
 from flowlang.runtime.scheduler import Scheduler
@@ -58,23 +58,50 @@ def test_a_lone_item_is_taken_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "free", "size"),
+    ("waiting", "at_work", "free", "size"),
     [
-        (10, 1, 8),
-        (10, 2, 5),
-        (10, 3, 4),
-        (10, 4, 3),
-        (10, 10, 2),
-        (10, 99, 2),
-        (1, 3, 1),
-        (3, 1, 3),
+        (10, 24, 1, 8),
+        (10, 16, 2, 5),
+        (10, 8, 3, 4),
+        (10, 0, 4, 3),
+        (10, 0, 10, 2),
+        (10, 0, 99, 2),
+        (1, 8, 3, 1),
+        (3, 20, 1, 3),
+        (7, 3, 1, 3),  # of ten in all, over four instances
+        (7, 1, 1, 2),
     ],
 )
-def test_what_waits_is_spread_over_the_free_instances(waiting: int, free: int, size: int) -> None:
-    """An instance takes its share of what waits: at least the lower bound, at most the upper."""
+def test_what_waits_is_spread_over_the_free_instances(
+    waiting: int, at_work: int, free: int, size: int
+) -> None:
+    """An instance takes its share of what waits, and no more than of all that is in the stage: at
+    least the lower bound, at most the upper."""
     batcher = Batcher(2, 8, 0.0, 4)
+    busy(batcher, at_work)
     items = filled(batcher, *[0.0] * waiting)
     assert batcher.take(0.0, free) == items[:size]
+
+
+def busy(batcher: Batcher, count: int) -> None:
+    """Have so many items at work."""
+    filled(batcher, *[0.0] * count)
+    while batcher.waiting:
+        batcher.take(0.0, 1)
+    assert batcher.at_work == count
+
+
+def test_what_has_come_back_is_not_at_work() -> None:
+    """Nor is what is put back, and what comes back twice has come back once."""
+    batcher = Batcher(1, 8, 0.0, 1)
+    items = filled(batcher, *[0.0] * 8)
+    assert batcher.take(0.0, 1) == items
+    for item in items[:3] * 2:
+        bring_back(item)
+    assert batcher.at_work == 5
+    batcher.put_back(items[3:])
+    assert batcher.at_work == 0
+    assert list(batcher.waiting) == items[3:]
 
 
 @pytest.mark.parametrize(("waiting", "size"), [(1, 1), (3, 1), (4, 2), (9, 3), (90, 30), (300, 64)])
@@ -149,7 +176,7 @@ def test_a_lower_rank_is_taken_first(priorities: list[int], high: int) -> None:
     assert [item.rank for item in items] == [priority or 2 for priority in priorities]
 
 
-def test_the_wait_of_what_is_settledtaken_counts() -> None:
+def test_the_wait_of_what_is_not_taken_first_counts() -> None:
     """A batch is due when any of its items has waited, and not only the one that is first in it."""
     batcher = Batcher(1, 3, 0.5, 1)
     batcher.is_ranked = True
@@ -170,15 +197,17 @@ class Oracle:
     instances: int
     is_shared: bool
     waiting: list[Item] = field(default_factory=list)
+    at_work: list[Item] = field(default_factory=list)
 
     def live(self) -> list[Item]:
         return [i for i in self.waiting if not i.request.is_answered and not i.is_settled]
 
 
 STEP = st.one_of(
-    st.tuples(st.just("put"), st.integers(0, 3)),
+    st.tuples(st.just("put"), st.integers(0, 9)),
     st.tuples(st.just("take"), st.integers(1, 4)),
     st.tuples(st.just("answer"), st.integers(0, 30)),
+    st.tuples(st.just("finish"), st.integers(0, 12)),
     st.tuples(st.just("pass"), st.integers(1, 5)),
 )
 
@@ -186,7 +215,7 @@ STEP = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(
     st.integers(1, 5), st.integers(0, 8), st.sampled_from([0.0, 0.25, 1.0]), st.integers(1, 4),
-    st.booleans(), st.lists(STEP, max_size=60),
+    st.booleans(), st.lists(STEP, min_size=15, max_size=60),
 )  # fmt: skip
 def test_batches_keep_order_bounds_and_shares(
     low: int,
@@ -208,6 +237,10 @@ def test_batches_keep_order_bounds_and_shares(
             oracle.waiting += filled(batcher, *[now_s] * number)
         elif step == "answer" and number < len(oracle.waiting):
             oracle.waiting[number].request.outcome = "answered"
+        elif step == "finish":
+            for item in oracle.at_work[:number]:
+                bring_back(item)
+            del oracle.at_work[:number]
         elif step == "take":
             check_take(batcher, oracle, now_s, number)
 
@@ -229,8 +262,11 @@ def check_take(batcher: Batcher, oracle: Oracle, now_s: float, free: int) -> Non
     assert batch or not is_due
     if oracle.waiting == live:
         among = oracle.instances if oracle.is_shared else free
-        share = len(live) if oracle.wait_s else math.ceil(len(live) / among)
+        in_all = len(live) + len(oracle.at_work)
+        share = min(math.ceil(len(live) / among), math.ceil(in_all / oracle.instances))
+        share = len(live) if oracle.wait_s else share
         size = min(oracle.high, len(live), max(oracle.low, share))
         assert len(batch) == (size if is_due else 0)
+    oracle.at_work += batch
     if batch:
         oracle.waiting = oracle.waiting[oracle.waiting.index(batch[-1]) + 1 :]
