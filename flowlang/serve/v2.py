@@ -24,7 +24,7 @@ from flowlang.serve.answer import (
     to_json,
     wrong_method,
 )
-from flowlang.serve.inference import VERSION, Inference, Model, Request
+from flowlang.serve.inference import VERSION, Inference, Model, Request, class_count
 from flowlang.serve.tensor import (
     BYTES,
     Tensor,
@@ -370,28 +370,31 @@ class _Inputs:
             raise BadRequest(f"{left:,} bytes of the body belong to no input")
 
 
-def _wanted(given: Any, parameters: dict[str, Any]) -> tuple[list[str] | None, Binary]:
-    """The outputs asked for, and which of them as bytes. Raises BadRequest."""
+def _wanted(given: Any, parameters: dict[str, Any]) -> tuple[dict[str, int], Binary]:
+    """The outputs asked for, and how many classes of each; which of them as bytes.
+
+    Raises BadRequest.
+    """
     place = "parameters.binary_data_output"
     all_binary = _flag(place, parameters.get("binary_data_output"), default=False)
     if given is None:
-        return None, _always if all_binary else _never
+        return {}, _always if all_binary else _never
     if not isinstance(given, list):
         raise BadRequest("outputs: a list is wanted")
     flags: dict[str, bool] = {}
+    wanted: dict[str, int] = {}
     for index, value in enumerate(given):
         place = f"outputs[{index}]"
         output = _object(place, value)
         name = output.get("name")
         if not isinstance(name, str):
             raise BadRequest(f"{place}.name: a string is wanted")
-        asked = _fields(f"{place}.parameters", output.get("parameters"))
-        for unknown in ("classification", "shared_memory_region"):
-            if unknown in asked:
-                raise BadRequest(f"{place}.parameters: `{unknown}` is not possible here")
-        place = f"{place}.parameters.binary_data"
+        place = f"{place}.parameters"
+        asked = _fields(place, output.get("parameters"))
+        wanted[name] = class_count(place, asked)
+        place = f"{place}.binary_data"
         flags[name] = _flag(place, asked.get("binary_data"), default=all_binary)
-    return list(flags) or None, lambda name: flags.get(name, all_binary)
+    return wanted, lambda name: flags.get(name, all_binary)
 
 
 def _flag(place: str, value: Any, *, default: bool) -> bool:
