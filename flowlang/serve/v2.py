@@ -345,7 +345,7 @@ class _Inputs:
         datatype = check_datatype(place, given.get("datatype"))
         shape = check_shape(place, given.get("shape"))
         parameters = _fields(f"{place}.parameters", given.get("parameters"))
-        if "shared_memory_region" in parameters:
+        if parameters.get("shared_memory_region") is not None:
             raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
         self._model.port(place, name, datatype, shape)
         size = parameters.get("binary_data_size")

@@ -316,6 +316,8 @@ def test_the_client_for_asyncio(server: Server) -> None:
 def test_what_is_null_is_as_left_out(server: Server) -> None:
     """Clients that write every field they know are answered as those that write none."""
     nothing = {"id": None, "parameters": None, "outputs": None}
+    tensor = one_row(parameters={"shared_memory_region": None})
+    assert infer(server, "same", inputs=[tensor]).status_code == 200
     tensor = one_row(parameters=None)
     answer = infer(server, "same", inputs=[tensor], **nothing)
     assert answer.json() == infer(server, "same", inputs=[one_row()]).json()
