@@ -44,6 +44,8 @@ COMPRESS_BYTES = 1 << 10  # an answer below this is sent as it is
 # Of zlib; `deflate` has its wrapper, and `x-gzip` is another name of gzip (RFC 9110, 8.4.1).
 _WBITS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 
+_SETTINGS = "what is logged and traced is set where the server is started"
+
 Headers: TypeAlias = Mapping[bytes, bytes]
 Binary: TypeAlias = Callable[[str], bool]  # whether the output of this name goes back as bytes
 
@@ -117,6 +119,10 @@ class InferenceRoutes:
                 return _said(method, "POST", self._inference.index)
             case ["repository", "models", _, ("load" | "unload")]:
                 raise Refusal("off", 403, "models are not loaded or unloaded over the network")
+            case ["systemsharedmemory" | "cudasharedmemory", *_]:
+                raise _nothing("there is no shared memory: requests and answers hold their tensors")
+            case ["trace", "setting"] | ["logging"]:
+                raise _nothing(_SETTINGS)
             case ["models", "stats"]:
                 return _get(method, self._inference.statistics)
             case ["models", name, "versions", version, *rest]:
@@ -137,6 +143,8 @@ class InferenceRoutes:
                 return _get(method, lambda: inference.model(name, version).config())
             case ["stats"]:
                 return _get(method, lambda: inference.statistics(name, version))
+            case ["trace", "setting"]:
+                raise _nothing(_SETTINGS)
             case ["infer"]:
                 if method == "POST":
                     inference.check_open()
@@ -197,8 +205,8 @@ def _yes_or_no(method: str, is_so: bool, name: str | None = None) -> Answer:
     return answer if is_so else Answer(503, answer.body)
 
 
-def _nothing() -> Refusal:
-    return Refusal("not-found", 404, "there is nothing at this path of the protocol")
+def _nothing(why: str = "there is nothing at this path of the protocol") -> Refusal:
+    return Refusal("not-found", 404, why)
 
 
 # Compression (RFC 9110, "Content Codings")

@@ -6,6 +6,7 @@ import gzip
 import json
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -198,6 +199,33 @@ def test_an_answer_has_so_many_classes(server: Server) -> None:
     assert refused.json() == {"error": "an answer has at most 262,144 classes"}
     assert ask("same", 2**64 - 1).json()["outputs"][0]["shape"] == [1, 3]
     assert ask("same", 2**64).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "said"),
+    [
+        (lambda c: c.load_model("same"), "403", "not loaded or unloaded over the network"),
+        (lambda c: c.unload_model("same"), "403", "not loaded or unloaded over the network"),
+        (lambda c: c.get_system_shared_memory_status(), "404", "no shared memory"),
+        (lambda c: c.register_system_shared_memory("r", "/r", 9), "404", "no shared memory"),
+        (lambda c: c.unregister_cuda_shared_memory("r"), "404", "no shared memory"),
+        (lambda c: c.get_trace_settings(), "404", "set where the server is started"),
+        (lambda c: c.update_trace_settings("same", {}), "404", "set where the server is started"),
+        (lambda c: c.get_log_settings(), "404", "set where the server is started"),
+        (lambda c: c.update_log_settings({}), "404", "set where the server is started"),
+    ],
+)
+def test_what_is_not_offered_says_so(
+    client: triton.InferenceServerClient,
+    call: Callable[[triton.InferenceServerClient], object],
+    status: str,
+    said: str,
+) -> None:
+    """Whatever else Triton's client can call is refused with what there is instead."""
+    with pytest.raises(InferenceServerException) as caught:
+        call(client)
+    assert caught.value.status() == status
+    assert said in caught.value.message()
 
 
 PAIRS = {"datatype": "UINT8"}
