@@ -79,6 +79,23 @@ def ranked(values: Array) -> Array:
     return np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
 
 
+def top_places(values: Array, count: int) -> Array:
+    """Where the greatest values are, at most so many, from the greatest on. NaN is the least.
+
+    Of equals the first comes first.
+    """
+    import numpy as np
+
+    order = ranked(values)
+    count = min(count, len(order))
+    if not count:
+        return np.empty(0, np.int64)
+    least = np.partition(order, len(order) - count)[len(order) - count]
+    last_first = np.flatnonzero(order >= least)[::-1]
+    by_rank = np.argsort(order[last_first], kind="stable")  # not of -order: what is unsigned wraps
+    return last_first[by_rank][::-1][:count]
+
+
 def _argmax(node: Node, settings: Mapping[str, Any]) -> Work:
     import numpy as np
 
@@ -95,8 +112,6 @@ def label(index: int, score: float, names: list[str] | None) -> dict[str, Any]:
 
 
 def _top(node: Node, settings: Mapping[str, Any]) -> Work:
-    import numpy as np
-
     of_list = _top_of_list(node)
     if node.params.get("by") is not None:
         return of_list
@@ -106,14 +121,8 @@ def _top(node: Node, settings: Mapping[str, Any]) -> Work:
     def work(values: Any) -> list[Any]:
         if isinstance(values, list):
             return list(of_list(values))
-        order = ranked(values)  # of equals the first comes first
-        count = min(k, len(values))
-        if not count:
-            return []
-        least = np.partition(order, len(order) - count)[len(order) - count]
-        found = np.flatnonzero(order >= least)
-        places = found[np.argsort(-order[found], kind="stable")][:count]
-        return [label(i, float(values[i]), names) for i in places.tolist()]
+        places = top_places(values, k).tolist()
+        return [label(i, float(values[i]), names) for i in places]
 
     return work
 

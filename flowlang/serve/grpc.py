@@ -18,7 +18,15 @@ from typing import Any, TypeAlias
 from flowlang.diagnostics import BadRequest, RequestError
 from flowlang.serve.access import tell
 from flowlang.serve.answer import Refusal, is_request_id, request_id_of
-from flowlang.serve.inference import VERSION, Inference, Model, Request, emptied, known
+from flowlang.serve.inference import (
+    VERSION,
+    Inference,
+    Model,
+    Request,
+    class_count,
+    emptied,
+    known,
+)
 from flowlang.serve.proto import Method, Protocol, read_protocol
 from flowlang.serve.setup import Setup
 from flowlang.serve.tensor import (
@@ -499,14 +507,14 @@ def read_request(model: Model, message: Message, timeout_s: float | None) -> Req
         _tensor(model, f"inputs[{index}]", given, raw[index] if raw else None)
         for index, given in enumerate(message.inputs)
     ]
-    for index, output in enumerate(message.outputs):
-        for name in ("classification", "shared_memory_region"):
-            if name in output.parameters:
-                raise BadRequest(f"outputs[{index}].parameters: `{name}` is not possible here")
+    wanted = {
+        output.name: class_count(f"outputs[{index}].parameters", _values(output.parameters))
+        for index, output in enumerate(message.outputs)
+    }
     return Request(
         tensors,
-        [output.name for output in message.outputs] or None,
-        {name: _value(name, given) for name, given in message.parameters.items()},
+        wanted,
+        _values(message.parameters),
         message.id,
         timeout_s,
     )
@@ -539,11 +547,14 @@ def _contents(place: str, datatype: str, shape: tuple[int, ...], contents: Messa
     return list(values)
 
 
-def _value(name: str, given: Message) -> Any:
-    choice = given.WhichOneof("parameter_choice")
-    if choice is None:
-        raise BadRequest(f"parameters: `{name}` has no value")
-    return getattr(given, choice)
+def _values(parameters: Mapping[str, Message]) -> dict[str, Any]:
+    found = {}
+    for name, given in parameters.items():
+        choice = given.WhichOneof("parameter_choice")
+        if choice is None:
+            raise BadRequest(f"parameters: `{name}` has no value")
+        found[name] = getattr(given, choice)
+    return found
 
 
 class _Health:

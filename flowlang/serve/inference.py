@@ -24,7 +24,7 @@ from flowlang.serve.form import ParameterReader
 from flowlang.serve.log import tell_broken, tell_refused, tell_unanswered
 from flowlang.serve.port import Port, Ports, port_of
 from flowlang.serve.statistics import Statistics
-from flowlang.serve.tensor import BYTES, Tensor
+from flowlang.serve.tensor import BYTES, Tensor, classes_of
 
 if TYPE_CHECKING:
     from flowlang.app import App, Flow
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 PLATFORM = "flowlang"
 VERSION = "1"  # of every model
 EXTENSIONS = (
-    *("binary_tensor_data", "model_configuration", "parameters", "schedule_policy", "statistics"),
+    *("binary_tensor_data", "classification", "model_configuration", "parameters"),
+    *("schedule_policy", "statistics"),
 )
 # Request parameters that the protocol or its clients give a meaning of their own. Those that have
 # none here may be a flow's; the others cannot be (flowlang.plan.declare).
@@ -45,6 +46,7 @@ RESERVED = frozenset(
 )
 RESERVED_START = "triton_"
 LARGEST = 2**64 - 1  # of a whole number that the protocol gives a meaning: over gRPC it has 64 bits
+MAX_CLASSES = 1 << 18  # of a request: while their texts are made, nothing else is done
 _PLAIN = frozenset(Scalar(name) for name in PLAIN)
 
 State: TypeAlias = Literal["loading", "ready", "draining"]
@@ -55,14 +57,15 @@ Carried = TypeVar("Carried", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a request asks: the tensors it brings, and the names of those it wants (None for all).
+    """What a request asks: the tensors it brings, and those it wants by name (all if it has none).
 
+    Of each of those, how many classes are wanted of an item; 0 is the tensor as it is.
     `timeout_s` is what its transport grants; its parameter `timeout` may say less. `priority` is
     what its transport says, where its parameter of that name says nothing.
     """
 
     inputs: Sequence[Tensor]
-    outputs: Sequence[str] | None = None
+    outputs: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
     timeout_s: float | None = None
@@ -75,7 +78,7 @@ class Work:
 
     items: list[Any]
     parameters: list[dict[str, Any]]
-    wanted: list[str]
+    wanted: Mapping[str, int]
     deadline_s: float | None
     priority: int
 
@@ -179,9 +182,11 @@ class Model:
         """What a request asks of the flow. Raises BadRequest."""
         wanted = self._wanted(request.outputs)
         items, given = self._items(request)
+        self._check_classes(wanted, len(items))
         deadline_s = _sooner(request.timeout_s, _timeout_s(request.parameters))
-        priority = _whole(request.parameters, "priority", "number, 1 the first to be served")
-        return Work(items, given, wanted, deadline_s, priority or request.priority)
+        what = "number, 1 the first to be served"
+        priority = _whole("parameters", request.parameters, "priority", what) or request.priority
+        return Work(items, given, wanted, deadline_s, priority)
 
     async def run(self, work: Work) -> tuple[list[Any], float]:
         """The answers for all items, and how many seconds they waited until one was worked on.
@@ -201,15 +206,32 @@ class Model:
             raise Unanswered(error) from error
         return [answer], queued_s
 
-    def _wanted(self, names: Sequence[str] | None) -> list[str]:
+    def tensors(self, answers: Sequence[Any], work: Work) -> list[Tensor]:
+        """What goes back of the answers for all items. Raises BadRequest."""
+        found = self.outputs.columns(answers, work.wanted)
+        counts = work.wanted.values()
+        return [classes_of(t, n) if n else t for t, n in zip(found, counts, strict=True)]
+
+    def _check_classes(self, wanted: Mapping[str, int], items: int) -> None:
+        made = 0.0
+        for name, count in wanted.items():
+            if not count:
+                continue
+            port = self.outputs.by_name[name]
+            most = port.most_classes
+            if most is None:
+                raise BadRequest(f"`{name}` is {port.datatype}: only numbers are told as classes")
+            made += items * min(count, most)
+        if made > MAX_CLASSES:
+            raise Refusal("too-large", 413, f"an answer has at most {MAX_CLASSES:,} classes")
+
+    def _wanted(self, asked: Mapping[str, int]) -> Mapping[str, int]:
         known = self.outputs.by_name
-        if not names:
-            return list(known)
-        for index, name in enumerate(names):
+        for index, name in enumerate(asked):
             if name not in known:
                 there = ", ".join(f"`{n}`" for n in known)
                 raise BadRequest(f"outputs[{index}]: no output is named `{name}`; there is {there}")
-        return list(dict.fromkeys(names))
+        return asked or dict.fromkeys(known, 0)
 
     def _items(self, request: Request) -> tuple[list[Any], list[dict[str, Any]]]:
         """The items of a request, and the parameters of each. Raises BadRequest."""
@@ -307,19 +329,26 @@ def _of_output(port: Port) -> tuple[str, str, list[int]]:
 
 def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
     """What the parameter `timeout` allows: it is in microseconds. Raises BadRequest."""
-    given = _whole(parameters, "timeout", "number of microseconds")
+    given = _whole("parameters", parameters, "timeout", "number of microseconds")
     return given / 1e6 if given else None
 
 
-def _whole(parameters: Mapping[str, Any], name: str, what: str) -> int:
+def class_count(place: str, parameters: Mapping[str, Any]) -> int:
+    """How many classes the parameters of an output ask for; 0 is the tensor. Raises BadRequest."""
+    if parameters.get("shared_memory_region") is not None:
+        raise BadRequest(f"{place}: there is no shared memory; the tensor comes in the answer")
+    return _whole(place, parameters, "classification", "number of classes")
+
+
+def _whole(place: str, parameters: Mapping[str, Any], name: str, what: str) -> int:
     """A parameter that the protocol gives a meaning; 0 says nothing. Raises BadRequest."""
     given = parameters.get(name)
     if given is None:
         return 0
     if not isinstance(given, int) or isinstance(given, bool) or given < 0:
-        raise BadRequest(f"parameters.{name}: a whole {what} is wanted")
+        raise BadRequest(f"{place}.{name}: a whole {what} is wanted")
     if given > LARGEST:
-        raise BadRequest(f"parameters.{name}: it is above {LARGEST}, the most that it can be")
+        raise BadRequest(f"{place}.{name}: it is above {LARGEST}, the most that it can be")
     return given
 
 
@@ -457,7 +486,7 @@ class Inference:
 
             asked, done, answers, queued_s = await asked_again(model, lambda: self._now(name), run)
             clock.lap()
-            carried = exchange.write(asked, request, asked.outputs.columns(answers, done.wanted))
+            carried = exchange.write(asked, request, asked.tensors(answers, done))
             clock.lap()
         except RequestError as error:
             if not clock.laps_ns:  # it was not put

@@ -7,7 +7,8 @@ a list of records, is JSON in a tensor of BYTES. Knows neither requests nor conn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -48,6 +49,14 @@ class Port:
     def wire_shape(self) -> list[int]:
         """The shape with the items in front; -1 is any length."""
         return [-1, *(-1 if side is None else side for side in self.shape or ())]
+
+    @property
+    def most_classes(self) -> float | None:
+        """How many numbers an item may have, to be told as classes; None where it has none."""
+        if self.form not in ("number", "array") or self.datatype == "BOOL":
+            return None
+        sides = (None,) if self.shape is None else self.shape
+        return math.prod(math.inf if side is None else side for side in sides)
 
     def json_of(self, tensor: Tensor) -> list[bytes]:
         """What is JSON of a tensor that is this one: it is bounded over a whole request."""
@@ -201,7 +210,7 @@ class Ports:
             return rows[next(iter(self.by_name))]
         return [{name: column[index] for name, column in rows.items()} for index in range(count)]
 
-    def columns(self, answers: Sequence[Any], wanted: Sequence[str]) -> list[Tensor]:
+    def columns(self, answers: Sequence[Any], wanted: Iterable[str]) -> list[Tensor]:
         """The tensors of these names, of the answers of all items."""
         return [
             self.by_name[name].column(

@@ -24,7 +24,7 @@ from flowlang.serve.answer import (
     to_json,
     wrong_method,
 )
-from flowlang.serve.inference import VERSION, Inference, Model, Request
+from flowlang.serve.inference import VERSION, Inference, Model, Request, class_count
 from flowlang.serve.tensor import (
     BYTES,
     Tensor,
@@ -43,6 +43,8 @@ PIECE_BYTES = 64 << 10  # unpacked at once: what follows a member in them is cop
 COMPRESS_BYTES = 1 << 10  # an answer below this is sent as it is
 # Of zlib; `deflate` has its wrapper, and `x-gzip` is another name of gzip (RFC 9110, 8.4.1).
 _WBITS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
+
+_SETTINGS = "what is logged and traced is set where the server is started"
 
 Headers: TypeAlias = Mapping[bytes, bytes]
 Binary: TypeAlias = Callable[[str], bool]  # whether the output of this name goes back as bytes
@@ -117,6 +119,10 @@ class InferenceRoutes:
                 return _said(method, "POST", self._inference.index)
             case ["repository", "models", _, ("load" | "unload")]:
                 raise Refusal("off", 403, "models are not loaded or unloaded over the network")
+            case ["systemsharedmemory" | "cudasharedmemory", *_]:
+                raise _nothing("there is no shared memory: requests and answers hold their tensors")
+            case ["trace", "setting"] | ["logging"]:
+                raise _nothing(_SETTINGS)
             case ["models", "stats"]:
                 return _get(method, self._inference.statistics)
             case ["models", name, "versions", version, *rest]:
@@ -137,6 +143,8 @@ class InferenceRoutes:
                 return _get(method, lambda: inference.model(name, version).config())
             case ["stats"]:
                 return _get(method, lambda: inference.statistics(name, version))
+            case ["trace", "setting"]:
+                raise _nothing(_SETTINGS)
             case ["infer"]:
                 if method == "POST":
                     inference.check_open()
@@ -197,8 +205,8 @@ def _yes_or_no(method: str, is_so: bool, name: str | None = None) -> Answer:
     return answer if is_so else Answer(503, answer.body)
 
 
-def _nothing() -> Refusal:
-    return Refusal("not-found", 404, "there is nothing at this path of the protocol")
+def _nothing(why: str = "there is nothing at this path of the protocol") -> Refusal:
+    return Refusal("not-found", 404, why)
 
 
 # Compression (RFC 9110, "Content Codings")
@@ -345,7 +353,7 @@ class _Inputs:
         datatype = check_datatype(place, given.get("datatype"))
         shape = check_shape(place, given.get("shape"))
         parameters = _fields(f"{place}.parameters", given.get("parameters"))
-        if "shared_memory_region" in parameters:
+        if parameters.get("shared_memory_region") is not None:
             raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
         self._model.port(place, name, datatype, shape)
         size = parameters.get("binary_data_size")
@@ -370,28 +378,31 @@ class _Inputs:
             raise BadRequest(f"{left:,} bytes of the body belong to no input")
 
 
-def _wanted(given: Any, parameters: dict[str, Any]) -> tuple[list[str] | None, Binary]:
-    """The outputs asked for, and which of them as bytes. Raises BadRequest."""
+def _wanted(given: Any, parameters: dict[str, Any]) -> tuple[dict[str, int], Binary]:
+    """The outputs asked for, and how many classes of each; which of them as bytes.
+
+    Raises BadRequest.
+    """
     place = "parameters.binary_data_output"
     all_binary = _flag(place, parameters.get("binary_data_output"), default=False)
     if given is None:
-        return None, _always if all_binary else _never
+        return {}, _always if all_binary else _never
     if not isinstance(given, list):
         raise BadRequest("outputs: a list is wanted")
     flags: dict[str, bool] = {}
+    wanted: dict[str, int] = {}
     for index, value in enumerate(given):
         place = f"outputs[{index}]"
         output = _object(place, value)
         name = output.get("name")
         if not isinstance(name, str):
             raise BadRequest(f"{place}.name: a string is wanted")
-        asked = _fields(f"{place}.parameters", output.get("parameters"))
-        for unknown in ("classification", "shared_memory_region"):
-            if unknown in asked:
-                raise BadRequest(f"{place}.parameters: `{unknown}` is not possible here")
-        place = f"{place}.parameters.binary_data"
+        place = f"{place}.parameters"
+        asked = _fields(place, output.get("parameters"))
+        wanted[name] = class_count(place, asked)
+        place = f"{place}.binary_data"
         flags[name] = _flag(place, asked.get("binary_data"), default=all_binary)
-    return list(flags) or None, lambda name: flags.get(name, all_binary)
+    return wanted, lambda name: flags.get(name, all_binary)
 
 
 def _flag(place: str, value: Any, *, default: bool) -> bool:

@@ -218,6 +218,21 @@ def test_parameters_reach_the_flow(client: triton.InferenceServerClient) -> None
         client.infer("classes", [picture], parameters={"size": 3})
 
 
+def test_the_greatest_numbers_of_an_output(client: triton.InferenceServerClient) -> None:
+    """Classes are asked for: of each item its greatest numbers, with their places in it."""
+    rows = [_input("input", [[1, 5, 0.3], [9, 7, 9]], "FP32")]
+    answer = client.infer("same", rows, outputs=[triton.InferRequestedOutput("output", 2)])
+    expected = [[b"5.0:1", b"1.0:0"], [b"9.0:0", b"9.0:2"]]
+    assert answer.as_numpy("output").tolist() == expected
+    text = [_input("input", [b"a"], BYTES)]
+    with pytest.raises(InferenceServerException, match="`output` is BYTES: only numbers"):
+        client.infer("shout", text, outputs=[triton.InferRequestedOutput("output", 2)])
+    region = triton.InferRequestedOutput("output")
+    region.set_shared_memory("region", 24)
+    with pytest.raises(InferenceServerException, match="there is no shared memory"):
+        client.infer("same", rows, outputs=[region])
+
+
 def test_a_stream_answers_in_order_and_goes_on_after_errors(
     client: triton.InferenceServerClient,
 ) -> None:

@@ -23,6 +23,8 @@ from flowlang.serve.tensor import BYTES, NUMPY
 from tests.serve.asking import PICTURES, RAW, ROW_BYTES, as_input, infer, one_row
 from tests.serve.server import Server
 
+NAN = float("nan")
+
 
 def test_the_server_and_its_models_describe_themselves(
     client: triton.InferenceServerClient,
@@ -37,8 +39,8 @@ def test_the_server_and_its_models_describe_themselves(
         "name": "flowlang",
         "version": flowlang.__version__,
         "extensions": [
-            *("binary_tensor_data", "model_configuration", "parameters", "schedule_policy"),
-            "statistics",
+            *("binary_tensor_data", "classification", "model_configuration", "parameters"),
+            *("schedule_policy", "statistics"),
         ],
     }
     assert client.get_model_metadata("two", "1") == {
@@ -167,6 +169,50 @@ def test_tensors_there_and_back(
     np.testing.assert_array_equal(answer.as_numpy("output"), np.array(expected, NUMPY[datatype]))
 
 
+@pytest.mark.parametrize("is_binary", [True, False])
+@pytest.mark.parametrize(
+    ("model", "datatype", "values", "count", "expected"),
+    [
+        ("same", "FP32", [[1, 5, 0.3], [-2, NAN, 1e-9]], 2, ["5.0:1 1.0:0", "1e-09:2 -2.0:0"]),
+        ("same", "FP32", [[1, 5, 0.3]], 9, ["5.0:1 1.0:0 0.3:2"]),
+        ("levels", "UINT8", [[0, 200, 5], [9, 7, 9]], 2, ["200:1 5:2", "9:0 9:2"]),
+        ("reversed", "UINT8", [[[1, 4], [3, 2]]], 3, ["4:3 3:0 2:1"]),
+        ("double", "INT64", [3, -4], 2, ["6:0", "-8:0"]),
+    ],
+)
+def test_the_greatest_numbers_of_an_output(
+    client: triton.InferenceServerClient,
+    model: str,
+    datatype: str,
+    values: Any,
+    count: int,
+    expected: list[str],
+    is_binary: bool,
+) -> None:
+    """Classes are asked for: of each item its greatest numbers, with their places in it."""
+    wanted = [triton.InferRequestedOutput("output", is_binary, count)]
+    answer = client.infer(model, [as_input("input", values, datatype)], outputs=wanted)
+    found = answer.as_numpy("output").tolist()
+    texts = [[t.decode() if is_binary else t for t in row] for row in found]
+    assert texts == [row.split() for row in expected]
+
+
+def test_classes_of_one_tensor_of_a_record(client: triton.InferenceServerClient) -> None:
+    """The one that they are asked of is texts, and the other the tensor it is."""
+    pictures = [as_input("input", PICTURES, BYTES)]
+    plain = client.infer("two", pictures)
+    outputs = [triton.InferRequestedOutput("scores", class_count=3)]
+    outputs.append(triton.InferRequestedOutput("embedding"))
+    answer = client.infer("two", pictures, outputs=outputs)
+    np.testing.assert_array_equal(answer.as_numpy("embedding"), plain.as_numpy("embedding"))
+    found = [[text.decode().split(":") for text in row] for row in answer.as_numpy("scores")]
+    scores = plain.as_numpy("scores")
+    places = np.argsort(-scores, axis=1)[:, :3]
+    assert [[int(place) for _, place in row] for row in found] == places.tolist()
+    values = np.array([[value for value, _ in row] for row in found], np.float32)
+    np.testing.assert_array_equal(values, np.take_along_axis(scores, places, 1))
+
+
 def test_texts_bytes_and_json_as_items(client: triton.InferenceServerClient) -> None:
     """A BYTES tensor holds texts, or bytes, or JSON, as the flow takes them."""
     shout = client.infer("shout", [as_input("input", ["gr\xfc\xdfe".encode()], BYTES)])
@@ -270,10 +316,14 @@ def test_the_client_for_asyncio(server: Server) -> None:
 def test_what_is_null_is_as_left_out(server: Server) -> None:
     """Clients that write every field they know are answered as those that write none."""
     nothing = {"id": None, "parameters": None, "outputs": None}
+    tensor = one_row(parameters={"shared_memory_region": None})
+    assert infer(server, "same", inputs=[tensor]).status_code == 200
     tensor = one_row(parameters=None)
     answer = infer(server, "same", inputs=[tensor], **nothing)
     assert answer.json() == infer(server, "same", inputs=[one_row()]).json()
-    outputs = [{"name": "output", "parameters": None}]
+    outputs: list[dict[str, Any]] = [{"name": "output", "parameters": None}]
+    fields = {"classification": None, "shared_memory_region": None, "binary_data": None}
+    outputs.append({"name": "output", "parameters": fields})
     flags = {"binary_data_output": None, "timeout": None, "priority": None}
     flags |= {"sequence_id": None, "size": None}
     asked = infer(server, "same", inputs=[tensor], outputs=outputs, parameters=flags)

@@ -6,8 +6,10 @@ import gzip
 import json
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
@@ -40,6 +42,11 @@ def test_one_corrupt_picture_is_named(client: triton.InferenceServerClient) -> N
     assert caught.value.status() == "400"
     assert caught.value.message().startswith("item 1: ")
     assert corrupt.word in caught.value.message()
+
+
+def _wanted(**parameters: Any) -> list[dict[str, Any]]:
+    """The one output, asked for with these parameters."""
+    return [{"name": "output", "parameters": parameters}]
 
 
 HOSTILE: list[tuple[str, Any, str]] = [
@@ -88,11 +95,32 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("same", {"inputs": [one_row()], "outputs": {}}, "outputs: a list"),
     (
         "same",
+        {"inputs": [one_row()], "outputs": _wanted(shared_memory_region="r")},
+        "outputs[0].parameters: there is no shared memory",
+    ),
+    *(
+        (
+            "same",
+            {"inputs": [one_row()], "outputs": _wanted(classification=count)},
+            "outputs[0].parameters.classification: a whole number of classes",
+        )
+        for count in (-1, 2.0, "2", True)
+    ),
+    (
+        "negate",
         {
-            "inputs": [one_row()],
-            "outputs": [{"name": "output", "parameters": {"classification": 2}}],
+            "inputs": [one_row(shape=[1], datatype="BOOL", data=[True])],
+            "outputs": _wanted(classification=1),
         },
-        "`classification` is not possible",
+        "`output` is BOOL: only numbers are told as classes",
+    ),
+    (
+        "shout",
+        {
+            "inputs": [one_row(shape=[1], datatype="BYTES", data=["a"])],
+            "outputs": _wanted(classification=1),
+        },
+        "`output` is BYTES: only numbers are told as classes",
     ),
     (
         "same",
@@ -155,6 +183,49 @@ def test_a_request_that_does_not_fit_is_refused(
     assert set(response.json()) == {"error"}
     assert said in response.json()["error"]
     assert ".py" not in response.text
+
+
+def test_an_answer_has_so_many_classes(server: Server) -> None:
+    """Those that were asked for are counted before the flow is, if an item can have as many."""
+
+    def ask(model: str, count: int, **fields: Any) -> httpx.Response:
+        tensor = one_row(**fields)
+        return infer(server, model, inputs=[tensor], outputs=_wanted(classification=count))
+
+    rows = {"shape": [2], "datatype": "INT64", "data": [1, 1]}  # of no known size each
+    assert ask("zeros", 1 << 17, **rows).json()["outputs"][0]["shape"] == [2, 2]
+    refused = ask("zeros", (1 << 17) + 1, **rows)
+    assert refused.status_code == 413
+    assert refused.json() == {"error": "an answer has at most 262,144 classes"}
+    assert ask("same", 2**64 - 1).json()["outputs"][0]["shape"] == [1, 3]
+    assert ask("same", 2**64).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "said"),
+    [
+        (lambda c: c.load_model("same"), "403", "not loaded or unloaded over the network"),
+        (lambda c: c.unload_model("same"), "403", "not loaded or unloaded over the network"),
+        (lambda c: c.get_system_shared_memory_status(), "404", "no shared memory"),
+        (lambda c: c.register_system_shared_memory("r", "/r", 9), "404", "no shared memory"),
+        (lambda c: c.unregister_cuda_shared_memory("r"), "404", "no shared memory"),
+        (lambda c: c.get_trace_settings(), "404", "set where the server is started"),
+        (lambda c: c.update_trace_settings("same", {}), "404", "set where the server is started"),
+        (lambda c: c.get_log_settings(), "404", "set where the server is started"),
+        (lambda c: c.update_log_settings({}), "404", "set where the server is started"),
+    ],
+)
+def test_what_is_not_offered_says_so(
+    client: triton.InferenceServerClient,
+    call: Callable[[triton.InferenceServerClient], object],
+    status: str,
+    said: str,
+) -> None:
+    """Whatever else Triton's client can call is refused with what there is instead."""
+    with pytest.raises(InferenceServerException) as caught:
+        call(client)
+    assert caught.value.status() == status
+    assert said in caught.value.message()
 
 
 PAIRS = {"datatype": "UINT8"}
