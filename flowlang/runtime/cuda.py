@@ -6,10 +6,11 @@ EngineError, or InstanceLost where the context is beyond use.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +182,8 @@ def _driver() -> Any:
     library.cuMemcpyDtoDAsync_v2.argtypes = [
         ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p,
     ]  # fmt: skip
+    library.cuCtxGetCurrent.argtypes = library.cuCtxPopCurrent_v2.argtypes = [ctypes.c_void_p]
+    library.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
     return library
 
 
@@ -191,6 +194,32 @@ def _check_driver(call: str, status: int) -> None:
         except ValueError:
             raise EngineError(f"CUDA error {status} in {call}") from None
         raise _failure(call, known)
+
+
+class Home:
+    """The context of the GPU that is current where this is made, for other threads to come to.
+
+    What is freed in a thread that has no GPU is freed with the first one current, which then gets a
+    context: hundreds of MiB for nothing where all work is done on another. `use` would be no help,
+    for it cannot be undone: to have none again, or the GPU of whoever calls.
+    """
+
+    def __init__(self) -> None:
+        self._driver = _driver()  # which the end of the interpreter may have taken from the module
+        self._context = ctypes.c_void_p()
+        status = self._driver.cuCtxGetCurrent(ctypes.byref(self._context))
+        if status:
+            _check_driver("cuCtxGetCurrent", status)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """With it current. One that is beyond use may refuse, and then nothing of it is left."""
+        is_entered = not self._driver.cuCtxPushCurrent_v2(self._context)
+        try:
+            yield
+        finally:
+            if is_entered:
+                self._driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
 class Graph:

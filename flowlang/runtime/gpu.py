@@ -61,6 +61,7 @@ class GpuResources:
 
     def close(self) -> None:
         self.rescuers.shutdown(wait=False, cancel_futures=True)
+        self.engines.close()
 
 
 def spec_of(plan: StagePlan) -> trt.EngineSpec:

@@ -13,6 +13,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
@@ -108,6 +109,7 @@ class Lane(threading.Thread):
         except BaseException as error:
             # Lost before it ever worked, it is one that cannot be made.
             self.failure = EngineError(str(error)) if isinstance(error, InstanceLost) else error
+            _clear_frames(error)
             self.is_ready.set()
             return
         self.is_ready.set()
@@ -325,6 +327,17 @@ def _whatever_comes() -> contextlib.AbstractContextManager[None]:
     instance. Where the log fails at telling of an error there is nobody left to be told.
     """
     return contextlib.suppress(BaseException)
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Let go of what could not be made, here where its GPU is current: an error is the caller's,
+    and would keep it for as long as that is kept.
+    """
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__ or error
 
 
 class _Failed:

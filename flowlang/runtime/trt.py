@@ -289,11 +289,17 @@ def _monitor(kind: Any, progress: Callable[[str], None]) -> Any:
 
 
 class Engine:
-    """An engine loaded on one GPU, its weights shared by all its contexts."""
+    """An engine loaded on one GPU, its weights shared by all its contexts.
+
+    Whoever lets go of it last, be it a caller that kept an error, it is freed on that GPU.
+    """
+
+    _home: cuda.Home | None = None
 
     def __init__(self, plan: bytes, spec: EngineSpec) -> None:
         trt = _trt()
         self.spec = spec
+        self._home = cuda.Home()
         self._runtime = trt.Runtime(_logger())
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
@@ -305,6 +311,11 @@ class Engine:
         self.outputs = [n for n in names if self.engine.get_tensor_mode(n) != is_input]
         # TensorRT makes a context in milliseconds, but not two at once on one engine.
         self.lock = threading.Lock()
+
+    def __del__(self) -> None:
+        if self._home is not None:
+            with self._home.entered():
+                self.engine = self._runtime = None
 
     @property
     def scratch_bytes(self) -> int:
@@ -421,6 +432,7 @@ class Context:
         self._executions.clear()
         if self._scratch is not None:
             self._scratch.close()
+        del self.engine  # an error that somebody keeps may hold this
 
 
 class _Execution:
@@ -505,12 +517,18 @@ class Engines:
                 with self._one_by_one:
                     made.set_result(Engine(self._plan(spec, gpu), spec))
             except BaseException as error:
-                del self._loaded[spec, gpu.index]  # whoever asks from now on has it tried again
+                self._loaded.pop(
+                    (spec, gpu.index), None
+                )  # whoever asks from now on has it tried again
                 made.set_exception(error)
         try:
             return made.result()
         finally:
             del made  # it holds the error, whose frames hold this one
+
+    def close(self) -> None:
+        """Let go of all engines. Those who still work with one keep it."""
+        self._loaded.clear()
 
     def _plan(self, spec: EngineSpec, gpu: cuda.Gpu) -> bytes:
         key = spec.key(gpu)

@@ -16,13 +16,17 @@ from tests.gpu.place import CELL_LEVELS, CELLS, ON_GPU, Place, cells_on_host
 pytestmark = ON_GPU
 
 ANSWER = """
+import gc
 import sys
 from pathlib import Path
 from flowlang import load
 
 with load(sys.argv[1], device=sys.argv[2], engines=Path(sys.argv[3])) as app:
     print(len(app(Path(sys.argv[4]).read_bytes())), flush=True)
-    sys.stdin.read()
+    sys.stdin.readline()
+gc.collect()
+print("closed", flush=True)
+sys.stdin.read()
 """
 
 
@@ -55,7 +59,9 @@ def test_each_gpu_answers_with_the_cells_of_its_own_pictures(
 def test_a_flow_of_the_second_gpu_takes_no_memory_of_the_first(
     place: Place, photos: list[bytes], settings: str, device: str
 ) -> None:
-    """A process that works on one GPU has no context on another one (hundreds of MiB)."""
+    """A process that works on one GPU has no context on another one (hundreds of MiB), neither
+    while it does nor when it has let go of its engines, from whichever of its threads.
+    """
     pynvml = pytest.importorskip("pynvml")
     pynvml.nvmlInit()
 
@@ -71,10 +77,15 @@ def test_a_flow_of_the_second_gpu_takes_no_memory_of_the_first(
     with subprocess.Popen(
         [str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
+        assert process.stdin
         assert process.stdout
         assert process.stdout.readline().strip().isdigit()
-        first, second = (now - was for now, was in zip(used_mib(), before, strict=True))
+        at_work = used_mib()
+        print(file=process.stdin, flush=True)
+        assert process.stdout.readline() == "closed\n"
+        closed = used_mib()
         process.communicate("")
     assert process.returncode == 0
-    assert second > 200
-    assert first < 32
+    assert at_work[1] - before[1] > 200
+    assert at_work[0] - before[0] < 32
+    assert closed[0] - before[0] < 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import os
@@ -20,7 +21,7 @@ from onnx import helper, numpy_helper
 from examples import models
 from flowlang.diagnostics import EngineError
 from flowlang.plan.onnx import read_model
-from flowlang.runtime import trt
+from flowlang.runtime import cuda, trt
 from flowlang.runtime.cuda import Gpu
 from flowlang.runtime.engine_store import EngineStore
 from flowlang.runtime.trt import Engines, EngineSpec
@@ -28,6 +29,7 @@ from flowlang.runtime.trt import Engines, EngineSpec
 if TYPE_CHECKING:
     from flowlang.runtime.cuda import Stream
 
+HOME = ("GetCurrent", "PushCurrent_v2", "PopCurrent_v2")  # of the driver, to have one current
 GPU = Gpu(0, "NVIDIA H200", "9.0", "13.0")
 
 
@@ -173,11 +175,65 @@ def test_outdated_names_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(trt, "_trt", lambda: module)
     monkeypatch.setattr(trt, "_logger", lambda: None)
+    at_home = {f"cuCtx{name}": lambda context: 0 for name in HOME}
+    monkeypatch.setattr(cuda, "_driver", lambda: SimpleNamespace(**at_home))
     made = trt.Engine(b"", EngineSpec(Path("m.onnx"), "fp32", (1, 1, 1), None))
     assert made.scratch_bytes == 4096
     scratch: Any = SimpleNamespace(address=512, size_bytes=4096)
     trt._Execution(made, cast("Stream", None), 0, {}, scratch)
     assert given == [("ours", 512, 4096)]
+
+
+def test_an_engine_is_freed_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever thread lets go of it last has its GPU current for as long as that takes, and what
+    was current before, if anything was, behind that; not where the GPU is beyond use.
+    """
+    current = threading.local()
+    freed: list[int | None] = []
+
+    class Made(SimpleNamespace):
+        def __del__(self) -> None:
+            freed.append(getattr(current, "gpu", None))
+
+    def get(found: Any) -> int:
+        found._obj.value = current.gpu
+        return 0
+
+    def push(context: ctypes.c_void_p) -> int:
+        if is_lost.is_set():
+            return 999
+        current.before, current.gpu = getattr(current, "gpu", None), context.value
+        return 0
+
+    def pop(found: Any) -> int:
+        current.gpu = current.before
+        return 0
+
+    def let_go() -> int | None:
+        engines.pop()
+        return getattr(current, "gpu", None)
+
+    is_lost = threading.Event()
+    driver = SimpleNamespace(cuCtxGetCurrent=get, cuCtxPushCurrent_v2=push, cuCtxPopCurrent_v2=pop)
+    module = SimpleNamespace(
+        TensorIOMode=SimpleNamespace(INPUT=1),
+        Runtime=lambda logger: Made(deserialize_cuda_engine=lambda plan: Made(num_io_tensors=0)),
+    )
+    monkeypatch.setattr(trt, "_trt", lambda: module)
+    monkeypatch.setattr(trt, "_logger", lambda: None)
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    current.gpu = 7
+    spec = EngineSpec(Path("m.onnx"), "fp32", (1, 1, 1), None)
+    engines = [trt.Engine(b"", spec) for _ in range(3)]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(let_go).result() is None
+    assert freed == [7, 7]
+    current.gpu = 3
+    assert let_go() == 3
+    assert freed == [7, 7, 7, 7]
+    is_lost.set()
+    assert let_go() == 3
+    assert freed == [7, 7, 7, 7, 3, 3]
 
 
 def test_lanes_that_wait_for_one_engine_share_its_failure(
