@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,9 +58,11 @@ def _call(name: str, *args: Any) -> Any:
 
 
 def _failure(call: str, status: Any) -> Exception:
-    name = status.name
+    name, call = status.name, call + where()
     if name == "cudaErrorMemoryAllocation":
-        what = "page-locked memory of the host" if call == "cudaMallocHost" else "GPU memory"
+        what = (
+            "page-locked memory of the host" if call.startswith("cudaMallocHost") else "GPU memory"
+        )
         return EngineError(f"out of {what} ({call})")
     if name in LOST:
         return InstanceLost(f"the GPU's context is lost: {name} in {call}")
@@ -107,7 +110,7 @@ def gpu(index: int) -> Gpu:
         raise EngineError(f"there is no GPU to run on: {reason}")
     count = gpu_count()
     if not 0 <= index < count:
-        raise EngineError(f"there is no gpu {index}: this machine has {count}")
+        raise EngineError(f"there is no gpu {index}: this machine has {count}, the first is gpu 0")
     found = _call("cudaGetDeviceProperties", index)
     driver = int(_call("cudaDriverGetVersion"))
     return Gpu(
@@ -118,9 +121,24 @@ def gpu(index: int) -> Gpu:
     )
 
 
+class _Current(threading.local):
+    """The GPU that was made current in a thread. CUDA could not tell once its context is lost."""
+
+    index: int | None = None
+
+
+_current = _Current()
+
+
 def use(index: int) -> None:
     """Make a GPU the current one of this thread."""
+    _current.index = index
     _call("cudaSetDevice", index)
+
+
+def where() -> str:
+    """Which GPU an error of this thread is about, to be put behind what failed."""
+    return "" if _current.index is None else f" on gpu {_current.index}"
 
 
 def free_bytes() -> int:
