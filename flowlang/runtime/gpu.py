@@ -45,10 +45,13 @@ def is_decoded(picture: Picture) -> bool:
 
 def decodings_of(plan: PhysicalPlan, gpu: int) -> dali.Decodings | None:
     """How pictures are decoded best on a GPU, measured there; None where no stage decodes on it."""
+    decoding = [stage for stage in plan.stages if decodes_on_gpu(stage.region)]
+    if not any(gpu in stage.gpus for stage in decoding):
+        return None
     cuda.use(gpu)
-    lanes = [stage for stage in plan.stages for number in stage.gpus if number == gpu]
-    regions = sum(dali.regions_for(s.batch[2]) for s in lanes if decodes_on_gpu(s.region))
-    return dali.choose_decodings(gpu, regions, sample_pictures(7)) if regions else None
+    # Those of all GPUs: they have the same cores.
+    regions = sum(dali.regions_for(s.batch[2]) * len(s.gpus) for s in decoding)
+    return dali.choose_decodings(gpu, regions, sample_pictures(7))
 
 
 class GpuResources:
