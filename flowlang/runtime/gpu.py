@@ -113,7 +113,7 @@ class GpuInstance:
         self.name, self.place = node.model.name, str(node.span)
         self.given = {p.name: numpy_dtype(p.dtype) for p in node.model.outputs}
         spec = spec_of(plan)
-        engine = resources.engines.of(spec, cuda.gpu(gpu))
+        engine = resources.engines.of(spec)
         extras = dict(zip(plan.nodes, plan.extras, strict=True))
         self.has_extras = any(extras.values())
         self.after = RowChain(plan.tail, extras, plan.settings)
