@@ -124,7 +124,7 @@ class Run:
     def engine(self, batch: tuple[int, int, int]) -> trt.Engine:
         prologue = Prologue("chw", 224, 224, 3, MEAN, STD)
         spec = trt.EngineSpec(self.model, "fp16", batch, prologue)
-        return trt.Engines(EngineStore(self.engines)).of(spec, cuda.gpu(0))
+        return trt.Engines(trt.Plans(EngineStore(self.engines)), cuda.gpu(0)).of(spec)
 
     def note(self, result: Result) -> None:
         self.results.append(result)

@@ -481,7 +481,7 @@ def build(
     store = EngineStore(output or default_directory(), key)
     for built in build_engines(lower([plan], machine), store, progress):
         how = f"built in {built.seconds:.1f} s" if built.seconds else "was there already"
-        click.echo(f"{built.model}: {how}, {shown(built.path)}")
+        click.echo(f"{built.model}: {how} for {built.gpu}, {shown(built.path)}")
 
 
 main.add_command(serve)

@@ -154,7 +154,7 @@ def _stage(stage: StagePlan) -> Iterable[str]:
     head = f"stage {stage.index + 1} {stage.name}"
     timeout = f"  timeout {seconds(stage.timeout_s)}" if stage.timeout_s else ""
     yield (
-        f"{head:<28} {_device(stage)} x{stage.instances}  batch {batch}"
+        f"{head:<28} {stage.place} x{stage.instances}  batch {batch}"
         f"  wait {seconds(stage.wait_s)}{timeout}"
     )
     if stage.region:
@@ -169,13 +169,6 @@ def _stage(stage: StagePlan) -> Iterable[str]:
     if stage.nodes[0].op == graph.PYTHON:
         node = stage.nodes[0]
         yield f"  python  {node_text(node)}  ({node.params[graph.FUNCTION].path.name})"
-
-
-def _device(stage: StagePlan) -> str:
-    used = sorted(set(stage.gpus))
-    if not used:
-        return stage.device
-    return f"gpu:{used[0]}" if len(used) == 1 else f"gpu:{used[0]}..{used[-1]}"
 
 
 def _chain(nodes: Iterable[Node]) -> str:

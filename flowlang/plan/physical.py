@@ -29,7 +29,7 @@ from flowlang.plan.graph import Body, FlowPlan, Node, topological
 from flowlang.plan.onnx import Model
 from flowlang.plan.ops import OPS
 from flowlang.plan.rewrite import rewrite
-from flowlang.plan.schedule import COPIES, NORMAL, PRIORITIES
+from flowlang.plan.schedule import COPIES, NORMAL, PRIORITIES, Given
 from flowlang.plan.sharing import ModelChain, Part, Shared, model_chain, parts_of
 from flowlang.plan.types import Type
 
@@ -86,6 +86,12 @@ class StagePlan:
     @property
     def model(self) -> Model | None:
         return next((n.model for n in self.nodes if n.model is not None), None)
+
+    @property
+    def place(self) -> str:
+        """Where it runs, as `--device` would have it: `cpu`, `gpu:1`, or `gpu:0..1`."""
+        used = sorted(set(self.gpus))
+        return f"gpu:{'..'.join(map(str, used[:1] + used[1:][-1:]))}" if used else self.device
 
     @property
     def at_once(self) -> int:
@@ -183,6 +189,8 @@ def lower(plans: Sequence[Plan], machine: Machine) -> PhysicalPlan:
     for plan, each, pieces in zip(plans, flows, map(_pieces, chains, parts), strict=True):
         walk = stages.walk(pieces, plan)
         programs += [_program(flow, walk, plan) for flow in each]
+    if stages.errors:
+        raise CompileError(list(dict.fromkeys(stages.errors)))  # a flow's is that of all its stages
     return PhysicalPlan(
         tuple(plans), machine, tuple(stages.all), tuple(programs), _remarks(stages.all, machine)
     )
@@ -220,6 +228,7 @@ class _Stages:
 
     def __init__(self, machine: Machine) -> None:
         self.all: list[StagePlan] = []
+        self.errors: list[Diagnostic] = []
         self._machine = machine
         self._of_shared: dict[Shared, int] = {}
 
@@ -237,35 +246,38 @@ class _Stages:
     def _stage(self, chain: list[Node], shared: Shared | None, plan: Plan) -> int:
         number = len(self.all)
         if shared is None:
-            self.all.append(_stage(number, _name([chain]), chain, plan, self._machine))
+            self.all.append(self._made(number, _name([chain]), chain, plan))
             return number
         if shared not in self._of_shared:
             self._of_shared[shared] = number
-            self.all.append(_stage(number, _name(shared.chains), chain, plan, self._machine))
+            self.all.append(self._made(number, _name(shared.chains), chain, plan))
         return self._of_shared[shared]
 
-
-def _stage(index: int, name: str, chain: list[Node], plan: Plan, machine: Machine) -> StagePlan:
-    settings: dict[str, Any] = {}
-    for node in chain:
-        settings.update({n: g.value for n, g in plan.settings.at(node.site).items()})
-    batched = _batched(chain)
-    models = [n for n in batched if n.model is not None]
-    device = settings.get("device", machine.device) if models and machine.gpus else "cpu"
-    instances = _instances(chain, settings, machine, device)
-    is_python = bool(batched) and not models
-    return StagePlan(
-        index,
-        name,
-        tuple(chain),
-        device,
-        _gpus(settings, machine, instances, models[0]) if device == "gpu" else (),
-        instances,
-        _batch(batched, settings, device),
-        settings.get("wait", 0.0),
-        settings.get("timeout", PYTHON_TIMEOUT_S if is_python else None),
-        settings,
-    )
+    def _made(self, index: int, name: str, chain: list[Node], plan: Plan) -> StagePlan:
+        machine = self._machine
+        given: dict[str, Given] = {}
+        for node in chain:
+            given.update(plan.settings.at(node.site))
+        settings: dict[str, Any] = {n: g.value for n, g in given.items()}
+        batched = _batched(chain)
+        models = [n for n in batched if n.model is not None]
+        device = settings.get("device", machine.device) if models and machine.gpus else "cpu"
+        instances = _instances(chain, settings, machine, device)
+        is_python = bool(batched) and not models
+        wrong = list(_wrong_gpus(given, machine, instances)) if device == "gpu" else []
+        self.errors += wrong
+        return StagePlan(
+            index,
+            name,
+            tuple(chain),
+            device,
+            _gpus(settings, machine, instances) if device == "gpu" and not wrong else (),
+            instances,
+            _batch(batched, settings, device),
+            settings.get("wait", 0.0),
+            settings.get("timeout", PYTHON_TIMEOUT_S if is_python else None),
+            settings,
+        )
 
 
 def _batched(chain: Sequence[Node]) -> list[Node]:
@@ -283,35 +295,32 @@ def _name(chains: Sequence[Sequence[Node]]) -> str:
     return node.model.path.stem if node.model is not None else chains[0][0].op
 
 
-def _gpus(
-    settings: Mapping[str, Any], machine: Machine, instances: int, node: Node
-) -> tuple[int, ...]:
+def _gpus(settings: Mapping[str, Any], machine: Machine, instances: int) -> tuple[int, ...]:
     """The GPU of each instance: spread evenly over the range that `gpu` gives."""
     first, last = settings.get("gpu", (machine.gpus[0], machine.gpus[0]))
-    wanted = list(range(first, last + 1))
-    missing = [g for g in wanted if g not in machine.gpus]
-    label = Label(node.span)
-    if missing:
+    return tuple(first + i % (last - first + 1) for i in range(instances))
+
+
+def _wrong_gpus(
+    given: Mapping[str, Given], machine: Machine, instances: int
+) -> Iterator[Diagnostic]:
+    """What is wrong with the GPUs that a stage asks for, told where that is written."""
+    if "gpu" not in given:
+        return
+    first, last = given["gpu"].value
+    missing = next((g for g in range(first, last + 1) if g not in machine.gpus), None)
+    if missing is not None:
         have = ", ".join(map(str, machine.gpus))
-        raise CompileError(
-            [
-                Diagnostic(
-                    "no-such-gpu", f"there is no gpu {missing[0]} here (there is {have})", label
-                )
-            ]
-        )
-    if instances % len(wanted):
-        raise CompileError(
-            [
-                Diagnostic(
-                    "uneven-instances",
-                    f"x{instances} cannot be spread evenly over {len(wanted)} GPUs",
-                    label,
-                    help=f"x{len(wanted) * max(1, instances // len(wanted))}",
-                )
-            ]
-        )
-    return tuple(wanted[i % len(wanted)] for i in range(instances))
+        message = f"there is no gpu {missing} to run on (there is {have})"
+        yield Diagnostic("no-such-gpu", message, Label(given["gpu"].span))
+        return
+    count = last - first + 1
+    if instances % count:
+        message = f"x{instances} cannot be spread evenly over {count} GPUs"
+        even = f"x{count * max(1, instances // count)}"
+        over = Label(given["gpu"].span, f"{count} GPUs")
+        span = given[COPIES].span
+        yield Diagnostic("uneven-instances", message, Label(span), (over,), help=even, fix=span)
 
 
 def _instances(

@@ -6,10 +6,12 @@ EngineError, or InstanceLost where the context is beyond use.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +58,11 @@ def _call(name: str, *args: Any) -> Any:
 
 
 def _failure(call: str, status: Any) -> Exception:
-    name = status.name
+    name, call = status.name, call + where()
     if name == "cudaErrorMemoryAllocation":
-        what = "page-locked memory of the host" if call == "cudaMallocHost" else "GPU memory"
+        what = (
+            "page-locked memory of the host" if call.startswith("cudaMallocHost") else "GPU memory"
+        )
         return EngineError(f"out of {what} ({call})")
     if name in LOST:
         return InstanceLost(f"the GPU's context is lost: {name} in {call}")
@@ -106,7 +110,7 @@ def gpu(index: int) -> Gpu:
         raise EngineError(f"there is no GPU to run on: {reason}")
     count = gpu_count()
     if not 0 <= index < count:
-        raise EngineError(f"there is no gpu {index}: this machine has {count}")
+        raise EngineError(f"there is no gpu {index}: this machine has {count}, the first is gpu 0")
     found = _call("cudaGetDeviceProperties", index)
     driver = int(_call("cudaDriverGetVersion"))
     return Gpu(
@@ -117,9 +121,24 @@ def gpu(index: int) -> Gpu:
     )
 
 
+class _Current(threading.local):
+    """The GPU that was made current in a thread. CUDA could not tell once its context is lost."""
+
+    index: int | None = None
+
+
+_current = _Current()
+
+
 def use(index: int) -> None:
     """Make a GPU the current one of this thread."""
+    _current.index = index
     _call("cudaSetDevice", index)
+
+
+def where() -> str:
+    """Which GPU an error of this thread is about, to be put behind what failed."""
+    return "" if _current.index is None else f" on gpu {_current.index}"
 
 
 def free_bytes() -> int:
@@ -181,6 +200,8 @@ def _driver() -> Any:
     library.cuMemcpyDtoDAsync_v2.argtypes = [
         ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p,
     ]  # fmt: skip
+    library.cuCtxGetCurrent.argtypes = library.cuCtxPopCurrent_v2.argtypes = [ctypes.c_void_p]
+    library.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
     return library
 
 
@@ -191,6 +212,32 @@ def _check_driver(call: str, status: int) -> None:
         except ValueError:
             raise EngineError(f"CUDA error {status} in {call}") from None
         raise _failure(call, known)
+
+
+class Home:
+    """The context of the GPU that is current where this is made, for other threads to come to.
+
+    What is freed in a thread that has no GPU is freed with the first one current, which then gets a
+    context: hundreds of MiB for nothing where all work is done on another. `use` would be no help,
+    for it cannot be undone: to have none again, or the GPU of whoever calls.
+    """
+
+    def __init__(self) -> None:
+        self._driver = _driver()  # which the end of the interpreter may have taken from the module
+        self._context = ctypes.c_void_p()
+        status = self._driver.cuCtxGetCurrent(ctypes.byref(self._context))
+        if status:
+            _check_driver("cuCtxGetCurrent", status)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """With it current. One that is beyond use may refuse, and then nothing of it is left."""
+        is_entered = not self._driver.cuCtxPushCurrent_v2(self._context)
+        try:
+            yield
+        finally:
+            if is_entered:
+                self._driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
 class Graph:

@@ -45,10 +45,13 @@ def is_decoded(picture: Picture) -> bool:
 
 def decodings_of(plan: PhysicalPlan, gpu: int) -> dali.Decodings | None:
     """How pictures are decoded best on a GPU, measured there; None where no stage decodes on it."""
+    decoding = [stage for stage in plan.stages if decodes_on_gpu(stage.region)]
+    if not any(gpu in stage.gpus for stage in decoding):
+        return None
     cuda.use(gpu)
-    lanes = [stage for stage in plan.stages for number in stage.gpus if number == gpu]
-    regions = sum(dali.regions_for(s.batch[2]) for s in lanes if decodes_on_gpu(s.region))
-    return dali.choose_decodings(gpu, regions, sample_pictures(7)) if regions else None
+    # Those of all GPUs: they have the same cores.
+    regions = sum(dali.regions_for(s.batch[2]) * len(s.gpus) for s in decoding)
+    return dali.choose_decodings(gpu, regions, sample_pictures(7))
 
 
 class GpuResources:
@@ -61,6 +64,7 @@ class GpuResources:
 
     def close(self) -> None:
         self.rescuers.shutdown(wait=False, cancel_futures=True)
+        self.engines.close()
 
 
 def spec_of(plan: StagePlan) -> trt.EngineSpec:
@@ -109,7 +113,7 @@ class GpuInstance:
         self.name, self.place = node.model.name, str(node.span)
         self.given = {p.name: numpy_dtype(p.dtype) for p in node.model.outputs}
         spec = spec_of(plan)
-        engine = resources.engines.of(spec, cuda.gpu(gpu))
+        engine = resources.engines.of(spec)
         extras = dict(zip(plan.nodes, plan.extras, strict=True))
         self.has_extras = any(extras.values())
         self.after = RowChain(plan.tail, extras, plan.settings)

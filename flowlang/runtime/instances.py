@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flowlang.runtime.gpu import GpuResources
     from flowlang.runtime.ort import Sessions
     from flowlang.runtime.seal import Key
+    from flowlang.runtime.trt import Plans
 
 # The interpreter lets a thread run for 5 ms before another gets its turn. A lane that comes back
 # from the GPU would wait that long for a client's thread, which is several batches.
@@ -38,6 +39,7 @@ class Instances:
         self._key = key  # engines are encrypted where there is one
         self._lock = threading.Lock()
         self._sessions: Sessions | None = None
+        self._plans: Plans | None = None
         self._resources: dict[int, GpuResources] = {}
         self._modules: dict[tuple[Path, str], ModuleType] = {}  # by the operator in it
 
@@ -80,13 +82,15 @@ class Instances:
             return self._resources[gpu]
 
     def _new_resources(self, gpu: int) -> GpuResources:
-        from flowlang.runtime import trt
+        from flowlang.runtime import cuda, trt
         from flowlang.runtime.engine_store import EngineStore, default_directory
         from flowlang.runtime.gpu import GpuResources, decodings_of
 
+        if self._plans is None:
+            store = EngineStore(self._engines or default_directory(), self._key)
+            self._plans = trt.Plans(store)
         decodings = decodings_of(self._plan, gpu)
-        store = EngineStore(self._engines or default_directory(), self._key)
-        return GpuResources(trt.Engines(store), decodings)
+        return GpuResources(trt.Engines(self._plans, cuda.gpu(gpu)), decodings)
 
     def close(self) -> None:
         for resources in self._resources.values():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 
 from flowlang.diagnostics import FlowError
 from flowlang.plan.physical import Machine
@@ -32,14 +33,12 @@ def this_machine(device: str | None = None) -> Machine:
         if device is None:
             return Machine(cores)
         raise FlowError(f"there is no GPU to run on: {reason}")
-    from flowlang.runtime.cuda import gpu_count
+    from flowlang.runtime import cuda
 
-    gpus = tuple(range(gpu_count()))
+    gpus: Iterable[int] = range(cuda.gpu_count())
     if wanted.group(1):
-        if int(wanted.group(1)) not in gpus:
-            raise FlowError(f"there is no gpu {wanted.group(1)}: this machine has {len(gpus)}")
-        gpus = (int(wanted.group(1)),)
-    return Machine(cores, "gpu", gpus)
+        gpus = (cuda.gpu(int(wanted.group(1))).index,)
+    return Machine(cores, "gpu", tuple(gpus))
 
 
 def _why_no_gpu() -> str | None:

@@ -13,6 +13,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
@@ -96,6 +97,10 @@ class Lane(threading.Thread):
         self.number = number
         self.is_abandoned = False  # nobody waits for it any more: another lane has its place
         self.fields = {"stage": stage.plan.name, "instance": number}  # of a line in the log
+        self.words = f"stage `{stage.plan.name}`"  # in one
+        if stage.plan.gpus:
+            self.fields["gpu"] = stage.plan.gpus[number]
+            self.words += f" on gpu {stage.plan.gpus[number]}"
         self._began_s = 0.0  # when the batch being worked on was begun
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._ring = functools.partial(self._bell.put, None)
@@ -108,6 +113,7 @@ class Lane(threading.Thread):
         except BaseException as error:
             # Lost before it ever worked, it is one that cannot be made.
             self.failure = EngineError(str(error)) if isinstance(error, InstanceLost) else error
+            clear_frames(error)
             self.is_ready.set()
             return
         self.is_ready.set()
@@ -132,14 +138,12 @@ class Lane(threading.Thread):
         """Answer what an instance was at work on that is lost, or that nobody can say the state of
         because of an error that nobody expected.
         """
-        name = self.stage.plan.name
+        words, fields = self.words, self.fields
         with _whatever_comes():
             if isinstance(error, InstanceLost):
-                log.error("an instance of stage `%s` is lost: %s", name, error, extra=self.fields)
+                log.error("an instance of %s is lost: %s", words, error, extra=fields)
             else:
-                log.error(
-                    "stage `%s` gives up an instance", name, exc_info=error, extra=self.fields
-                )
+                log.error("%s gives up an instance", words, exc_info=error, extra=fields)
         items, outcomes = self.items, []
         while self.items and not self.scheduler.is_closed:
             with _whatever_comes():  # memory, say, which others may give back
@@ -218,7 +222,7 @@ class Lane(threading.Thread):
             return _Failed(self._all_failed(items, error))
 
     def _all_failed(self, items: list[Item], error: Exception) -> list[Any]:
-        log.exception("stage `%s` failed a batch", self.stage.plan.name, extra=self.fields)
+        log.exception("%s failed a batch", self.words, extra=self.fields)
         return [self._another(error) for _ in items]
 
     def _another(self, error: Exception) -> RequestError:
@@ -271,9 +275,8 @@ class Lane(threading.Thread):
             if instance is not None:
                 instance.close()
         except BaseException:
-            name = self.stage.plan.name
             with _whatever_comes():
-                log.exception("an instance of stage `%s` did not close", name, extra=self.fields)
+                log.exception("an instance of %s did not close", self.words, extra=self.fields)
 
     def _replacement(self) -> Instance:
         """A new instance, however often it takes; until then what comes in is answered."""
@@ -289,11 +292,9 @@ class Lane(threading.Thread):
             try:
                 return self._new_instance()
             except BaseException as error:
-                name = self.stage.plan.name
+                told = "no new instance of %s yet: %s"
                 with _whatever_comes():
-                    log.error(
-                        "no new instance of stage `%s` yet: %s", name, error, extra=self.fields
-                    )
+                    log.error(told, self.words, error, extra=self.fields)
                 with _whatever_comes():
                     self.scheduler.fail_if_lost(self.stage, self._lost(error).message)
                 time.sleep(pause_s)
@@ -325,6 +326,17 @@ def _whatever_comes() -> contextlib.AbstractContextManager[None]:
     instance. Where the log fails at telling of an error there is nobody left to be told.
     """
     return contextlib.suppress(BaseException)
+
+
+def clear_frames(error: BaseException) -> None:
+    """Let go of what could not be made, here where its GPU is current: an error is the caller's,
+    and would keep it for as long as that is kept.
+    """
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__ or error
 
 
 class _Failed:

@@ -16,19 +16,22 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from flowlang.diagnostics import EngineError
 from flowlang.plan.onnx import file_sha256
 from flowlang.runtime import cuda, rework
 from flowlang.runtime.engine_store import EngineKey, EngineStore
 from flowlang.runtime.request import in_words
-from flowlang.runtime.stage import InstanceLost
+from flowlang.runtime.stage import InstanceLost, clear_frames
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger("flowlang.trt")
+
+Key = TypeVar("Key")
+Made = TypeVar("Made")
 
 WORKSPACE = 2 << 30
 SMALL_BATCH = 8  # up to this a profile of its own: one made for 64 takes 0.1 ms longer for one
@@ -289,11 +292,17 @@ def _monitor(kind: Any, progress: Callable[[str], None]) -> Any:
 
 
 class Engine:
-    """An engine loaded on one GPU, its weights shared by all its contexts."""
+    """An engine loaded on one GPU, its weights shared by all its contexts.
+
+    Whoever lets go of it last, be it a caller that kept an error, it is freed on that GPU.
+    """
+
+    _home: cuda.Home | None = None
 
     def __init__(self, plan: bytes, spec: EngineSpec) -> None:
         trt = _trt()
         self.spec = spec
+        self._home = cuda.Home()
         self._runtime = trt.Runtime(_logger())
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
@@ -305,6 +314,11 @@ class Engine:
         self.outputs = [n for n in names if self.engine.get_tensor_mode(n) != is_input]
         # TensorRT makes a context in milliseconds, but not two at once on one engine.
         self.lock = threading.Lock()
+
+    def __del__(self) -> None:
+        if self._home is not None:
+            with self._home.entered():
+                self.engine = self._runtime = None
 
     @property
     def scratch_bytes(self) -> int:
@@ -421,6 +435,7 @@ class Context:
         self._executions.clear()
         if self._scratch is not None:
             self._scratch.close()
+        del self.engine  # an error that somebody keeps may hold this
 
 
 class _Execution:
@@ -447,8 +462,8 @@ class _Execution:
                 self._context = engine.engine.create_execution_context_without_device_memory()
         if self._context is None:
             raise EngineError(
-                f"no execution context for `{engine.spec.model.name}`: out of GPU memory "
-                f"({cuda.free_bytes():,} bytes free)"
+                f"no execution context for `{engine.spec.model.name}`: out of GPU memory"
+                f"{cuda.where()} ({cuda.free_bytes():,} bytes free)"
             )
         if hasattr(self._context, "set_device_memory"):
             self._context.set_device_memory(scratch.address, scratch.size_bytes)
@@ -481,41 +496,85 @@ class _Execution:
                 raise EngineError(f"`{model}` gives `{name}` as {shape} for a batch of {size}")
 
 
-class Engines:
-    """The engines of an app, one a spec and GPU, built on first need through the store."""
+class _Once(Generic[Key, Made]):
+    """Things that are made by whoever asks first, while all others who ask for one wait.
 
-    def __init__(self, store: EngineStore) -> None:
-        self._store = store
+    Where it cannot be made, all who wait are told: the next would take as long to fail. Whoever
+    asks from then on has it tried again.
+    """
+
+    def __init__(self, *, keeps: bool) -> None:
+        self._keeps = keeps  # what was made, for those who ask when it is
         self._lock = threading.Lock()
-        self._one_by_one = threading.Lock()  # they are timed as they are built
-        self._loaded: dict[tuple[EngineSpec, int], Future[Engine]] = {}
+        self._made: dict[Key, Future[Made]] = {}
 
-    def of(self, spec: EngineSpec, gpu: cuda.Gpu) -> Engine:
-        """The engine of a spec on a GPU: already loaded, from the store, or built now.
-
-        Where it cannot be, all who wait for it are told: the next would take as long to fail.
-        """
+    def of(self, key: Key, make: Callable[[], Made]) -> Made:
         with self._lock:
-            made = self._loaded.get((spec, gpu.index))
+            made = self._made.get(key)
             is_first = made is None
             if made is None:
-                made = self._loaded[spec, gpu.index] = Future()
+                made = self._made[key] = Future()
         if is_first:
             try:
-                with self._one_by_one:
-                    made.set_result(Engine(self._plan(spec, gpu), spec))
+                found = make()
             except BaseException as error:
-                del self._loaded[spec, gpu.index]  # whoever asks from now on has it tried again
+                clear_frames(error)  # in this thread, where the GPU is current that they use
+                self._made.pop(key, None)
                 made.set_exception(error)
+            else:
+                if not self._keeps:
+                    self._made.pop(key, None)
+                made.set_result(found)
         try:
             return made.result()
         finally:
             del made  # it holds the error, whose frames hold this one
 
-    def _plan(self, spec: EngineSpec, gpu: cuda.Gpu) -> bytes:
+    def close(self) -> None:
+        """Let go of all that was made. Those who still work with it keep it."""
+        self._made.clear()
+
+
+class Plans:
+    """What engines are loaded from, for all GPUs of an app: one for those of a kind, from the store
+    or built on first need.
+    """
+
+    def __init__(self, store: EngineStore) -> None:
+        self._store = store
+        self._built: _Once[EngineKey, bytes] = _Once(keeps=False)
+
+    def of(self, spec: EngineSpec, gpu: cuda.Gpu) -> bytes:
+        """An engine's plan for a GPU, which is built on it where it has to be."""
         key = spec.key(gpu)
+        return self._built.of(key, lambda: self._stored(spec, key, gpu))
+
+    def _stored(self, spec: EngineSpec, key: EngineKey, gpu: cuda.Gpu) -> bytes:
         loaded = self._store.load(key)
         if loaded.engine is not None:
             return loaded.engine
-        log.warning("building an engine for `%s`: %s", spec.model.name, loaded.reason)
+        where = (spec.model.name, gpu.index, gpu.name)
+        log.warning("building an engine for `%s` on gpu %d (%s): %s", *where, loaded.reason)
         return self._store.build(key, lambda: build(spec, key))
+
+
+class Engines:
+    """The engines of an app on one GPU, one a spec."""
+
+    def __init__(self, plans: Plans, gpu: cuda.Gpu) -> None:
+        self._plans = plans
+        self._gpu = gpu
+        self._one_by_one = threading.Lock()  # they are timed as they are built
+        self._loaded: _Once[EngineSpec, Engine] = _Once(keeps=True)
+
+    def of(self, spec: EngineSpec) -> Engine:
+        """The engine of a spec, loaded already or now. The GPU is current for the caller."""
+        return self._loaded.of(spec, lambda: self._engine(spec))
+
+    def _engine(self, spec: EngineSpec) -> Engine:
+        with self._one_by_one:
+            return Engine(self._plans.of(spec, self._gpu), spec)
+
+    def close(self) -> None:
+        """Let go of all engines. Those who still work with one keep it."""
+        self._loaded.close()

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from flowlang.diagnostics import RequestError, StageFailed
 
 FIELDS = (
-    *("request_id", "flow", "stage", "instance", "code", "place"),
+    *("request_id", "flow", "stage", "instance", "gpu", "code", "place"),
     *("method", "path", "status", "ms"),
 )
 

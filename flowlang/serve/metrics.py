@@ -73,7 +73,7 @@ class Counts:
 
 
 def _labels(stage: Stage) -> tuple[str, str]:
-    return f"{stage.plan.index + 1} {stage.plan.name}", stage.plan.device
+    return f"{stage.plan.index + 1} {stage.plan.name}", stage.plan.place
 
 
 def metrics_text(counts: Counts, state: str, refusals: Mapping[str, int]) -> bytes:

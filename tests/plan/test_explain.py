@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flowlang.diagnostics import Source
+from flowlang.diagnostics import CompileError, Source
 from flowlang.plan.check import NO_CHOICES, Plan, compile_source
 from flowlang.plan.declare import Choices
 from flowlang.plan.explain import explain_physical, explain_plan
@@ -114,3 +114,29 @@ def test_the_same_program_always_gives_the_same_text() -> None:
         assert explain_plan(first) == explain_plan(second)
         texts = [explain_physical(lower([plan], CPU)) for plan in (first, second)]
         assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpus", "place"),
+    [
+        ("", (0, 1), "gpu:0 x3"),
+        ("", (1,), "gpu:1 x3"),
+        (", gpu=1", (0, 1), "gpu:1 x3"),
+        (", gpu=1..1", (1,), "gpu:1 x3"),
+        (", gpu=1..3", (0, 1, 2, 3), "gpu:1..3 x9"),
+    ],
+)
+def test_a_stage_says_which_gpus_it_runs_on(
+    setting: str, gpus: tuple[int, ...], place: str
+) -> None:
+    """The first of those that the device leaves, where the flow does not name any."""
+    text = f'decode -> resize(224) -> rgb -> trt("resnet50.onnx"{setting})'
+    plan = compile_source(Source("app.flow", text))
+    assert f" {place}  batch " in explain_physical(lower([plan], Machine(8, "gpu", gpus)))
+
+
+def test_a_gpu_that_the_device_leaves_alone_is_not_there() -> None:
+    """`--device gpu:1` is no leave to run on another one."""
+    plan = compile_source(Source("app.flow", 'trt("vector.onnx", gpu=0)'))
+    with pytest.raises(CompileError, match=r"there is no gpu 0 to run on \(there is 1\)"):
+        lower([plan], Machine(8, "gpu", (1,)))

@@ -6,6 +6,7 @@ import enum
 import os
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,7 @@ class Runtime:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     made = Runtime()
     monkeypatch.setattr(cuda, "_runtime", lambda: made)
+    monkeypatch.setattr(cuda, "_current", cuda._Current())  # the thread of the tests goes on
     monkeypatch.setattr(cuda, "_driver", lambda: SimpleNamespace(cuGraphLaunch=None))
     return made
 
@@ -88,6 +90,19 @@ def test_memory_that_lacks_is_named(runtime: Runtime) -> None:
         cuda.PinnedBuffer((4,), "float32")
 
 
+def test_the_gpu_that_lacks_memory_is_named(runtime: Runtime) -> None:
+    """It is that of the thread it lacks in, whatever another one has current."""
+    cuda.use(1)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(cuda.use, 0).result()
+        runtime.fails["cudaStreamCreateWithFlags"] = Status.cudaErrorMemoryAllocation
+        told = r"^out of GPU memory \(cudaStreamCreateWithFlags on gpu {}\)$"
+        with pytest.raises(EngineError, match=told.format(0)):
+            pool.submit(cuda.Stream).result()
+    with pytest.raises(EngineError, match=told.format(1)):
+        cuda.Stream()
+
+
 def test_memory_of_nothing_is_an_empty_array(runtime: Runtime) -> None:
     """A side of 0 is nothing to copy, and no reason to fail with the memory held."""
     for shape, dtype in (((4, 0), "float32"), ((0,), "int64")):
@@ -100,11 +115,11 @@ def test_a_context_beyond_use_is_lost(runtime: Runtime) -> None:
     """Errors after which CUDA asks for a new process ask here for a new instance."""
     for status in (Status.cudaErrorLaunchFailure, Status.cudaErrorMpsClientTerminated):
         runtime.fails["cudaSetDevice"] = status
-        with pytest.raises(InstanceLost, match=f"{status.name} in cudaSetDevice"):
+        with pytest.raises(InstanceLost, match=f"{status.name} in cudaSetDevice on gpu 0"):
             cuda.use(0)
     runtime.fails["cudaSetDevice"] = Status.cudaErrorInvalidValue
-    with pytest.raises(EngineError, match=r"^cudaErrorInvalidValue in cudaSetDevice$"):
-        cuda.use(0)
+    with pytest.raises(EngineError, match=r"^cudaErrorInvalidValue in cudaSetDevice on gpu 1$"):
+        cuda.use(1)
 
 
 def test_a_stream_that_cannot_be_waited_for_is_lost(runtime: Runtime) -> None:

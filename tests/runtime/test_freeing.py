@@ -6,6 +6,7 @@ import asyncio
 import gc
 import io
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,21 +21,27 @@ from tests.waiting import LONG_S, eventually
 
 @pytest.mark.parametrize("kind", [EngineError, InstanceLost])
 def test_an_app_that_does_not_start_is_freed(start: Start, kind: type[Exception]) -> None:
-    """Once its error, an EngineError always, is gone, so is what could not be made ready."""
-    seen: list[weakref.ref[Worker]] = []
+    """Whoever keeps its error, an EngineError always, what could not be made ready is gone: let go
+    of by the lane that made it, in whose thread the GPU is current that it lies on.
+    """
+    makers: list[threading.Thread] = []
+    freed: list[threading.Thread] = []
 
     class Cold(Worker):
         def warm(self) -> None:
-            seen.append(weakref.ref(self))
-            raise kind("out of memory")
+            makers.append(threading.current_thread())
+            weakref.finalize(self, lambda: freed.append(threading.current_thread()))
+            try:
+                raise OSError("no room")
+            except OSError as error:
+                raise kind("out of memory") from error
 
     gc.disable()
     try:
-        with pytest.raises(EngineError, match="out of memory") as caught:
+        with pytest.raises(EngineError, match="out of memory"):
             start(NET.format(2), Cold)
-        del caught
-        assert len(seen) == 2
-        assert eventually(lambda: all(s() is None for s in seen))
+        assert len(makers) == 2
+        assert {*freed} == {*makers}
     finally:
         gc.enable()
 
