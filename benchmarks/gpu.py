@@ -528,7 +528,7 @@ def two_gpus(run: Run) -> None:
     for gpus in ("0", "0..1"):
         path = run.flow(f"gpu{gpus}", settings=f", gpu={gpus}")
         maps = (10, 64, 256, SATURATED, 2 * SATURATED)
-        flowlang_flow(run, f"gpu={gpus}", path, (256, SATURATED), maps=maps)
+        flowlang_flow(run, f"gpu={gpus}", path, (10, 64, 256), maps=maps)
 
 
 def share(run: Run) -> None:
