@@ -65,7 +65,6 @@ class Session:
         self._wide = _open(model, content, cores)
         needs_both = is_crowded and cores > 1
         self._narrow = _open(model, content, 1) if needs_both else self._wide
-        self.inputs = [i.name for i in self._wide.get_inputs()]
         self.outputs = [o.name for o in self._wide.get_outputs()]
 
     @property
