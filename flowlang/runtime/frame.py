@@ -145,9 +145,6 @@ class Frame:
         matrix = (across, 0.0, -place.left * across, 0.0, down, -place.top * down, 0.0, 0.0, 1.0)
         return self.warped(matrix, place.height, place.width)
 
-    def resized(self, height: int, width: int) -> Frame:
-        return self.placed(Placement.whole(height, width))
-
     def padded(self, height: int, width: int) -> Frame:
         """That of the image with more room at its right and bottom."""
         return self.warped(IDENTITY, height, width)
