@@ -208,13 +208,6 @@ def reason(error: RuntimeError) -> str:
     return lines[0] if lines else "no reason given"
 
 
-def arrays(result: Any) -> list[NDArray[Any]]:
-    """A result of the CPU backend as one array a picture."""
-    import numpy as np
-
-    return [np.array(result.at(i)) for i in range(len(result))]
-
-
 def _lower(dali: Any, nodes: Sequence[Node], data: Any, device: int | None, how: Decoding) -> Any:
     """The region's operators as DALI's. Inside, an image of undecided colour is RGB."""
     colour = "rgb"

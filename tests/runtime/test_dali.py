@@ -25,6 +25,7 @@ from tests.pictures import encode, good, photograph, photographs
 from tests.regions import (
     CHAINS,
     Chain,
+    arrays,
     decodable,
     gpu_plan,
     in_dali,
@@ -252,7 +253,7 @@ def test_a_batch_is_begun_before_it_is_asked_for(open_region: Open) -> None:
     region, nodes = open_region("decode -> resize(64) -> rgb")
     for data in files() * 2:
         region.start([data])
-        (got,) = dali.arrays(region.result())
+        (got,) = arrays(region.result())
         assert abs(got.astype(int) - on_host(nodes, data)).max() <= 1
 
 
