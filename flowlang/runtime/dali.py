@@ -23,6 +23,7 @@ from flowlang.diagnostics import EngineError, InternalError
 from flowlang.plan import graph
 from flowlang.plan.graph import Node
 from flowlang.plan.rewrite import levels_of
+from flowlang.plan.rules import sides_of
 from flowlang.plan.types import Image
 from flowlang.runtime.stage import InstanceLost
 
@@ -246,8 +247,8 @@ def _decode(dali: Any, data: Any, device: int | None, how: Decoding) -> Any:
 
 def _resize(dali: Any, data: Any, node: Node) -> Any:
     params = node.params
-    size, fit = params["size"], params["fit"]
-    h, w = (size, size) if size is not None else (params["h"], params["w"])
+    fit = params["fit"]
+    h, w = sides_of(params)
     high, wide = (None if side is None else side * SLIGHTLY_MORE for side in (h, w))
     # subpixel_scale would shift the sampling grid by the rounding of the output's size.
     options = {
@@ -280,9 +281,7 @@ def _recolour(dali: Any, data: Any, given: str, wanted: str) -> Any:
 
 
 def _crop(dali: Any, data: Any, node: Node) -> Any:
-    params = node.params
-    size = params["size"]
-    h, w = (size, size) if size is not None else (params["h"], params["w"])
+    h, w = sides_of(node.params)
     whole: Any = data.shape() if None in (h, w) else None  # DALI wants both sides named
     crop_h, crop_w = (
         dali.fn.cast(whole[axis], dtype=dali.types.FLOAT) if side is None else float(side)
