@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from flowlang.diagnostics import BadRequest, EngineError
+from flowlang.plan import graph
 from flowlang.runtime import cuda, dali
 from flowlang.runtime.dali import Decoding, Decodings, Region
 from flowlang.runtime.gpu import _Batch, _Pictures
@@ -122,7 +123,8 @@ def open_pictures(folder: Path) -> Iterator[Callable[[str], _Pictures]]:
             context=SimpleNamespace(inputs={"data": None}, row_bytes={"data": 0}),
         )
         no_gpu: Any = None
-        opened.append(_Pictures(stage, no_gpu, lane, is_folded=True))
+        region = [node for node in stage.region if node.op != graph.PACK]
+        opened.append(_Pictures(region, stage, no_gpu, lane))
         return opened[-1]
 
     yield opener
