@@ -258,7 +258,7 @@ class EngineStore:
         if size != expected:
             raise EngineError(seal.wrong_size(size, expected))
         if self._key is not None:
-            return seal.open_sealed_file(file, self._key, header=header.packed())
+            return seal.open_sealed(file, self._key, header=header.packed())
         engine = file.read(header.payload_bytes)
         if hashlib.sha256(engine).hexdigest() != header.payload_sha256:
             raise EngineError("damaged: the engine's SHA-256 is not the one in its header")
