@@ -16,6 +16,7 @@ from flowlang.plan.expression import known_value
 from flowlang.plan.graph import Parameter
 from flowlang.plan.types import (
     ANY_ARRAY,
+    BYTES,
     Image,
     ListOf,
     Optional,
@@ -31,7 +32,7 @@ from flowlang.runtime.conform import PLAIN
 
 def acceptor(kind: Type) -> Callable[[Any], Any]:
     """What checks an item at the door, before anything waits for it. It raises BadRequest."""
-    if isinstance(kind, Scalar) and kind.name == "bytes":
+    if kind == BYTES:
         return accept_bytes
     if isinstance(kind, Scalar) and kind.name in PLAIN:
         return lambda item: _accept_plain(item, kind)

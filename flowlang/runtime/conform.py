@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from flowlang.plan.types import (
     ANY_ARRAY,
+    BYTES,
     Image,
     ListOf,
     Optional,
@@ -56,7 +57,7 @@ def conforming(kind: Type) -> Conform:
         return _record(kind)
     if isinstance(kind, (Tensor, Image)):
         return _array(kind)
-    if isinstance(kind, Scalar) and kind.name == "bytes":
+    if kind == BYTES:
         return _bytes
     if isinstance(kind, Scalar) and kind.name in PLAIN:
         return _scalar(kind)
