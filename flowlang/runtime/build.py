@@ -18,11 +18,11 @@ from flowlang.runtime.engine_store import EngineStore
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """An engine that is now in the store. `seconds` is 0 where it already was."""
+    """An engine that is now in the store. `took_s` is 0 where it already was."""
 
     model: str
     path: Path
-    seconds: float
+    took_s: float
     reason: str
 
 
@@ -55,6 +55,6 @@ def build_engines(
             kept = store.load(key)
             if kept.engine is None:
                 raise EngineError(f"the engine of `{name}` was built, but not kept: {kept.reason}")
-        seconds = time.monotonic() - started_s if found.engine is None else 0.0
-        built.append(Built(spec.model.name, store.path(key), seconds, found.reason))
+        took_s = time.monotonic() - started_s if found.engine is None else 0.0
+        built.append(Built(spec.model.name, store.path(key), took_s, found.reason))
     return built
