@@ -22,9 +22,9 @@ from flowlang.plan.types import (
     Optional,
     Record,
     Scalar,
-    Shape,
     Tensor,
     Type,
+    shape_fits,
     without_null,
 )
 from flowlang.runtime.conform import PLAIN
@@ -181,15 +181,7 @@ def _any_array(item: Any) -> Any:
 
 
 def _check_shape(shape: tuple[int, ...], kind: Image | Tensor) -> None:
-    if isinstance(kind, Image):
-        sides = (kind.height, kind.width)
-        wanted: Shape | None = sides if kind.colour == "gray" else (*sides, 3)
-    else:
-        wanted = kind.shape
-    if wanted is not None and (
-        len(wanted) != len(shape)
-        or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True))
-    ):
+    if not shape_fits(shape, kind.shape):
         raise BadRequest(f"this flow takes {kind}, not an array of shape {shape}")
 
 

@@ -47,6 +47,12 @@ class Image:
         return None if self.colour is None else 1 if self.colour == "gray" else 3
 
     @property
+    def shape(self) -> Shape:
+        """That of its array, which has three channels until its colour is decided."""
+        sides = (self.height, self.width)
+        return sides if self.colour == "gray" else (*sides, 3)
+
+    @property
     def is_sized(self) -> bool:
         return self.height is not None and self.width is not None
 
@@ -168,7 +174,7 @@ def fits(given: Type, wanted: Type) -> bool:
             and wanted.width in (None, given.width)
         )
     if isinstance(given, Tensor) and isinstance(wanted, Tensor):
-        return given.dtype == wanted.dtype and _shape_fits(given.shape, wanted.shape)
+        return given.dtype == wanted.dtype and shape_fits(given.shape, wanted.shape)
     if isinstance(given, ListOf) and isinstance(wanted, ListOf):
         return fits(given.item, wanted.item)
     if isinstance(given, Record) and isinstance(wanted, Record):
@@ -332,7 +338,8 @@ def _unify_shapes(one: Shape | None, other: Shape | None) -> Shape | None:
     return tuple(a if a == b else None for a, b in zip(one, other, strict=True))
 
 
-def _shape_fits(given: Shape | None, wanted: Shape | None) -> bool:
+def shape_fits(given: Shape | None, wanted: Shape | None) -> bool:
+    """Whether every shape that is `given` is one of those `wanted`."""
     if wanted is None:
         return True
     if given is None or len(given) != len(wanted):
