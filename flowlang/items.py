@@ -24,6 +24,7 @@ from flowlang.plan.types import (
     Scalar,
     Tensor,
     Type,
+    numpy_dtype,
     shape_fits,
     without_null,
 )
@@ -132,8 +133,6 @@ def _accept_plain(item: Any, kind: Scalar) -> Any:
 
 def _accept_array(item: Any, kind: Image | Tensor) -> Any:
     import numpy as np
-
-    from flowlang.runtime.ort import numpy_dtype
 
     if kind == ANY_ARRAY:
         return _any_array(item)

@@ -11,7 +11,11 @@ from typing import TypeAlias
 
 SCALARS = ("bytes", "str", "int", "float", "bool", "path", "duration", "box", "quad")
 COLOURS = ("rgb", "bgr", "gray")
-DTYPES = ("u8", "i8", "u16", "i16", "i32", "i64", "f16", "f32", "f64", "bool")
+_NUMPY = {
+    "u8": "uint8", "i8": "int8", "u16": "uint16", "i16": "int16", "i32": "int32", "i64": "int64",
+    "f16": "float16", "f32": "float32", "f64": "float64", "bool": "bool",
+}  # fmt: skip
+DTYPES = tuple(_NUMPY)
 MAX_PARTS = 1000
 MAX_DEPTH = 64
 
@@ -137,6 +141,11 @@ NAMED: dict[str, Type] = {
     **{s: Scalar(s) for s in SCALARS},
     **{str(r): r for r in (LABEL, SIZE, DETECTION, TEXTLINE, READING)},
 }
+
+
+def numpy_dtype(name: str) -> str:
+    """numpy's name of one of our dtypes."""
+    return _NUMPY[name]
 
 
 def shape_text(shape: Iterable[int | None]) -> str:

@@ -20,10 +20,10 @@ from flowlang.plan.types import (
     Scalar,
     Tensor,
     Type,
+    numpy_dtype,
     shape_fits,
     shape_text,
 )
-from flowlang.runtime.ort import numpy_dtype
 
 Conform: TypeAlias = Callable[[Any], Any]
 

@@ -15,10 +15,10 @@ from flowlang.plan import graph
 from flowlang.plan.graph import Node
 from flowlang.plan.onnx import Model, Port
 from flowlang.plan.physical import StagePlan
-from flowlang.plan.types import Image, Shape
+from flowlang.plan.types import Image, Shape, numpy_dtype
 from flowlang.runtime.frame import run_framed
 from flowlang.runtime.host import Work, row_work_of, work_of
-from flowlang.runtime.ort import Sessions, numpy_dtype
+from flowlang.runtime.ort import Sessions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

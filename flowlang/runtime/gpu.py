@@ -18,14 +18,13 @@ from flowlang.plan.chain import decodes_on_gpu
 from flowlang.plan.graph import Node
 from flowlang.plan.onnx import Model
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, PhysicalPlan, StagePlan
-from flowlang.plan.types import DTYPES, Image, Tensor
+from flowlang.plan.types import DTYPES, Image, Tensor, numpy_dtype
 from flowlang.runtime import cuda, dali, trt
 from flowlang.runtime.conform import NotOfType, converted
 from flowlang.runtime.cpu import RowChain
 from flowlang.runtime.exif import upright_size
 from flowlang.runtime.frame import Frame, framed_by, has_free_size
 from flowlang.runtime.host import Work, check_picture, work_of
-from flowlang.runtime.ort import numpy_dtype
 from flowlang.runtime.picture import Picture, plain_jpeg_size
 from flowlang.runtime.rework import Prologue
 from flowlang.runtime.vision import as_bmp, sample_pictures

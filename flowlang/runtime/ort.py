@@ -22,16 +22,6 @@ if TYPE_CHECKING:
     from flowlang.plan.onnx import Model
     from flowlang.plan.physical import StagePlan
 
-_DTYPE = {
-    "f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8", "i8": "int8",
-    "u16": "uint16", "i16": "int16", "i32": "int32", "i64": "int64", "bool": "bool",
-}  # fmt: skip
-
-
-def numpy_dtype(name: str) -> str:
-    """numpy's name of one of our dtypes."""
-    return _DTYPE[name]
-
 
 class AtWork:
     """How many instances of an app are working on the CPU at this moment."""
