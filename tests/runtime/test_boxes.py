@@ -20,7 +20,7 @@ from flowlang.runtime.vision import suppress
 from tests.nodes import image_node
 
 Array: TypeAlias = NDArray[Any]
-PROPERTY = settings(max_examples=80, deadline=None)
+PROPERTY = settings(max_examples=80)
 
 HEIGHT, WIDTH = 96, 160
 CELLS = [(8, 12, 20), (16, 6, 10), (32, 3, 5)]  # stride, rows, columns

@@ -26,7 +26,7 @@ from tests.nodes import image_node, made, run
 from tests.pictures import good, write_tiff
 
 Array: TypeAlias = NDArray[Any]
-PROPERTY = settings(max_examples=100, deadline=None)
+PROPERTY = settings(max_examples=100)
 RANDOM = np.random.default_rng(0)
 IMAGE = RANDOM.integers(0, 256, (40, 60, 3), np.uint8)
 FLOATS = hnp.arrays(

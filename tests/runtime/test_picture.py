@@ -335,7 +335,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(damaged())
 def test_a_damaged_file_never_shows_another_size_than_it_tells(data: bytes) -> None:
     """A damaged file is refused, or OpenCV shows nothing or the size told, one way or turned."""
@@ -350,7 +350,7 @@ def test_a_damaged_file_never_shows_another_size_than_it_tells(data: bytes) -> N
 _STARTS = [picture.data[:length] for picture in good().values() for length in (4, 12, 30)]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.sampled_from([b"", *_STARTS]), st.binary(max_size=300))
 @example(b"", b"")
 @example(b"BM", b"\xff" * 60)

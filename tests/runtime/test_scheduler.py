@@ -57,7 +57,7 @@ def test_every_request_is_answered_once_and_with_its_own_answer(scenario: Scenar
             assert any(t is not None for t in times)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(scenarios(closing=True))
 def test_nothing_is_left_over_when_the_app_closes(scenario: Scenario) -> None:
     """At whatever moment it drains and closes, every request taken in is answered exactly once."""

@@ -36,7 +36,7 @@ def opened(sealed: bytes | bytearray, key: Key, *, header: bytes) -> bytes:
 
 
 @given(plain=st.binary(max_size=200), header=st.binary(max_size=50), chunk_bytes=st.integers(1, 70))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_is_sealed_opens_again(plain: bytes, header: bytes, chunk_bytes: int) -> None:
     """Any bytes, in chunks of any length, come back as they were and have the length foretold."""
     sealed = seal.seal(plain, KEY, header=header, chunk_bytes=chunk_bytes)
@@ -85,7 +85,7 @@ def test_chunks_only_open_in_their_place() -> None:
 
 
 @given(tail=st.binary(min_size=1, max_size=100))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_nothing_can_be_appended(tail: bytes) -> None:
     """A sealed file with anything after its end does not open, and the error counts what is."""
     for added in (tail, CHUNKS[0], CHUNKS[-1]):
@@ -135,7 +135,7 @@ def test_chunks_do_not_move_between_files() -> None:
 
 
 @given(header=st.binary(max_size=30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_another_header_is_refused(header: bytes) -> None:
     """The clear header given to open must be the one given to seal."""
     if header != HEADER:
