@@ -16,14 +16,16 @@ from flowlang.plan.expression import known_value
 from flowlang.plan.graph import Parameter
 from flowlang.plan.types import (
     ANY_ARRAY,
+    BYTES,
     Image,
     ListOf,
     Optional,
     Record,
     Scalar,
-    Shape,
     Tensor,
     Type,
+    numpy_dtype,
+    shape_fits,
     without_null,
 )
 from flowlang.runtime.conform import PLAIN
@@ -31,7 +33,7 @@ from flowlang.runtime.conform import PLAIN
 
 def acceptor(kind: Type) -> Callable[[Any], Any]:
     """What checks an item at the door, before anything waits for it. It raises BadRequest."""
-    if isinstance(kind, Scalar) and kind.name == "bytes":
+    if kind == BYTES:
         return accept_bytes
     if isinstance(kind, Scalar) and kind.name in PLAIN:
         return lambda item: _accept_plain(item, kind)
@@ -132,8 +134,6 @@ def _accept_plain(item: Any, kind: Scalar) -> Any:
 def _accept_array(item: Any, kind: Image | Tensor) -> Any:
     import numpy as np
 
-    from flowlang.runtime.ort import numpy_dtype
-
     if kind == ANY_ARRAY:
         return _any_array(item)
     dtype = numpy_dtype(kind.dtype)
@@ -180,15 +180,7 @@ def _any_array(item: Any) -> Any:
 
 
 def _check_shape(shape: tuple[int, ...], kind: Image | Tensor) -> None:
-    if isinstance(kind, Image):
-        sides = (kind.height, kind.width)
-        wanted: Shape | None = sides if kind.colour == "gray" else (*sides, 3)
-    else:
-        wanted = kind.shape
-    if wanted is not None and (
-        len(wanted) != len(shape)
-        or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True))
-    ):
+    if not shape_fits(shape, kind.shape):
         raise BadRequest(f"this flow takes {kind}, not an array of shape {shape}")
 
 

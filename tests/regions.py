@@ -189,10 +189,14 @@ def on_host(nodes: Sequence[Node], data: bytes) -> Array:
 
 def in_dali(region: Region, files: Sequence[bytes]) -> list[Array]:
     """What a region makes of picture files, brought to the host."""
-    result = region.run(files)
+    return arrays(region.run(files))
+
+
+def arrays(result: Any) -> list[Array]:
+    """A region's result as one array a picture."""
     if hasattr(result, "as_cpu"):
         result = result.as_cpu()
-    return [np.array(result.at(i)) for i in range(len(files))]
+    return [np.array(result.at(i)) for i in range(len(result))]
 
 
 def decodable(data: bytes) -> bytes:

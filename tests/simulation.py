@@ -217,7 +217,8 @@ class Lane:
             self.items = []
             simulation.after(0.0, self.ask)
             return
-        self.scheduler.finish(items, [StageFailed("an instance was lost") for _ in items])
+        told = "an instance was lost"
+        self.scheduler.finish(items, [StageFailed(told, stage=plan.name) for _ in items])
         self.items = []
         self.scheduler.lose_instance(self.stage)
         self._repair(simulation.clock.now_s + repair_s)

@@ -144,7 +144,7 @@ def test_while_all_lanes_have_work_they_send_nothing(
     assert list(answers) == list(range(1, 400))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 60) | st.none(), max_size=80), st.integers(1, 30))
 def test_outcomes_come_in_order_whoever_sends(
     app: App, wanted: list[int | None], ahead: int

@@ -480,7 +480,7 @@ def build(
 
     store = EngineStore(output or default_directory(), key)
     for built in build_engines(lower([plan], machine), store, progress):
-        how = f"built in {built.seconds:.1f} s" if built.seconds else "was there already"
+        how = f"built in {built.took_s:.1f} s" if built.took_s else "was there already"
         click.echo(f"{built.model}: {how} for {built.gpu}, {shown(built.path)}")
 
 

@@ -83,12 +83,18 @@ def resize(given: Type, params: Params) -> Type:
     if size is None and (h is None or w is None):  # one side named: the other follows
         is_free = params["multiple"] is not None or params["most"] is not None
         return sized(image, None, None) if is_free else sized(image, h, w)
-    h, w = (size, size) if size is not None else (h, w)
+    h, w = sides_of(params)
     if params["fit"] not in ("shorter", "least"):
         return sized(image, h, w)
     if params["fit"] == "least" or not image.is_sized or params["multiple"] or params["most"]:
         return sized(image, None, None)
     return sized(image, *free_size(image.height or 1, image.width or 1, params))
+
+
+def sides_of(params: Params) -> tuple[Any, Any]:
+    """Height and width that an operator is told, by `size` or each by itself: None where not."""
+    size = params["size"]
+    return (size, size) if size is not None else (params["h"], params["w"])
 
 
 def free_size(rows: int, columns: int, params: Params) -> tuple[int, int]:
@@ -121,8 +127,7 @@ def nearest(number: int, of: int) -> int:
 def crop(given: Type, params: Params) -> Type:
     if isinstance(params["image"], Live):
         return cut_out(given, params)
-    size, h, w = params["size"], params["h"], params["w"]
-    h, w = (size, size) if size is not None else (h, w)
+    h, w = sides_of(params)
     image = image_of(given)
     if any(a and b and a > b for a, b in ((h, image.height), (w, image.width))):
         raise Mismatch(f"an image of at least {shape_text((h, w))}")
@@ -138,8 +143,7 @@ def cut_out(given: Type, params: Params) -> Type:
 
 def pad(given: Type, params: Params) -> Type:
     image = u8_image(given, "pad")
-    size, h, w = params["size"], params["h"], params["w"]
-    h, w = (size, size) if size is not None else (h, w)
+    h, w = sides_of(params)
     sides = (h or image.height, w or image.width)
     step = params["multiple"]
     if step is not None:

@@ -11,7 +11,11 @@ from typing import TypeAlias
 
 SCALARS = ("bytes", "str", "int", "float", "bool", "path", "duration", "box", "quad")
 COLOURS = ("rgb", "bgr", "gray")
-DTYPES = ("u8", "i8", "u16", "i16", "i32", "i64", "f16", "f32", "f64", "bool")
+_NUMPY = {
+    "u8": "uint8", "i8": "int8", "u16": "uint16", "i16": "int16", "i32": "int32", "i64": "int64",
+    "f16": "float16", "f32": "float32", "f64": "float64", "bool": "bool",
+}  # fmt: skip
+DTYPES = tuple(_NUMPY)
 MAX_PARTS = 1000
 MAX_DEPTH = 64
 
@@ -45,6 +49,12 @@ class Image:
     @property
     def channels(self) -> int | None:
         return None if self.colour is None else 1 if self.colour == "gray" else 3
+
+    @property
+    def shape(self) -> Shape:
+        """That of its array, which has three channels until its colour is decided."""
+        sides = (self.height, self.width)
+        return sides if self.colour == "gray" else (*sides, 3)
 
     @property
     def is_sized(self) -> bool:
@@ -133,6 +143,11 @@ NAMED: dict[str, Type] = {
 }
 
 
+def numpy_dtype(name: str) -> str:
+    """numpy's name of one of our dtypes."""
+    return _NUMPY[name]
+
+
 def shape_text(shape: Iterable[int | None]) -> str:
     return "x".join("?" if side is None else str(side) for side in shape)
 
@@ -168,7 +183,7 @@ def fits(given: Type, wanted: Type) -> bool:
             and wanted.width in (None, given.width)
         )
     if isinstance(given, Tensor) and isinstance(wanted, Tensor):
-        return given.dtype == wanted.dtype and _shape_fits(given.shape, wanted.shape)
+        return given.dtype == wanted.dtype and shape_fits(given.shape, wanted.shape)
     if isinstance(given, ListOf) and isinstance(wanted, ListOf):
         return fits(given.item, wanted.item)
     if isinstance(given, Record) and isinstance(wanted, Record):
@@ -332,7 +347,8 @@ def _unify_shapes(one: Shape | None, other: Shape | None) -> Shape | None:
     return tuple(a if a == b else None for a, b in zip(one, other, strict=True))
 
 
-def _shape_fits(given: Shape | None, wanted: Shape | None) -> bool:
+def shape_fits(given: Shape | None, wanted: Shape | None) -> bool:
+    """Whether every shape that is `given` is one of those `wanted`."""
     if wanted is None:
         return True
     if given is None or len(given) != len(wanted):

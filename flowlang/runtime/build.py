@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """An engine that is now in the store. `seconds` is 0 where it already was.
+    """An engine that is now in the store. `took_s` is 0 where it already was.
 
     `gpu` is the kind of GPU that it is for.
     """
@@ -30,7 +30,7 @@ class Built:
     model: str
     gpu: str
     path: Path
-    seconds: float
+    took_s: float
     reason: str
 
 
@@ -61,8 +61,8 @@ def build_engines(
             kept = store.load(key)
             if kept.engine is None:
                 raise EngineError(f"the engine of `{name}` was built, but not kept: {kept.reason}")
-        seconds = time.monotonic() - started_s if found.engine is None else 0.0
-        built.append(Built(spec.model.name, key.gpu, store.path(key), seconds, found.reason))
+        took_s = time.monotonic() - started_s if found.engine is None else 0.0
+        built.append(Built(spec.model.name, key.gpu, store.path(key), took_s, found.reason))
     return built
 
 

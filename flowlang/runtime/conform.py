@@ -12,17 +12,18 @@ from typing import Any, TypeAlias
 
 from flowlang.plan.types import (
     ANY_ARRAY,
+    BYTES,
     Image,
     ListOf,
     Optional,
     Record,
     Scalar,
-    Shape,
     Tensor,
     Type,
+    numpy_dtype,
+    shape_fits,
     shape_text,
 )
-from flowlang.runtime.ort import numpy_dtype
 
 Conform: TypeAlias = Callable[[Any], Any]
 
@@ -56,7 +57,7 @@ def conforming(kind: Type) -> Conform:
         return _record(kind)
     if isinstance(kind, (Tensor, Image)):
         return _array(kind)
-    if isinstance(kind, Scalar) and kind.name == "bytes":
+    if kind == BYTES:
         return _bytes
     if isinstance(kind, Scalar) and kind.name in PLAIN:
         return _scalar(kind)
@@ -204,13 +205,6 @@ def _fields(value: Any) -> Mapping[str, Any] | None:
 
 
 def _array(kind: Tensor | Image) -> Conform:
-    shape: Shape
-    if isinstance(kind, Image):
-        sides = (kind.height, kind.width)
-        shape = sides if kind.colour == "gray" else (*sides, 3)
-    else:
-        shape = kind.shape or ()
-
     def conform(value: Any) -> Any:
         import numpy as np
 
@@ -220,12 +214,8 @@ def _array(kind: Tensor | Image) -> Conform:
         dtype = numpy_dtype(kind.dtype)
         if array.dtype.kind not in "biuf" or not np.can_cast(array.dtype, dtype, "same_kind"):
             raise NotOfType(f"an array of {array.dtype} is not {kind}")
-        known = isinstance(kind, Image) or kind.shape is not None
-        if known and (
-            len(shape) != array.ndim
-            or any(w not in (None, s) for w, s in zip(shape, array.shape, strict=True))
-        ):
-            sides = f", which is {shape_text(shape)}" if isinstance(kind, Image) else ""
+        if not shape_fits(array.shape, kind.shape):
+            sides = f", which is {shape_text(kind.shape)}" if isinstance(kind, Image) else ""
             raise NotOfType(f"an array of shape {shape_text(array.shape)} is not {kind}{sides}")
         return converted(array, dtype, kind)
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from flowlang.diagnostics import EngineError, StageFailed
 from flowlang.plan import graph
 from flowlang.plan.graph import Node
-from flowlang.plan.onnx import Port
+from flowlang.plan.onnx import Model, Port
 from flowlang.plan.physical import StagePlan
-from flowlang.plan.types import Image, Shape
+from flowlang.plan.types import Image, Shape, numpy_dtype
 from flowlang.runtime.frame import run_framed
 from flowlang.runtime.host import Work, row_work_of, work_of
-from flowlang.runtime.ort import Session, Sessions, numpy_dtype
+from flowlang.runtime.ort import Sessions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class CpuInstance:
         self.before = Chain(plan.region, extras, plan.settings)
         self.after = Chain(plan.tail, extras, plan.settings)
         node = next((n for n in plan.nodes if n.model is not None), None)
-        self.model = _ModelStep(node, sessions.of(node.model)) if node and node.model else None
+        self.model = _ModelStep(node, node.model, sessions) if node and node.model else None
         self.batch = plan.batch
         self.room: _Room | None = None
         if self.model is not None and plan.region and plan.region[-1].op == graph.PACK:
@@ -153,8 +153,9 @@ class RowChain(Chain):
 
 def _known(shape: Shape | None) -> tuple[int, ...] | None:
     """A shape of which every side is known, or None."""
-    sides = tuple(side for side in shape or (None,) if side is not None)
-    return sides if shape is not None and len(sides) == len(shape) else None
+    if shape is None or None in shape:
+        return None
+    return tuple(side for side in shape if side is not None)
 
 
 class _Room:
@@ -200,14 +201,12 @@ class _Room:
 class _ModelStep:
     """A model run on batches of items whose shapes may differ."""
 
-    def __init__(self, node: Node, session: Session) -> None:
-        if node.model is None:
-            raise ValueError("a model step needs a model")
-        self.ports = node.model.inputs
-        self.fixed = node.model.fixed_batch
-        self.session = session
+    def __init__(self, node: Node, model: Model, sessions: Sessions) -> None:
+        self.ports = model.inputs
+        self.fixed = model.fixed_batch
+        self.session = sessions.of(model)
         self.room: _Room | None = None
-        self.name, self.place = node.model.name, str(node.span)
+        self.name, self.place = model.name, str(node.span)
 
     def warm(self, size: int) -> None:
         import numpy as np

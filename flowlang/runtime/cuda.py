@@ -205,13 +205,12 @@ def _driver() -> Any:
     return library
 
 
-def _check_driver(call: str, status: int) -> None:
-    if status:
-        try:
-            known = _runtime().cudaError_t(status)  # the driver's numbers are the runtime's
-        except ValueError:
-            raise EngineError(f"CUDA error {status} in {call}") from None
-        raise _failure(call, known)
+def _driver_failure(call: str, status: int) -> Exception:
+    try:
+        known = _runtime().cudaError_t(status)  # the driver's numbers are the runtime's
+    except ValueError:
+        return EngineError(f"CUDA error {status} in {call}{where()}")
+    return _failure(call, known)
 
 
 class Home:
@@ -227,7 +226,7 @@ class Home:
         self._context = ctypes.c_void_p()
         status = self._driver.cuCtxGetCurrent(ctypes.byref(self._context))
         if status:
-            _check_driver("cuCtxGetCurrent", status)
+            raise _driver_failure("cuCtxGetCurrent", status)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -254,7 +253,7 @@ class Graph:
     def launch(self) -> None:
         status = self._launch(self._handle, self._stream)
         if status:
-            _check_driver("cuGraphLaunch", status)
+            raise _driver_failure("cuGraphLaunch", status)
 
     def close(self) -> None:
         _runtime().cudaGraphExecDestroy(self._executable)
@@ -318,4 +317,4 @@ def copy_on_device(target: int, source: int, size_bytes: int, stream: Stream) ->
     """Queue a copy between two addresses of the GPU on a stream."""
     status = _driver().cuMemcpyDtoDAsync_v2(target, source, size_bytes, stream.handle)
     if status:
-        _check_driver("cuMemcpyDtoDAsync", status)
+        raise _driver_failure("cuMemcpyDtoDAsync", status)

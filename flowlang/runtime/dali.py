@@ -23,6 +23,7 @@ from flowlang.diagnostics import EngineError, InternalError
 from flowlang.plan import graph
 from flowlang.plan.graph import Node
 from flowlang.plan.rewrite import levels_of
+from flowlang.plan.rules import sides_of
 from flowlang.plan.types import Image
 from flowlang.runtime.stage import InstanceLost
 
@@ -208,13 +209,6 @@ def reason(error: RuntimeError) -> str:
     return lines[0] if lines else "no reason given"
 
 
-def arrays(result: Any) -> list[NDArray[Any]]:
-    """A result of the CPU backend as one array a picture."""
-    import numpy as np
-
-    return [np.array(result.at(i)) for i in range(len(result))]
-
-
 def _lower(dali: Any, nodes: Sequence[Node], data: Any, device: int | None, how: Decoding) -> Any:
     """The region's operators as DALI's. Inside, an image of undecided colour is RGB."""
     colour = "rgb"
@@ -253,8 +247,8 @@ def _decode(dali: Any, data: Any, device: int | None, how: Decoding) -> Any:
 
 def _resize(dali: Any, data: Any, node: Node) -> Any:
     params = node.params
-    size, fit = params["size"], params["fit"]
-    h, w = (size, size) if size is not None else (params["h"], params["w"])
+    fit = params["fit"]
+    h, w = sides_of(params)
     high, wide = (None if side is None else side * SLIGHTLY_MORE for side in (h, w))
     # subpixel_scale would shift the sampling grid by the rounding of the output's size.
     options = {
@@ -287,9 +281,7 @@ def _recolour(dali: Any, data: Any, given: str, wanted: str) -> Any:
 
 
 def _crop(dali: Any, data: Any, node: Node) -> Any:
-    params = node.params
-    size = params["size"]
-    h, w = (size, size) if size is not None else (params["h"], params["w"])
+    h, w = sides_of(node.params)
     whole: Any = data.shape() if None in (h, w) else None  # DALI wants both sides named
     crop_h, crop_w = (
         dali.fn.cast(whole[axis], dtype=dali.types.FLOAT) if side is None else float(side)

@@ -30,7 +30,7 @@ from typing import BinaryIO
 from flowlang.diagnostics import EngineError, InternalError
 from flowlang.runtime import seal
 
-logger = logging.getLogger("flowlang.engine_store")
+log = logging.getLogger("flowlang.engine_store")
 
 MAGIC = b"flowengn"
 FORMAT = 1
@@ -168,14 +168,14 @@ class EngineStore:
                 return found.engine
             path = self.path(key)
             level = logging.WARNING if os.path.exists(path) else logging.INFO
-            logger.log(level, "building %s: %s", path, found.reason)
+            log.log(level, "building %s: %s", path, found.reason)
             engine = builder()
             if not engine:
                 raise EngineError("the builder returned no engine")
             try:
                 self._write(path, key, engine)
             except OSError as error:
-                logger.warning(
+                log.warning(
                     "the engine was built but not stored, so the next start builds it again: "
                     "%s: %s", path, error.strerror or error,
                 )  # fmt: skip
@@ -258,7 +258,7 @@ class EngineStore:
         if size != expected:
             raise EngineError(seal.wrong_size(size, expected))
         if self._key is not None:
-            return seal.open_sealed_file(file, self._key, header=header.packed())
+            return seal.open_sealed(file, self._key, header=header.packed())
         engine = file.read(header.payload_bytes)
         if hashlib.sha256(engine).hexdigest() != header.payload_sha256:
             raise EngineError("damaged: the engine's SHA-256 is not the one in its header")
@@ -353,10 +353,10 @@ def _locked(path: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info("waiting for another process to build this engine: %s", path)
+                log.info("waiting for another process to build this engine: %s", path)
                 fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            logger.warning("no lock, other processes may build the same engine: %s", error)
+            log.warning("no lock, other processes may build the same engine: %s", error)
         yield
 
 

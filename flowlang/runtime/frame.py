@@ -16,7 +16,7 @@ from flowlang.diagnostics import BadRequest, InternalError
 from flowlang.plan import graph
 from flowlang.plan.graph import Node
 from flowlang.plan.physical import MAX_PIXELS
-from flowlang.plan.rules import free_size, nearest
+from flowlang.plan.rules import free_size, nearest, sides_of
 from flowlang.runtime.exif import upright_size
 
 if TYPE_CHECKING:
@@ -145,9 +145,6 @@ class Frame:
         matrix = (across, 0.0, -place.left * across, 0.0, down, -place.top * down, 0.0, 0.0, 1.0)
         return self.warped(matrix, place.height, place.width)
 
-    def resized(self, height: int, width: int) -> Frame:
-        return self.placed(Placement.whole(height, width))
-
     def padded(self, height: int, width: int) -> Frame:
         """That of the image with more room at its right and bottom."""
         return self.warped(IDENTITY, height, width)
@@ -237,8 +234,8 @@ def inner_size(rows: int, columns: int, height: int, width: int) -> tuple[int, i
 
 def resize_placement(rows: int, columns: int, params: Params) -> Placement:
     """What `resize` does to an image of rows x columns. Raises BadRequest."""
-    fit, size = params["fit"], params["size"]
-    height, width = (params["h"], params["w"]) if size is None else (size, size)
+    fit = params["fit"]
+    height, width = sides_of(params)
     if has_free_size(params):
         to_h, to_w = free_size(rows, columns, params)
         if to_h * to_w > MAX_PIXELS:
@@ -257,15 +254,12 @@ def resize_placement(rows: int, columns: int, params: Params) -> Placement:
 
 def has_free_size(params: Params) -> bool:
     """Whether the shape of a picture decides what size `resize` makes of it."""
-    if params["fit"] in ("shorter", "least"):
-        return True
-    return params["size"] is None and (params["h"] is None or params["w"] is None)
+    return params["fit"] in ("shorter", "least") or None in sides_of(params)
 
 
 def crop_place(rows: int, columns: int, params: Params) -> tuple[int, int, int, int]:
     """Top, left, height and width of what the centre `crop` cuts out. Raises BadRequest."""
-    size = params["size"]
-    height, width = (size, size) if size is not None else (params["h"], params["w"])
+    height, width = sides_of(params)
     h, w = height or rows, width or columns
     if rows < h or columns < w:
         raise BadRequest(f"an image of {rows}x{columns} has no centre of {h}x{w}")
@@ -274,8 +268,7 @@ def crop_place(rows: int, columns: int, params: Params) -> tuple[int, int, int, 
 
 def pad_size(rows: int, columns: int, params: Params) -> tuple[int, int]:
     """Height and width that `pad` makes of rows x columns. Raises BadRequest."""
-    size, step = params["size"], params["multiple"] or 1
-    height, width = (size, size) if size is not None else (params["h"], params["w"])
+    (height, width), step = sides_of(params), params["multiple"] or 1
     h, w = (math.ceil(side / step) * step for side in (height or rows, width or columns))
     if rows > h or columns > w:
         raise BadRequest(f"an image of {rows}x{columns} is larger than {h}x{w}")

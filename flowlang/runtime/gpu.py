@@ -16,15 +16,15 @@ from flowlang.diagnostics import BadRequest, EngineError, InternalError, StageFa
 from flowlang.plan import graph
 from flowlang.plan.chain import decodes_on_gpu
 from flowlang.plan.graph import Node
+from flowlang.plan.onnx import Model
 from flowlang.plan.physical import MAX_BYTES, MAX_PIXELS, PhysicalPlan, StagePlan
-from flowlang.plan.types import DTYPES, Image, Tensor
+from flowlang.plan.types import DTYPES, Image, Tensor, numpy_dtype
 from flowlang.runtime import cuda, dali, trt
 from flowlang.runtime.conform import NotOfType, converted
 from flowlang.runtime.cpu import RowChain
 from flowlang.runtime.exif import upright_size
 from flowlang.runtime.frame import Frame, framed_by, has_free_size
 from flowlang.runtime.host import Work, check_picture, work_of
-from flowlang.runtime.ort import numpy_dtype
 from flowlang.runtime.picture import Picture, plain_jpeg_size
 from flowlang.runtime.rework import Prologue
 from flowlang.runtime.vision import as_bmp, sample_pictures
@@ -67,20 +67,26 @@ class GpuResources:
         self.engines.close()
 
 
+def _model_of(plan: StagePlan) -> tuple[Node, Model]:
+    """The node of a stage that is its model, and the model."""
+    for node in plan.nodes:
+        if node.model is not None:
+            return node, node.model
+    raise InternalError("a stage on a GPU has a model")
+
+
 def spec_of(plan: StagePlan) -> trt.EngineSpec:
     """What the engine of a stage with a model is built from."""
-    node = next(n for n in plan.nodes if n.model is not None)
-    if node.model is None:
-        raise InternalError("a stage without a model has no engine")
+    node, model = _model_of(plan)
     pack = next((n for n in plan.region if n.op == graph.PACK), None)
     return trt.EngineSpec(
-        node.model.path,
+        model.path,
         node.params["precision"],
         plan.batch,
         _prologue(pack) if pack is not None else None,
         plan.settings.get("workspace", trt.WORKSPACE),
-        node.model.content,
-        node.model.weights,
+        model.content,
+        model.weights,
     )
 
 
@@ -107,18 +113,17 @@ class GpuInstance:
         cuda.use(gpu)
         self.plan = plan
         self.resources = resources
-        node = next(n for n in plan.nodes if n.model is not None)
-        if node.model is None:
-            raise InternalError("a GPU stage has a model")
-        self.name, self.place = node.model.name, str(node.span)
-        self.given = {p.name: numpy_dtype(p.dtype) for p in node.model.outputs}
+        _, model = _model_of(plan)
+        self.name = model.name
+        self.given = {p.name: numpy_dtype(p.dtype) for p in model.outputs}
         spec = spec_of(plan)
+        # A prologue of the engine packs in place of the region.
+        region = [n for n in plan.region if not (spec.prologue and n.op == graph.PACK)]
         engine = resources.engines.of(spec)
         extras = dict(zip(plan.nodes, plan.extras, strict=True))
         self.has_extras = any(extras.values())
         self.after = RowChain(plan.tail, extras, plan.settings)
         self.source: _Pictures | _Arrays
-        kind = _Pictures if decodes_on_gpu(plan.region) else _Arrays
         with ExitStack() as made:  # what is made is given back if the rest cannot be
             self.stream = cuda.Stream()
             made.callback(self.stream.close)
@@ -126,7 +131,10 @@ class GpuInstance:
                 engine, self.stream, use_graphs=plan.settings.get("graphs", True)
             )
             made.callback(self.context.close)
-            self.source = kind(plan, gpu, self, spec.prologue is not None)
+            if decodes_on_gpu(plan.region):
+                self.source = _Pictures(region, plan, gpu, self)
+            else:
+                self.source = _Arrays(region, plan, self)
             made.pop_all()
 
     def warm(self) -> None:
@@ -212,8 +220,7 @@ class _Pictures:
     A batch larger than one region takes is decoded by several of them side by side.
     """
 
-    def __init__(self, plan: StagePlan, gpu: int, lane: GpuInstance, is_folded: bool) -> None:
-        nodes = [n for n in plan.region if not (is_folded and n.op == graph.PACK)]
+    def __init__(self, nodes: Sequence[Node], plan: StagePlan, gpu: int, lane: GpuInstance) -> None:
         self.lane = lane
         self.nodes = nodes
         self.decode = nodes[0]
@@ -388,9 +395,8 @@ def _free_side(nodes: Sequence[Node]) -> int:
 class _Arrays:
     """Arrays of the host to the engine's inputs, through pinned memory."""
 
-    def __init__(self, plan: StagePlan, gpu: int, lane: GpuInstance, is_folded: bool) -> None:
+    def __init__(self, nodes: Sequence[Node], plan: StagePlan, lane: GpuInstance) -> None:
         self.lane = lane
-        nodes = [n for n in plan.region if not (is_folded and n.op == graph.PACK)]
         self.before: list[Work] = [work_of(n, plan.settings) for n in nodes]
         context = lane.context
         self.staged: dict[str, cuda.PinnedBuffer] = {}
@@ -416,7 +422,6 @@ class _Arrays:
 
     def load(self, batch: _Batch) -> None:
         """Stack the arrays in pinned memory and queue their copy to the GPU."""
-        names = list(self.staged)
         for index, value in enumerate(batch.values):
             try:
                 self._stage(value, len(batch.good))
@@ -424,10 +429,12 @@ class _Arrays:
                 batch.outcomes[index] = error
                 continue
             batch.good.append(index)
+        if not batch.good:
+            return
         context = self.lane.context
-        for name in names if batch.good else ():
+        for name, staged in self.staged.items():
             size = len(batch.good) * context.row_bytes[name]
-            cuda.copy_to_device(context.inputs[name], self.staged[name], size, self.lane.stream)
+            cuda.copy_to_device(context.inputs[name], staged, size, self.lane.stream)
 
     def _stage(self, value: Any, row: int) -> None:
         """One item into its row of the staged inputs. Raises BadRequest where it does not fit."""

@@ -40,10 +40,6 @@ class Histogram:
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
         self.sum += other.sum
 
-    @property
-    def total(self) -> int:
-        return sum(self.counts)
-
 
 class FlowCounts:
     """The requests of one flow: those answered with a result, and the others by error code."""

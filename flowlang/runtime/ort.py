@@ -22,16 +22,6 @@ if TYPE_CHECKING:
     from flowlang.plan.onnx import Model
     from flowlang.plan.physical import StagePlan
 
-_DTYPE = {
-    "f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8", "i8": "int8",
-    "u16": "uint16", "i16": "int16", "i32": "int32", "i64": "int64", "bool": "bool",
-}  # fmt: skip
-
-
-def numpy_dtype(name: str) -> str:
-    """numpy's name of one of our dtypes."""
-    return _DTYPE[name]
-
 
 class AtWork:
     """How many instances of an app are working on the CPU at this moment."""
@@ -65,7 +55,6 @@ class Session:
         self._wide = _open(model, content, cores)
         needs_both = is_crowded and cores > 1
         self._narrow = _open(model, content, 1) if needs_both else self._wide
-        self.inputs = [i.name for i in self._wide.get_inputs()]
         self.outputs = [o.name for o in self._wide.get_outputs()]
 
     @property

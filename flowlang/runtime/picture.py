@@ -40,7 +40,6 @@ class Picture:
     width: int
     height: int
     is_complete: bool
-    is_progressive: bool
     channels: int | None
     stores_rgb: bool = False  # a JPEG without the usual YCbCr, which hardware decoders take for it
     tile_pixels: int = 0
@@ -119,7 +118,7 @@ _FRAME = struct.Struct(">BHHBB").unpack_from
 _BARE_MARKERS = frozenset((0x01, *range(0xD0, 0xD9)))  # those without a length after them
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _HIERARCHICAL = frozenset((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF))
-_PROGRESSIVE = frozenset((0xC2, 0xCA))
+_PROGRESSIVE = 0xC2  # in Huffman codes
 
 
 def _read_jpeg(data: Buffer) -> Picture:
@@ -159,17 +158,14 @@ def _read_frame(data: Buffer, at: int, scan_at: int, is_rgb: bool, exif: slice |
         raise UnreadablePicture(f"a JPEG of {bits}-bit samples, where 8 bits are read")
     if size != 8 + 3 * channels or not channels:
         raise UnreadablePicture("a JPEG with a damaged frame header")
-    is_progressive = marker in _PROGRESSIVE
     least = 0
     if marker < 0xC8:  # Huffman codes: at least one bit for each code
-        codes = 1 if is_progressive else 2
+        codes = 1 if marker == _PROGRESSIVE else 2
         least = codes * _count_blocks(data, at + 10, channels, width, height) // 8
     end = _find_last_eoi(data, scan_at)
     stores_rgb = channels == 3 and (is_rgb or bytes(data[at + 10 : at + 19 : 3]) == b"RGB")
     is_complete = end - scan_at >= least
-    return Picture(
-        "jpeg", width, height, is_complete, is_progressive, channels, stores_rgb, exif=exif
-    )
+    return Picture("jpeg", width, height, is_complete, channels, stores_rgb, exif=exif)
 
 
 def _count_blocks(data: Buffer, at: int, channels: int, width: int, height: int) -> int:
@@ -209,7 +205,7 @@ def _read_png(data: Buffer) -> Picture:
     packed, exif = _walk_png(data)
     # Deflate makes at most 1032 bytes of one, so a small file cannot fill a large claim.
     filled = width * height * depth * (channels or 1) // 8 <= 1032 * packed
-    return Picture("png", width, height, packed >= 0 and filled, False, channels, exif=exif)
+    return Picture("png", width, height, packed >= 0 and filled, channels, exif=exif)
 
 
 def _walk_png(data: Buffer) -> tuple[int, slice | None]:
@@ -243,13 +239,13 @@ def _read_webp(data: Buffer) -> Picture:
         mark, width, height = unpack_from("<3x3sHH", data, 20)
         if mark != b"\x9d\x01\x2a":
             raise UnreadablePicture("a WebP whose first frame is not a key frame")
-        return Picture("webp", width & 0x3FFF, height & 0x3FFF, is_complete, False, 3)
+        return Picture("webp", width & 0x3FFF, height & 0x3FFF, is_complete, 3)
     if kind == b"VP8L":
         mark, sizes = unpack_from("<BI", data, 20)
         if mark != 0x2F:
             raise UnreadablePicture("a WebP with a damaged lossless header")
         width, height = (sizes & 0x3FFF) + 1, (sizes >> 14 & 0x3FFF) + 1
-        return Picture("webp", width, height, is_complete, False, 4 if sizes >> 28 & 1 else 3)
+        return Picture("webp", width, height, is_complete, 4 if sizes >> 28 & 1 else 3)
     if kind != b"VP8X":
         raise UnreadablePicture(f"a WebP that starts with a chunk named {kind!r}")
     flags, wide, high = unpack_from("<B3x3s3s", data, 20)
@@ -258,7 +254,7 @@ def _read_webp(data: Buffer) -> Picture:
     is_complete = is_complete and _find_webp_chunk(data, first, end, _WEBP_FRAMES) is not None
     exif = _find_webp_chunk(data, first, min(end, len(data)), (b"EXIF",)) if flags & 8 else None
     channels = 4 if flags & 0x10 else 3
-    return Picture("webp", width, height, is_complete, False, channels, exif=exif)
+    return Picture("webp", width, height, is_complete, channels, exif=exif)
 
 
 _WEBP_FRAMES = (b"VP8 ", b"VP8L", b"ANMF")
@@ -287,7 +283,7 @@ def _read_gif(data: Buffer) -> Picture:
         is_complete = _has_gif_image(data, 13 + _count_palette_bytes(flags))
     except IndexError:
         is_complete = False
-    return Picture("gif", width, height, is_complete, False, None)
+    return Picture("gif", width, height, is_complete, None)
 
 
 def _count_palette_bytes(flags: int) -> int:
@@ -336,7 +332,7 @@ def _read_bmp(data: Buffer) -> Picture:
     else:
         is_complete = pixels_at + (width * bits + 31) // 32 * 4 * height <= len(data)
     channels = None if bits <= 8 else 4 if bits == 32 else 3
-    return Picture("bmp", width, height, is_complete, False, channels)
+    return Picture("bmp", width, height, is_complete, channels)
 
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
@@ -395,7 +391,7 @@ def _read_tiff(data: Buffer) -> Picture:
     tiles = -(-width // across) * -(-height // down) if across and down else 0
     is_complete = _has_strips(data, directory, width, height, channels, tiles)
     pixels = tiles * across * down
-    return Picture("tiff", width, height, is_complete, False, channels, tile_pixels=pixels)
+    return Picture("tiff", width, height, is_complete, channels, tile_pixels=pixels)
 
 
 def _has_strips(
@@ -436,7 +432,7 @@ def _read_jpeg2000(data: Buffer) -> Picture:
     if mark != _CODESTREAM:
         raise UnreadablePicture("a JPEG 2000 without a codestream header")
     width, height = max(0, right - left), max(0, bottom - top)
-    return Picture("jpeg2000", width, height, _has_tile_parts(data, at + 2), False, channels)
+    return Picture("jpeg2000", width, height, _has_tile_parts(data, at + 2), channels)
 
 
 def _find_codestream(data: Buffer) -> int:
@@ -504,7 +500,7 @@ def _read_pnm(data: Buffer) -> Picture:
         is_complete = len(data) - header.end() >= samples * (1 if most < 256 else 2)
     else:
         is_complete = _count_numbers(bytes(data[header.end() :]), kind) >= samples
-    return Picture("pnm", width, height, is_complete, False, channels)
+    return Picture("pnm", width, height, is_complete, channels)
 
 
 def _count_numbers(text: bytes, kind: int) -> int:

@@ -103,8 +103,7 @@ def _make_plain(model: Any) -> None:
     from onnx import helper, numpy_helper
 
     g = model.graph
-    weights = {weight.name for weight in g.initializer}
-    ports = [port for port in g.input if port.name not in weights]
+    ports = _ports(g)
     del g.input[:]
     g.input.extend(ports)
     model.ir_version = max(model.ir_version, WEIGHTS_ALONE)
@@ -113,6 +112,12 @@ def _make_plain(model: Any) -> None:
             if attribute.name in ("value_float", "value_floats"):
                 value = np.asarray(helper.get_attribute_value(attribute), np.float32)
                 attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(value)))
+
+
+def _ports(g: Any) -> list[Any]:
+    """The inputs of a graph but for its weights, which old ones list among them."""
+    weights = {weight.name for weight in g.initializer}
+    return [port for port in g.input if port.name not in weights]
 
 
 def _name_of_shapes(g: Any) -> list[str]:
@@ -241,8 +246,7 @@ def prepend(model: Any, prologue: Prologue) -> Any:
     from onnx import TensorProto, helper, numpy_helper
 
     g = model.graph
-    weights = {i.name for i in g.initializer}
-    old = next(i for i in g.input if i.name not in weights)
+    old = _ports(g)[0]
     dtype = old.type.tensor_type.elem_type
     sides = [prologue.height, prologue.width, prologue.channels]
     new = helper.make_tensor_value_info(f"{PREFIX}image", TensorProto.UINT8, ["N", *sides])

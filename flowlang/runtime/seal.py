@@ -116,7 +116,7 @@ def model_opener(argument: KeySource | None = None) -> Callable[[Path], bytes]:
     def open_model(path: Path) -> bytes:
         key = read_key(argument)
         with open(path, "rb") as sealed:
-            return open_sealed_file(sealed, key, header=MODEL_HEADER)
+            return open_sealed(sealed, key, header=MODEL_HEADER)
 
     return open_model
 
@@ -195,11 +195,6 @@ class _Head:
         return self.packed() + header + bytes([is_last])
 
 
-def is_sealed(start: bytes | memoryview) -> bool:
-    """Whether a file starting with these bytes (8 are enough) is a sealed one."""
-    return bytes(start[: len(MAGIC)]) == MAGIC
-
-
 def sealed_length(plain_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> int:
     """How many bytes a plain length takes when sealed."""
     return _Head(_RAW, chunk_bytes, plain_bytes, b"", b"", b"").sealed_bytes
@@ -234,42 +229,27 @@ def seal(
     return b"".join(seal_chunks(plain, key, header=header, chunk_bytes=chunk_bytes))
 
 
-def open_sealed(blob: bytes | memoryview, key: Key, *, header: bytes) -> bytes:
-    """The plain bytes of a sealed file, all of them authentic.
+def open_sealed(file: BinaryIO, key: Key, *, header: bytes) -> bytes:
+    """What is sealed from a file's position to its end, in plain, all of it authentic.
 
-    Raises EngineError: another key, another header, or anything changed, cut or added.
+    Holds one sealed chunk at a time. Raises EngineError: another key, another header, or anything
+    changed, cut or added.
     """
-    view = memoryview(blob).cast("B")
-    return _open(lambda at, count: view[at : at + count], len(view), key, header)
-
-
-def open_sealed_file(file: BinaryIO, key: Key, *, header: bytes) -> bytes:
-    """`open_sealed` from a file's position to its end, holding one sealed chunk at a time."""
-    start = file.tell()
-
-    def read(at: int, count: int) -> bytes:
-        file.seek(start + at)
-        return file.read(count)
-
-    return _open(read, os.fstat(file.fileno()).st_size - start, key, header)
-
-
-def _open(
-    read: Callable[[int, int], bytes | memoryview], size: int, key: Key, header: bytes
-) -> bytes:
-    """Check, then decrypt, the `size` bytes that `read(offset, count)` gives."""
     check_installed()
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-    head = _unpack(bytes(read(0, _HEAD_BYTES)))
+    start = file.tell()
+    size = file.seek(0, os.SEEK_END) - start
+    file.seek(start)
+    head = _unpack(file.read(_HEAD_BYTES))
     if size != head.sealed_bytes:
         raise EngineError(wrong_size(size, head.sealed_bytes))
     cipher = AESGCM(_secret_for(head, key))
 
+    most = min(head.chunk_bytes, head.plain_bytes) + _TAG_BYTES
+
     def chunk(number: int) -> bytes:
-        at = _HEAD_BYTES + number * (head.chunk_bytes + _TAG_BYTES)
-        sealed = read(at, min(head.chunk_bytes + _TAG_BYTES, size - at))
-        return _open_chunk(cipher, head, header, number, sealed)
+        return _open_chunk(cipher, head, header, number, file.read(most))
 
     if head.chunks == 1:
         return chunk(0)
@@ -280,9 +260,7 @@ def _open(
     return plain.getvalue()
 
 
-def _open_chunk(
-    cipher: AESGCM, head: _Head, header: bytes, number: int, sealed: bytes | memoryview
-) -> bytes:
+def _open_chunk(cipher: AESGCM, head: _Head, header: bytes, number: int, sealed: bytes) -> bytes:
     """One chunk in plain, once it has been found to be the one that belongs there."""
     from cryptography.exceptions import InvalidTag
 
@@ -304,7 +282,7 @@ def wrong_size(size: int, expected: int) -> str:
 
 def _unpack(packed: bytes) -> _Head:
     """The head of a sealed file, checked as far as that is possible without the key."""
-    if not is_sealed(packed):
+    if not packed.startswith(MAGIC):
         raise EngineError("not a sealed file")
     if len(packed) < _HEAD_BYTES:
         raise EngineError(f"cut: {len(packed):,} bytes, shorter than the head of a sealed file")

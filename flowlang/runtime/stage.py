@@ -121,6 +121,8 @@ class Lane(threading.Thread):
             try:
                 if instance is None:
                     instance = self._replacement()
+                if instance is None:  # nobody waits for one any more
+                    break
                 if isinstance(instance, Overlapping):
                     self._feed_overlapping(instance)
                 else:
@@ -278,15 +280,18 @@ class Lane(threading.Thread):
             with _whatever_comes():
                 log.exception("an instance of %s did not close", self.words, extra=self.fields)
 
-    def _replacement(self) -> Instance:
-        """A new instance, however often it takes; until then what comes in is answered."""
+    def _replacement(self) -> Instance | None:
+        """A new instance, however often it takes; until then what comes in is answered.
+
+        None once the scheduler is closed.
+        """
         self.scheduler.lose_instance(self.stage)
         try:
             return self._made_at_last()
         finally:
             self.scheduler.regain_instance(self.stage)
 
-    def _made_at_last(self) -> Instance:
+    def _made_at_last(self) -> Instance | None:
         pause_s = RETRY_S
         while not self.scheduler.is_closed:
             try:
@@ -299,7 +304,7 @@ class Lane(threading.Thread):
                     self.scheduler.fail_if_lost(self.stage, self._lost(error).message)
                 time.sleep(pause_s)
                 pause_s = min(2.0, pause_s * 2)
-        return _Nothing()
+        return None
 
     def _next_batch(self) -> list[Item] | None:
         """The next batch, or None when the scheduler is closed."""
@@ -346,17 +351,6 @@ class _Failed:
 
     def __init__(self, outcomes: list[Any]) -> None:
         self.outcomes = outcomes
-
-
-class _Nothing:
-    """Stands in for an instance once the scheduler is closed."""
-
-    def warm(self) -> None: ...
-
-    def run(self, values: Sequence[Any]) -> list[Any]:
-        raise EngineError("the app is closed")
-
-    def close(self) -> None: ...
 
 
 class Lanes:

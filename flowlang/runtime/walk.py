@@ -113,10 +113,9 @@ class Work:
 class Ended:
     """The end of a request: its result, or the error it failed with."""
 
-    __slots__ = ("outcome", "request")
+    __slots__ = ("outcome",)
 
-    def __init__(self, request: Request, outcome: Any) -> None:
-        self.request = request
+    def __init__(self, outcome: Any) -> None:
         self.outcome = outcome
 
 
@@ -252,7 +251,7 @@ def _give(walk: Walk, value: Any, arrivals: _Arrivals) -> Iterator[Work | Ended]
     walk.is_over = True
     parent = walk.parent
     if parent is None:
-        yield Ended(walk.request, value)
+        yield Ended(value)
         return
     unit = parent.track.units[walk.unit]
     if walk.gather is not None:
@@ -299,4 +298,4 @@ def _fail(walk: Walk, error: RequestError, arrivals: _Arrivals) -> Iterator[Work
             return
         walk = parent
         walk.is_over = True
-    yield Ended(walk.request, error)
+    yield Ended(error)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from flowlang.diagnostics import BadRequest, RequestError, StageFailed
 from flowlang.items import plain
-from flowlang.plan.types import BYTES, ListOf, Optional, Record, Scalar, Type, Unknown
+from flowlang.plan.types import BYTES, ListOf, Optional, Record, Type, Unknown
 
 JSON, OCTETS = b"application/json", b"application/octet-stream"
 HTML, SVG = b"text/html; charset=utf-8", b"image/svg+xml"
@@ -205,7 +205,7 @@ def priority_of(given: bytes | None) -> int:
 
 def takes_bytes(kind: Type) -> bool:
     """Whether a flow takes the request's body as it is, rather than JSON."""
-    return isinstance(kind, Unknown) or (isinstance(kind, Scalar) and kind.name == "bytes")
+    return isinstance(kind, Unknown) or kind == BYTES
 
 
 def reader_of(kind: Type) -> Callable[[bytes], Any] | None:

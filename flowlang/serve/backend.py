@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +17,6 @@ from flowlang.serve.watch import reload_on_change
 
 if TYPE_CHECKING:
     from flowlang.app import App
-
-log = logging.getLogger("flowlang.serve")
 
 
 class Backend(Protocol):
@@ -93,7 +90,7 @@ class Local:
             on_ready()
             if self._watches:
                 watching = reload_on_change(
-                    self._files, self._load_again, self._take_over, _warn, since_ns
+                    self._files, self._load_again, self._take_over, since_ns
                 )
                 self._watching = loop.create_task(watching)
 
@@ -155,7 +152,3 @@ class Local:
         if self._app is not None:
             closing.add(asyncio.ensure_future(asyncio.to_thread(self._app.close, within_s)))
         return all(await asyncio.gather(*closing))
-
-
-def _warn(line: str) -> None:
-    log.warning("flowlang: %s", line)

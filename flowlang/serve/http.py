@@ -145,10 +145,6 @@ def _say_where(url: str) -> None:
     say(f"loading, on {url}")
 
 
-def _warn(line: str) -> None:
-    log.warning("flowlang: %s", line)
-
-
 class _Malformed(Exception):
     """What was sent is no request that could be served: it is answered with this, the last."""
 
@@ -365,8 +361,8 @@ def _config(application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> u
 class Server(uvicorn.Server):
     """uvicorn, loading the flows once it listens, and emptying them before it stops.
 
-    It stops on a signal, or with `reins` when they say so. Without a
-    listener it speaks the other protocols alone.
+    It stops on a signal, or with `reins` when they say so. Without a listener it speaks the other
+    protocols alone.
     """
 
     def __init__(
@@ -512,7 +508,7 @@ class Server(uvicorn.Server):
             in_time = await self._hang_up(max(1.0, until_s - clock())) and in_time
         finally:
             if not in_time:
-                _warn(f"not all was answered in {self._setup.grace_s:g} s")
+                log.warning("flowlang: not all was answered in %g s", self._setup.grace_s)
                 self.status = 1
             self.is_cut_short = self._backend.is_loading or not in_time
             self.config.timeout_graceful_shutdown = max(1, math.ceil(until_s - clock()))

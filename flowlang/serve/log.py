@@ -86,10 +86,8 @@ def _tell_uncaught_in_thread(given: threading.ExceptHookArgs) -> None:
     log.critical("thread %s ended", name, exc_info=(given.exc_type, error, trace))
 
 
-def fields_of(request_id: str, flow: str, error: RequestError | None = None) -> dict[str, Any]:
-    """What a line about a request is about."""
-    if error is None:
-        return {"request_id": request_id, "flow": flow, "code": "internal"}
+def _fields(request_id: str, flow: str, error: RequestError) -> dict[str, Any]:
+    """What a line about a request without a result is about."""
     return {
         "request_id": request_id,
         "flow": flow,
@@ -109,7 +107,7 @@ def on_one_line(text: str) -> str:
 def tell_unanswered(request_id: str, flow: str, error: RequestError) -> None:
     """A request was not answered with a result: the server's fault where a stage failed."""
     level = logging.WARNING if isinstance(error, StageFailed) else logging.INFO
-    fields = fields_of(request_id, flow, error)
+    fields = _fields(request_id, flow, error)
     reason = on_one_line(str(error))
     log.log(level, "request %s of flow `%s`: %s", request_id, flow, reason, extra=fields)
 
@@ -122,12 +120,12 @@ def tell_refused(request_id: str, code: str, reason: str) -> None:
 
 def tell_unanswered_part(request_id: str, flow: str, part: str, error: RequestError) -> None:
     """The same of one part of a form, whose others go on."""
-    fields = fields_of(request_id, flow, error)
+    fields = _fields(request_id, flow, error)
     words = (request_id, on_one_line(part), on_one_line(str(error)))
     log.info("request %s, `%s`: %s", *words, extra=fields)
 
 
 def tell_broken(request_id: str, flow: str) -> None:
     """A request met an error of ours, the one now being handled."""
-    fields = fields_of(request_id, flow)
+    fields = {"request_id": request_id, "flow": flow, "code": "internal"}
     log.exception("request %s of flow `%s` failed", request_id, flow, extra=fields)

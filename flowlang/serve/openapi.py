@@ -131,10 +131,7 @@ def schema_of(kind: Type, *, is_answer: bool) -> Json:
         return {"type": "array", "items": schema_of(kind.item, is_answer=is_answer)}
     if isinstance(kind, Record):
         return _record(kind, is_answer=is_answer)
-    if isinstance(kind, Image):
-        shape = (kind.height, kind.width, *(() if kind.colour == "gray" else (3,)))
-        return _array(_number(kind.dtype, is_answer=is_answer), shape, str(kind))
-    if isinstance(kind, Tensor):
+    if isinstance(kind, (Image, Tensor)):
         if kind.shape is None:
             return {"description": f"{kind}: numbers, in lists as deep as it has dimensions."}
         return _array(_number(kind.dtype, is_answer=is_answer), kind.shape, str(kind))

@@ -482,10 +482,10 @@ class Service:
             if method != "POST":
                 return wrong_method(method, "POST")
             return Draining("the app is stopping and takes no more requests")
-        known = ", ".join(f"/flows/{name}" for name in self.names)
+        paths = ", ".join(f"/flows/{name}" for name in self.names)
         if path == "/":
-            return Refusal("not-found", 404, f"there are several flows, so POST to one: {known}")
-        hint = f"; flows take POST at {known}" if known else ""
+            return Refusal("not-found", 404, f"there are several flows, so POST to one: {paths}")
+        hint = f"; flows take POST at {paths}" if paths else ""
         return Refusal("not-found", 404, f"there is nothing at this path{hint}")
 
     def _once_loaded(self, body: bytes) -> Answer:

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from flowlang.serve.launch import STOPS, end, flush
 
@@ -32,32 +32,24 @@ SHORT_S = 1.0
 PAUSES_S = (0.1, 5.0)  # the first, and the longest
 
 
-class Reins(Protocol):
+class Reins:
     """What a child is told by, and tells."""
 
-    def fileno(self) -> int:
-        """Readable, or at its end, once the child is to stop."""
-
-    def is_ready(self) -> None:
-        """To be called once the child does what it is there for."""
-
-    def end(self, status: int) -> NoReturn:
-        """End the child without waiting for any thread."""
-
-
-class _Reins:
     def __init__(self, stop: int, ready: int, parent: int, folder: str) -> None:
         self._stop, self._ready = stop, ready
         self._parent, self._folder = parent, folder
 
     def fileno(self) -> int:
+        """Readable, or at its end, once the child is to stop."""
         return self._stop
 
     def is_ready(self) -> None:
+        """To be called once the child does what it is there for."""
         with contextlib.suppress(OSError):
             os.write(self._ready, b"!")
 
     def end(self, status: int) -> NoReturn:
+        """End the child without waiting for any thread."""
         if os.getppid() != self._parent:  # nobody else is there to do it
             shutil.rmtree(self._folder, ignore_errors=True)
         end(status)
@@ -166,7 +158,7 @@ class Supervisor:
             os.close(ready)
             self._be(
                 self._engine if role is None else self._fronts[role],
-                _Reins(stop, told, self._pid, self._folder),
+                Reins(stop, told, self._pid, self._folder),
             )
         os.close(stop)
         os.close(told)

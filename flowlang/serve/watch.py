@@ -41,13 +41,12 @@ async def reload_on_change(
     files: Callable[[], Iterable[str]],
     load: Callable[[], Awaitable[App]],
     change: Callable[[App], None],
-    told: Callable[[str], None],
     since_ns: int,
 ) -> None:
     """Load flows anew whenever `files` have changed since that time, for ever.
 
-    The old flows go on while it loads; `change` gets what it gave. Where it fails, the reason is
-    `told` and the old flows stay. A change while it loads counts as another.
+    The old flows go on while it loads; `change` gets what it gave. Where it fails the old flows
+    stay, and the log says why. A change while it loads counts as another.
     """
     seen: Seen = {f: state for f, state in look(files()).items() if state and state[0] < since_ns}
     while True:
@@ -62,11 +61,12 @@ async def reload_on_change(
         try:
             app = await load()
         except (FlowError, OSError) as error:
-            told(f"kept as it was, for what has changed cannot be served:\n{error}")
+            told = "flowlang: kept as it was, for what has changed cannot be served:\n%s"
+            log.warning(told, error)
             continue
         except Exception as error:
             log.exception("what has changed cannot be loaded")
-            told(f"kept as it was: {type(error).__name__}: {error}")
+            log.warning("flowlang: kept as it was: %s: %s", type(error).__name__, error)
             continue
         change(app)
         seen = {file: now.get(file, state) for file, state in look(files()).items()}

@@ -727,9 +727,7 @@ def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     return st.one_of([pair.map(f) for f in numbers])
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(expression=st.recursive(VALUES, grow, max_leaves=12))
 def test_any_expression_checks_wherever_it_stands(expression: str) -> None:
     """As a result, in a map, in a branch and in a filter, an expression is a number."""

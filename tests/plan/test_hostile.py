@@ -266,7 +266,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.lists(st.sampled_from(PIECES), max_size=40))
 def test_soups_of_tokens_are_answered(soup: list[str]) -> None:
     """No sequence of tokens raises anything but CompileError, and all that is said is sound."""
@@ -274,7 +274,7 @@ def test_soups_of_tokens_are_answered(soup: list[str]) -> None:
         work(joint.join(soup).encode())
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda t: t.encode("utf-8", "ignore")))
 def test_any_bytes_are_answered(data: bytes) -> None:
     """No bytes raise anything but CompileError, and all that is said is sound."""
@@ -292,7 +292,7 @@ DECLARATIONS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.lists(DECLARATIONS, max_size=12), st.integers(0, 300), st.integers(0, 12))
 def test_damaged_declarations_are_answered(parts: list[str], at: int, length: int) -> None:
     """Declarations in any order, with a hole torn into them, are checked without harm."""
@@ -308,7 +308,6 @@ def furnished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @settings(
     max_examples=600,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(

@@ -164,7 +164,7 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 420), st.integers(0, 20), PIECES), max_size=4))
 def test_reading_again_is_reading_anew(edits: list[tuple[int, int, str]]) -> None:
     """After any edits, what was kept is what would be read now."""

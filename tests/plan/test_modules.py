@@ -164,7 +164,6 @@ def test_schedules_of_files_count_and_those_of_their_users_count_more() -> None:
     assert batch(text, prod) == ((1, 8, 8), 0.003)
     assert batch(text + "schedule { lib.net(batch=1..2) }") == ((1, 2, 2), 0.003)
     assert batch(text + "schedule prod { lib.net(wait=1ms) }", prod) == ((1, 8, 8), 0.001)
-    assert batch(text + "schedule { lib.net(batch=1..2) }") == ((1, 2, 2), 0.003)
     assert batch(text + "schedule { lib.net(batch=1..2) }", prod) == ((1, 8, 8), 0.003)
 
 

@@ -217,7 +217,7 @@ def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
         read_model(tmp_path / "none.onnx")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**32), st.integers(1, 6))
 def test_damaged_models_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, seed: int, blows: int

@@ -84,7 +84,6 @@ STAGES = st.sampled_from(
 
 @settings(
     max_examples=400,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.lists(STAGES, min_size=1, max_size=8))

@@ -235,7 +235,7 @@ def finish_early(course: Course, drain_s: float, grace_s: float) -> None:
     simulation.scheduler.abandon([i for lane in simulation.lanes for i in lane.items])
 
 
-FEW = settings(max_examples=150, deadline=None)
+FEW = settings(max_examples=150)
 
 
 def waiting(stage: Stage) -> list[Item]:

@@ -212,7 +212,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.integers(1, 5), st.integers(0, 8), st.sampled_from([0.0, 0.25, 1.0]), st.integers(1, 4),
     st.booleans(), st.lists(STEP, min_size=15, max_size=60),

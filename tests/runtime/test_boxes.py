@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from flowlang.diagnostics import StageFailed
 from flowlang.runtime import boxes
 from flowlang.runtime.boxes import Found, find
-from flowlang.runtime.frame import Frame, through
+from flowlang.runtime.frame import Frame, Placement, through
 from flowlang.runtime.vision import suppress
 from tests.nodes import image_node
 
 Array: TypeAlias = NDArray[Any]
-PROPERTY = settings(max_examples=80, deadline=None)
+PROPERTY = settings(max_examples=80)
 
 HEIGHT, WIDTH = 96, 160
 CELLS = [(8, 12, 20), (16, 6, 10), (32, 3, 5)]  # stride, rows, columns
@@ -281,7 +281,7 @@ def test_numbers_gone_wrong_crash_nothing(head: str, data: st.DataObject) -> Non
         scores = data.draw(hnp.arrays(np.float32, (21, 3), elements=ODD_FLOATS))
         output = {"boxes": output, "scores": scores}
     found = boxes.suppress_overlaps(find(head, output, 0.3, (32, 32), None), 0.45, 300)
-    for record in boxes.detections(found, Frame.of(50, 70).resized(32, 32), None):
+    for record in boxes.detections(found, Frame.of(50, 70).placed(Placement.whole(32, 32)), None):
         left, top, right, bottom = record["box"]
         assert 0 <= left < right <= 70
         assert 0 <= top < bottom <= 50
@@ -362,7 +362,7 @@ def test_results_are_plain_python() -> None:
 
 def test_quads_are_scaled_from_their_map() -> None:
     """A map a quarter as large as the model's input covers the same picture."""
-    frame = Frame.of(200, 400).resized(160, 320)
+    frame = Frame.of(200, 400).placed(Placement.whole(160, 320))
     quad = np.asarray([[10, 5], [40, 5], [40, 12], [10, 12]], np.float32)
     (line,) = boxes.text_lines([(quad, 0.75)], (40, 80), frame)
     assert line == {"quad": [[50, 25], [200, 25], [200, 60], [50, 60]], "score": 0.75}

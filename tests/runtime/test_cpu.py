@@ -345,7 +345,7 @@ SCORES = hnp.arrays(
     st.integers(1, 30),
     elements=st.one_of(st.floats(-50, 50, width=32), st.sampled_from([0.0, 1.0, -1.0])),
 )
-TAIL = settings(max_examples=80, deadline=None)
+TAIL = settings(max_examples=80)
 
 
 @TAIL

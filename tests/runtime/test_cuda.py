@@ -134,9 +134,9 @@ def test_a_stream_that_cannot_be_waited_for_is_lost(runtime: Runtime) -> None:
 def test_what_the_driver_says_is_told_in_the_words_of_the_runtime(runtime: Runtime) -> None:
     """Their numbers are the same; one that this cuda-python does not know yet is told as it is."""
     with pytest.raises(InstanceLost, match="cudaErrorLaunchFailure in cuGraphLaunch"):
-        cuda._check_driver("cuGraphLaunch", 719)
+        raise cuda._driver_failure("cuGraphLaunch", 719)
     with pytest.raises(EngineError, match=r"^CUDA error 4711 in cuGraphLaunch$"):
-        cuda._check_driver("cuGraphLaunch", 4711)
+        raise cuda._driver_failure("cuGraphLaunch", 4711)
 
 
 @pytest.mark.parametrize("fails", ["load", "start"])

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from flowlang.diagnostics import BadRequest, EngineError
+from flowlang.plan import graph
 from flowlang.runtime import cuda, dali
 from flowlang.runtime.dali import Decoding, Decodings, Region
 from flowlang.runtime.gpu import _Batch, _Pictures
@@ -25,6 +26,7 @@ from tests.pictures import encode, good, photograph, photographs
 from tests.regions import (
     CHAINS,
     Chain,
+    arrays,
     decodable,
     gpu_plan,
     in_dali,
@@ -121,7 +123,8 @@ def open_pictures(folder: Path) -> Iterator[Callable[[str], _Pictures]]:
             context=SimpleNamespace(inputs={"data": None}, row_bytes={"data": 0}),
         )
         no_gpu: Any = None
-        opened.append(_Pictures(stage, no_gpu, lane, is_folded=True))
+        region = [node for node in stage.region if node.op != graph.PACK]
+        opened.append(_Pictures(region, stage, no_gpu, lane))
         return opened[-1]
 
     yield opener
@@ -252,7 +255,7 @@ def test_a_batch_is_begun_before_it_is_asked_for(open_region: Open) -> None:
     region, nodes = open_region("decode -> resize(64) -> rgb")
     for data in files() * 2:
         region.start([data])
-        (got,) = dali.arrays(region.result())
+        (got,) = arrays(region.result())
         assert abs(got.astype(int) - on_host(nodes, data)).max() <= 1
 
 

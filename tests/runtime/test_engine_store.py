@@ -170,7 +170,7 @@ def small_files() -> Iterator[dict[bool, bytes]]:
         max_size=4,
     ),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_edit_of_a_file_is_trusted(
     small_files: dict[bool, bytes], is_sealed: bool, edits: list[tuple[int, int, bytes]]
 ) -> None:

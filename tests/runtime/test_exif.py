@@ -164,7 +164,7 @@ ENTRIES = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from("<>"), st.lists(ENTRIES, max_size=4), st.integers(0, 9),
     st.lists(ENTRIES, max_size=2), st.integers(0, 60),
@@ -178,7 +178,7 @@ def test_any_block_is_read_as_opencv_reads_it(
     assert upright_size(data) == shown(data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(sorted(good())), st.data())
 def test_damaged_files_raise_nothing_unforeseen(name: str, choice: st.DataObject) -> None:
     """Any bytes give a size or a BadRequest."""

@@ -36,7 +36,7 @@ from tests.nodes import image_node, made
 from tests.pictures import encode, good
 
 Array: TypeAlias = NDArray[Any]
-PROPERTY = settings(max_examples=150, deadline=None)
+PROPERTY = settings(max_examples=150)
 FILL, INSIDE = 114, 200
 
 

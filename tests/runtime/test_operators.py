@@ -20,13 +20,13 @@ from flowlang.plan.graph import FIELD, Body, Live, Node
 from flowlang.plan.onnx import Model, Port
 from flowlang.plan.types import Image
 from flowlang.runtime import host
-from flowlang.runtime.frame import Frame, frame_of, run_framed, with_frame
+from flowlang.runtime.frame import Frame, Placement, frame_of, run_framed, with_frame
 from flowlang.runtime.host import work_of
 from tests.nodes import image_node, made, run
 from tests.pictures import good, write_tiff
 
 Array: TypeAlias = NDArray[Any]
-PROPERTY = settings(max_examples=100, deadline=None)
+PROPERTY = settings(max_examples=100)
 RANDOM = np.random.default_rng(0)
 IMAGE = RANDOM.integers(0, 256, (40, 60, 3), np.uint8)
 FLOATS = hnp.arrays(
@@ -321,7 +321,7 @@ def test_pieces_cover_an_image(whole: int, length: int, overlap: int, is_high: b
 
 def test_pieces_know_where_they_lie() -> None:
     """Each has a frame, on from that of the image; one that is not cut keeps its own."""
-    frame = Frame.of(400, 600).resized(40, 60)
+    frame = Frame.of(400, 600).placed(Placement.whole(40, 60))
     first, second, third = run("cut", with_frame(IMAGE, frame), w=25, overlap=5)
     assert [frame_of(p).to_decoded([[0, 0]]).tolist() for p in (first, second, third)] == [
         [[0, 0]], [[200, 0]], [[350, 0]]

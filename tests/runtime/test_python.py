@@ -19,8 +19,8 @@ import pytest
 import flowlang
 from flowlang.runtime.stage import MAX_ABANDONED
 from tests.pictures import photographs
+from tests.waiting import LONG_S, eventually
 
-LONG_S = 20.0  # far beyond what anything here takes
 HEAD = """
 from __future__ import annotations
 import asyncio, dataclasses, sys, threading, time
@@ -51,8 +51,11 @@ def load(tmp_path: Path) -> Iterator[Load]:
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> ModuleType:
-    """A module that the operators of a test import too: `seen`, and a gate that stands open."""
+def shared(tmp_path: Path) -> Iterator[ModuleType]:
+    """A module that the operators of a test import too: `seen`, and a gate that stands open.
+
+    Whatever a test has shut it for goes on at its end.
+    """
     name = f"shared_{tmp_path.name}_{time.monotonic_ns()}"
     (tmp_path / f"{name}.py").write_text(
         "import threading\nseen = []\ngate = threading.Event()\ngate.set()\n"
@@ -60,9 +63,11 @@ def shared(tmp_path: Path) -> ModuleType:
     )
     sys.path.append(str(tmp_path))
     try:
-        return import_module(name)
+        module = import_module(name)
     finally:
         sys.path.remove(str(tmp_path))
+    yield module
+    module.gate.set()
 
 
 def error_of(future: Future[Any] | Callable[[], Any]) -> Exception:
@@ -605,10 +610,7 @@ def test_a_file_that_cannot_be_run(load: Load, text: str, words: str | None) -> 
     with pytest.raises(kind) as caught:
         load(f"def f(x: int) -> int: return x\n{text}\n", "export flow a = p.f")
     assert (words or "this is no Python") in str(caught.value)
-    end_s = time.monotonic() + LONG_S
-    while threading.active_count() > before and time.monotonic() < end_s:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    assert eventually(lambda: threading.active_count() <= before)
 
 
 def test_a_file_is_run_once(load: Load, shared: ModuleType, tmp_path: Path) -> None:
@@ -667,6 +669,11 @@ def f(x: int) -> int:
 """
 
 
+def lanes() -> list[str]:
+    """The threads of the operator, those among them that are left to themselves."""
+    return [t.name for t in threading.enumerate() if t.name.startswith("flowlang-p.f")]
+
+
 def test_a_call_that_never_comes_back_is_answered(
     load: Load, shared: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -687,7 +694,6 @@ def test_a_call_that_never_comes_back_is_answered(
     start_s = time.monotonic()
     assert app.close(5.0)
     assert time.monotonic() - start_s < 5
-    shared.gate.set()
 
 
 @pytest.mark.parametrize("end", ["deadline", "cancel"])
@@ -697,17 +703,14 @@ def test_a_stuck_call_that_nobody_waits_for_loses_its_lane(
     """However its request came to its end, a new lane takes over at the timeout of its stage."""
     app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=300ms)")
     shared.gate.clear()
-    try:
-        stuck = app.submit(-1, deadline_s=0.1 if end == "deadline" else None)
-        assert shared.entered.acquire(timeout=LONG_S)
-        if end == "cancel":
-            assert stuck.cancel()
-        else:
-            assert isinstance(error_of(stuck), flowlang.DeadlineExceeded)
-        time.sleep(0.4)
-        assert list(app.map(range(5), deadline_s=LONG_S)) == list(range(5))
-    finally:
-        shared.gate.set()
+    stuck = app.submit(-1, deadline_s=0.1 if end == "deadline" else None)
+    assert shared.entered.acquire(timeout=LONG_S)
+    if end == "cancel":
+        assert stuck.cancel()
+    else:
+        assert isinstance(error_of(stuck), flowlang.DeadlineExceeded)
+    time.sleep(0.4)
+    assert list(app.map(range(5), deadline_s=LONG_S)) == list(range(5))
 
 
 def test_a_lane_is_replaced_though_its_file_has_changed(
@@ -716,16 +719,13 @@ def test_a_lane_is_replaced_though_its_file_has_changed(
     """The operators of a running app are those it was loaded with."""
     app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=100ms)")
     shared.gate.clear()
-    try:
-        for change in ("def f(x: int) -> int: return -x\n", None):
-            if change is not None:
-                (tmp_path / "p.py").write_text(change)
-            else:
-                (tmp_path / "p.py").unlink()
-            assert isinstance(error_of(app.submit(-1)), flowlang.DeadlineExceeded)
-            assert list(app.map(range(5), deadline_s=LONG_S)) == list(range(5))
-    finally:
-        shared.gate.set()
+    for change in ("def f(x: int) -> int: return -x\n", None):
+        if change is not None:
+            (tmp_path / "p.py").write_text(change)
+        else:
+            (tmp_path / "p.py").unlink()
+        assert isinstance(error_of(app.submit(-1)), flowlang.DeadlineExceeded)
+        assert list(app.map(range(5), deadline_s=LONG_S)) == list(range(5))
 
 
 def test_a_lane_is_replaced_as_soon_as_it_can_be(
@@ -741,19 +741,13 @@ def test_a_lane_is_replaced_as_soon_as_it_can_be(
     def broken(*_: Any) -> None:
         raise flowlang.EngineError("no memory")
 
-    try:
-        with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "flowlang"):
-            patch.setattr("flowlang.runtime.python.PythonInstance", broken)
-            assert isinstance(error_of(app.submit(-1)), flowlang.DeadlineExceeded)
-            time.sleep(0.1)
-            assert "an instance was lost: no memory" in str(error_of(app.submit(1)))
-        assert "no new instance of stage `p.f` yet: no memory" in caplog.text
-        end_s = time.monotonic() + LONG_S
-        while (answer := app.submit(1).exception()) is not None and time.monotonic() < end_s:
-            time.sleep(0.05)
-        assert answer is None
-    finally:
-        shared.gate.set()
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "flowlang"):
+        patch.setattr("flowlang.runtime.python.PythonInstance", broken)
+        assert isinstance(error_of(app.submit(-1)), flowlang.DeadlineExceeded)
+        time.sleep(0.1)
+        assert "an instance was lost: no memory" in str(error_of(app.submit(1)))
+    assert "no new instance of stage `p.f` yet: no memory" in caplog.text
+    assert eventually(lambda: app.submit(1).exception() is None)
 
 
 def test_a_late_result_is_nobodys(load: Load, shared: ModuleType) -> None:
@@ -764,29 +758,18 @@ def test_a_late_result_is_nobodys(load: Load, shared: ModuleType) -> None:
     assert app(1) == 1
     shared.gate.set()
     assert list(app.map(range(10))) == list(range(10))
-
-    def lanes() -> list[str]:
-        return [t.name for t in threading.enumerate() if t.name.startswith("flowlang-p.f")]
-
-    end_s = time.monotonic() + LONG_S
-    while len(lanes()) > 1 and time.monotonic() < end_s:
-        time.sleep(0.01)
-    assert len(lanes()) == 1
+    assert eventually(lambda: len(lanes()) == 1)
 
 
 def test_many_stuck_calls_are_bounded(load: Load, shared: ModuleType) -> None:
     """After so many that never came back a stage takes no more threads: its requests time out."""
     app = load(STUCK.format(shared.__name__), "export flow a = p.f(timeout=50ms)")
     shared.gate.clear()
-    try:
-        futures = [app.submit(-1) for _ in range(MAX_ABANDONED + 3)]
-        done, left = wait(futures, LONG_S)
-        assert not left
-        assert {type(f.exception()) for f in done} == {flowlang.DeadlineExceeded}
-        names = [t.name for t in threading.enumerate() if t.name.startswith("flowlang-p.f")]
-        assert len(names) <= MAX_ABANDONED + 1
-    finally:
-        shared.gate.set()
+    futures = [app.submit(-1) for _ in range(MAX_ABANDONED + 3)]
+    done, left = wait(futures, LONG_S)
+    assert not left
+    assert {type(f.exception()) for f in done} == {flowlang.DeadlineExceeded}
+    assert len(lanes()) <= MAX_ABANDONED + 1
 
 
 def test_a_deadline_leaves_the_call_alone(load: Load, shared: ModuleType) -> None:
@@ -796,8 +779,7 @@ def test_a_deadline_leaves_the_call_alone(load: Load, shared: ModuleType) -> Non
     future = app.submit(-1, deadline_s=0.1)
     assert shared.entered.acquire(timeout=LONG_S)
     assert isinstance(error_of(future), flowlang.DeadlineExceeded)
-    names = [t.name for t in threading.enumerate() if t.name.startswith("flowlang-p.f")]
-    assert len(names) == 1
+    assert len(lanes()) == 1
     shared.gate.set()
     assert app(1) == 1
 

@@ -71,7 +71,7 @@ def test_rows_together_give_what_each_gives_alone(folder: Path, name: str, rows:
     chain = RowChain(nodes, dict.fromkeys(nodes, ()), {})
     works = [work_of(n, {}) for n in nodes]
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(rows)
     def check(values: Any) -> None:
         def alone(row: Any) -> Any:

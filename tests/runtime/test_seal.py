@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 import os
 import subprocess
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from flowlang.diagnostics import EngineError
 from flowlang.runtime import seal
-from flowlang.runtime.seal import Key, open_sealed, read_key
+from flowlang.runtime.seal import Key, read_key
 
 CHUNK = 16
 HEAD = len(seal.seal(b"", Key(bytes(32)), header=b"")) - 16
@@ -30,14 +31,17 @@ SEALED = seal.seal(PLAIN, KEY, header=HEADER, chunk_bytes=CHUNK)
 CHUNKS = [SEALED[at : at + CHUNK + 16] for at in range(HEAD, len(SEALED), CHUNK + 16)]
 
 
+def opened(sealed: bytes | bytearray, key: Key, *, header: bytes) -> bytes:
+    return seal.open_sealed(io.BytesIO(sealed), key, header=header)
+
+
 @given(plain=st.binary(max_size=200), header=st.binary(max_size=50), chunk_bytes=st.integers(1, 70))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_is_sealed_opens_again(plain: bytes, header: bytes, chunk_bytes: int) -> None:
     """Any bytes, in chunks of any length, come back as they were and have the length foretold."""
     sealed = seal.seal(plain, KEY, header=header, chunk_bytes=chunk_bytes)
-    assert open_sealed(memoryview(sealed), KEY, header=header) == plain
+    assert opened(sealed, KEY, header=header) == plain
     assert len(sealed) == seal.sealed_length(len(plain), chunk_bytes)
-    assert seal.is_sealed(sealed[:8])
 
 
 def test_a_sealed_file_shows_nothing_and_is_never_the_same_twice() -> None:
@@ -50,9 +54,8 @@ def test_a_sealed_file_shows_nothing_and_is_never_the_same_twice() -> None:
 def test_plain_bytes_are_not_taken_for_sealed_ones() -> None:
     """An ONNX file's first bytes are not those of a sealed file, and opening one says so."""
     onnx = b"\x08\x08\x12\x07pytorch"
-    assert not seal.is_sealed(onnx)
     with pytest.raises(EngineError, match="not a sealed file"):
-        open_sealed(onnx, KEY, header=HEADER)
+        opened(onnx, KEY, header=HEADER)
 
 
 def test_every_flipped_bit_is_refused() -> None:
@@ -61,7 +64,7 @@ def test_every_flipped_bit_is_refused() -> None:
         changed = bytearray(SEALED)
         changed[at // 8] ^= 1 << at % 8
         with pytest.raises(EngineError):
-            open_sealed(bytes(changed), KEY, header=HEADER)
+            opened(changed, KEY, header=HEADER)
 
 
 def test_every_cut_is_refused() -> None:
@@ -69,7 +72,7 @@ def test_every_cut_is_refused() -> None:
     for length in range(len(SEALED)):
         expected = f"cut: {length} of {len(SEALED)} bytes" if length >= HEAD else "cut|not a sealed"
         with pytest.raises(EngineError, match=expected):
-            open_sealed(SEALED[:length], KEY, header=HEADER)
+            opened(SEALED[:length], KEY, header=HEADER)
 
 
 def test_chunks_only_open_in_their_place() -> None:
@@ -78,16 +81,16 @@ def test_chunks_only_open_in_their_place() -> None:
         changed = SEALED[:HEAD] + b"".join(CHUNKS[number] for number in order)
         if changed != SEALED:
             with pytest.raises(EngineError, match=r"cut|added|damaged or altered"):
-                open_sealed(changed, KEY, header=HEADER)
+                opened(changed, KEY, header=HEADER)
 
 
 @given(tail=st.binary(min_size=1, max_size=100))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_nothing_can_be_appended(tail: bytes) -> None:
     """A sealed file with anything after its end does not open, and the error counts what is."""
     for added in (tail, CHUNKS[0], CHUNKS[-1]):
         with pytest.raises(EngineError, match=f"altered: {len(added)} bytes were added"):
-            open_sealed(SEALED + added, KEY, header=HEADER)
+            opened(SEALED + added, KEY, header=HEADER)
 
 
 def test_equal_chunks_are_sealed_differently() -> None:
@@ -106,14 +109,14 @@ def _forged(sealed: bytes, **changes: int) -> bytes:
 def test_a_head_with_impossible_numbers_is_refused(changes: dict[str, int]) -> None:
     """Numbers that no sealed file has are refused even with a checksum to match."""
     with pytest.raises(EngineError, match="damaged: the head"):
-        open_sealed(_forged(SEALED, **changes), KEY, header=HEADER)
+        opened(_forged(SEALED, **changes), KEY, header=HEADER)
 
 
 def test_a_file_cut_between_chunks_with_its_length_forged_is_refused() -> None:
     """Whoever drops the last chunks and corrects the head cannot make the rest open."""
     cut = _forged(SEALED[: HEAD + 2 * (CHUNK + 16)], plain_bytes=2 * CHUNK)
     with pytest.raises(EngineError, match="damaged or altered: part 1 of 2"):
-        open_sealed(cut, KEY, header=HEADER)
+        opened(cut, KEY, header=HEADER)
 
 
 def test_the_last_chunk_is_sealed_as_the_last() -> None:
@@ -128,26 +131,26 @@ def test_chunks_do_not_move_between_files() -> None:
     other = seal.seal(PLAIN, KEY, header=HEADER, chunk_bytes=CHUNK)
     mixed = SEALED[:-16] + other[-16:]
     with pytest.raises(EngineError, match="part 4 of 4"):
-        open_sealed(mixed, KEY, header=HEADER)
+        opened(mixed, KEY, header=HEADER)
 
 
 @given(header=st.binary(max_size=30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_another_header_is_refused(header: bytes) -> None:
     """The clear header given to open must be the one given to seal."""
     if header != HEADER:
         with pytest.raises(EngineError, match=r"damaged or altered.*header"):
-            open_sealed(SEALED, KEY, header=header)
+            opened(SEALED, KEY, header=header)
 
 
 def test_a_wrong_key_is_called_a_wrong_key() -> None:
     """Another key, and a passphrase in place of a key, are told from damage and from each other."""
     with pytest.raises(EngineError, match="wrong key: not sealed with the key from FLOWLANG_KEY"):
-        open_sealed(SEALED, Key(bytes(32), "FLOWLANG_KEY"), header=HEADER)
+        opened(SEALED, Key(bytes(32), "FLOWLANG_KEY"), header=HEADER)
     with pytest.raises(EngineError, match="sealed with a 32-byte key, given a passphrase"):
-        open_sealed(SEALED, Key(b"secret", is_passphrase=True), header=HEADER)
+        opened(SEALED, Key(b"secret", is_passphrase=True), header=HEADER)
     with pytest.raises(EngineError, match="damaged: the head"):
-        open_sealed(SEALED[: HEAD - 1] + b"?" + SEALED[HEAD:], KEY, header=HEADER)
+        opened(SEALED[: HEAD - 1] + b"?" + SEALED[HEAD:], KEY, header=HEADER)
 
 
 def test_a_passphrase_seals_with_a_salt_of_its_own() -> None:
@@ -157,9 +160,9 @@ def test_a_passphrase_seals_with_a_salt_of_its_own() -> None:
         read_key(passphrase=p, environ=environ) for p in ("caf\u00e9", "cafe\u0301")
     )
     sealed = seal.seal(PLAIN, composed, header=HEADER)
-    assert open_sealed(sealed, decomposed, header=HEADER) == PLAIN
+    assert opened(sealed, decomposed, header=HEADER) == PLAIN
     with pytest.raises(EngineError, match="wrong key"):
-        open_sealed(sealed, read_key(passphrase="cafe", environ=environ), header=HEADER)
+        opened(sealed, read_key(passphrase="cafe", environ=environ), header=HEADER)
 
 
 def test_a_file_opens_from_where_it_stands(tmp_path: Path) -> None:
@@ -168,13 +171,13 @@ def test_a_file_opens_from_where_it_stands(tmp_path: Path) -> None:
     path.write_bytes(b"front" + SEALED)
     with path.open("rb") as file:
         assert file.read(5) == b"front"
-        assert seal.open_sealed_file(file, KEY, header=HEADER) == PLAIN
+        assert seal.open_sealed(file, KEY, header=HEADER) == PLAIN
 
 
 def test_a_newer_format_is_named() -> None:
     """A file of a format to come is refused with both format numbers."""
     with pytest.raises(EngineError, match="format 9, this flowlang reads format 1"):
-        open_sealed(SEALED[:8] + b"\x09" + SEALED[9:], KEY, header=HEADER)
+        opened(SEALED[:8] + b"\x09" + SEALED[9:], KEY, header=HEADER)
 
 
 def _key_file(directory: Path, content: str = TEXT + "\n", mode: int = 0o600) -> Path:

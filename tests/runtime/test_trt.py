@@ -333,7 +333,7 @@ def test_engines_built_ahead_are_one_for_gpus_of_a_kind(
         ("m.onnx", "B", True),
     ]
     again = build_engines(plan, store, lambda model, step: None)
-    assert [(b.path, b.seconds) for b in again] == [(b.path, 0) for b in first]
+    assert [(b.path, b.took_s) for b in again] == [(b.path, 0) for b in first]
     assert used == [0, 1]
 
 

@@ -19,7 +19,7 @@ from flowlang.runtime.picture import read_picture
 from tests.pictures import bad, good
 
 Array: TypeAlias = NDArray[Any]
-PROPERTY = settings(max_examples=100, deadline=None)
+PROPERTY = settings(max_examples=100)
 IMAGE = np.random.default_rng(0).integers(0, 256, (13, 17, 3), np.uint8)
 
 

@@ -88,7 +88,7 @@ def items_of(name: str) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("name", FLOWS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_control_flow_answers_as_recursion_does(name: str, data: st.DataObject) -> None:
     """Whatever fails and however batches form, each request gets what plain recursion gives."""

@@ -14,23 +14,18 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
 import numpy as np
-import thriftpy2
 import tritonclient.grpc as triton
 from thriftpy2.rpc import client_context
 from thriftpy2.thrift import TException
 
-import flowlang
 from tests.pictures import bad, photographs
+from tests.serve.idl import IDL
 from tests.serve.server import PATIENCE_S, Raw, head
 
-IDL = thriftpy2.load(
-    str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_chaos_thrift"
-)
 PICTURES = photographs(3)
 CORRUPT = [bad()[name].data for name in ("empty", "text", "jpeg-half", "jpeg-30000x30000")]
 BOMB = gzip.compress(bytes(64 << 20))  # 64 MiB of nothing, in 64 KB

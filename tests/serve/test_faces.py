@@ -14,20 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import thriftpy2
 import tritonclient.grpc as triton
 from prometheus_client.parser import text_string_to_metric_families
 from thriftpy2.rpc import client_context
 
-import flowlang
 from tests.pictures import photographs
 from tests.serve.asking import bytes_by_grpc
+from tests.serve.idl import IDL
 from tests.serve.server import KINDS, PATIENCE_S, free_port, refused, serving, wait_until, write
 
 PICTURE = photographs(1)[0]
-IDL = thriftpy2.load(
-    str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_thrift"
-)
 
 
 @pytest.mark.parametrize("kind", KINDS)

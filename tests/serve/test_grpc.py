@@ -436,7 +436,7 @@ def test_a_request_that_does_not_fit_is_refused(
     assert said in caught.value.details()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(body=st.binary(max_size=200))
 def test_any_bytes_are_answered(channel: grpc.Channel, body: bytes) -> None:
     """What is no message, or asks for no model, is refused; the server is there afterwards."""

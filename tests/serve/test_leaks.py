@@ -9,18 +9,15 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import thriftpy2
 import tritonclient.grpc as triton
 from thriftpy2.rpc import client_context
 from thriftpy2.thrift import TException
 
 import flowlang
 from tests.serve.certificates import make_pair
+from tests.serve.idl import IDL
 from tests.serve.server import Server, running, serving, write
 
-IDL = thriftpy2.load(
-    str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_leaks_thrift"
-)
 SECRET = "a-secret-of-the-server"
 TOKEN = "the-token-of-the-server"
 # Flows that fail in every way there is: foreign code that raises, foreign code that lies, a value

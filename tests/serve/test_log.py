@@ -20,17 +20,16 @@ import grpc
 import httpx
 import psutil
 import pytest
-import thriftpy2
 import tritonclient.grpc as triton
 from thriftpy2.protocol import TBinaryProtocolFactory, TMultiplexedProtocolFactory
 from thriftpy2.rpc import client_context
 from thriftpy2.thrift import TApplicationException
 from tritonclient.utils import InferenceServerException
 
-import flowlang
 from flowlang.serve.log import JsonFormatter
 from tests.serve.asking import bytes_by_grpc
 from tests.serve.collector import collecting
+from tests.serve.idl import IDL
 from tests.serve.processes import processes
 from tests.serve.server import KINDS, ROOT, Raw, Server, refused, serving, wait_until, write
 
@@ -64,9 +63,6 @@ FACES = ("--grpc-port", "0", "--thrift-port", "0", "--thrift-flow", "label")
 SERVICE = "/inference.GRPCInferenceService"
 INFER, STREAM = f"{SERVICE}/ModelInfer", f"{SERVICE}/ModelStreamInfer"
 SERVER_SPAN = 2  # SpanKind of OpenTelemetry's protocol
-IDL = thriftpy2.load(
-    str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_thrift"
-)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 
 from flowlang.serve.routes import Service
 from tests.pictures import bad, good
@@ -462,7 +462,7 @@ def test_whatever_a_flow_answers_is_shown(page: Browser, folder: Path) -> None:
     """Any JSON at all is shown without an exception, as its outlines and rows agree."""
     ask(page, "classify", folder / "0.jpg")
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=40)
     @given(ANYTHING)
     @example([{}])
     def shows(value: Any) -> None:

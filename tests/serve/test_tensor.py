@@ -120,7 +120,7 @@ def inference(folder: Path) -> Iterator[Inference]:
         yield inference
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     model=st.sampled_from(["double", "half", "negate", "shout", "total", "reversed", "joined"]),
     request=REQUESTS | JSON,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import thriftpy2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thrift.protocol.TBase import TBase
@@ -35,12 +34,10 @@ from flowlang.serve.thrift import ThriftServer, gives_label
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
 from tests.pictures import bad, photographs
 from tests.serve.faces import facing, write_types
+from tests.serve.idl import IDL
 from tests.serve.server import PATIENCE_S, Raw, Server, write
 
 PICTURES = photographs(2)
-IDL = thriftpy2.load(
-    str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_thrift"
-)
 SLEEPER = """
 import time
 
@@ -372,7 +369,7 @@ def test_a_client_that_waits_holds_up_nobody(server: Server) -> None:
         assert _read(halfway, len(PONG)) == _read(silent, len(PONG)) == PONG
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=60), st.booleans())
 def test_any_bytes_have_an_extent_or_are_malformed(data: bytes, has_head: bool) -> None:
     """Whatever comes, looking for a message ends, and asks for more bytes or for none."""

@@ -13,19 +13,16 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import thriftpy2
 import tritonclient.grpc as triton
 from thriftpy2.rpc import client_context
 
 import flowlang
 from tests.pictures import photographs
 from tests.serve.certificates import Pair, make_pair
+from tests.serve.idl import IDL
 from tests.serve.server import KINDS, PATIENCE_S, Server, head, refused, serving, write, write_flows
 
 PICTURE = photographs(1)[0]
-IDL = thriftpy2.load(
-    str(Path(flowlang.__file__).parent / "serve" / "inference.thrift"), "inference_tls_thrift"
-)
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ import tritonclient.grpc as triton
 
 from examples import models
 from tests.serve.collector import ERROR, Collector, Span, collecting
+from tests.serve.idl import IDL
 from tests.serve.processes import kill, processes
 from tests.serve.server import (
     KINDS,
-    ROOT,
     Server,
     free_port,
     refused,
@@ -378,11 +378,10 @@ def test_a_stream_has_a_trace_for_each_of_its_requests(
 
 def test_a_call_over_thrift_is_traced(server: Server, collector: Collector) -> None:
     """It has a trace of its own, for Thrift brings none; its id is the client's."""
-    idl = thriftpy2.load(str(ROOT / "flowlang/serve/inference.thrift"), "traced_thrift")
     client = thriftpy2.rpc.make_client(
-        idl.ImageProcessingService, "127.0.0.1", server.port_of("thrift"), timeout=30_000
+        IDL.ImageProcessingService, "127.0.0.1", server.port_of("thrift"), timeout=30_000
     )
-    told = client.process_image(idl.ProcessRequest(image_data=b"nothing"))
+    told = client.process_image(IDL.ProcessRequest(image_data=b"nothing"))
     client.close()
     assert not told.success
     span = _only(collector.wait_for(3), "picture", SERVER)

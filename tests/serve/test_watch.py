@@ -209,7 +209,7 @@ def test_a_change_while_flows_are_loaded_is_another(
         since_ns = time.time_ns()
         os.utime(file, ns=(since_ns + 1, since_ns + 1))  # while the first were loaded
         watching = asyncio.create_task(
-            watch.reload_on_change(lambda: [str(file)], load, lambda app: None, print, since_ns)
+            watch.reload_on_change(lambda: [str(file)], load, lambda app: None, since_ns)
         )
         await asyncio.to_thread(wait_until, lambda: len(loaded) == 3)
         watching.cancel()

@@ -227,7 +227,7 @@ def without_docs(program: tree.Program) -> tree.Program:
     return dataclasses.replace(program, items=items)
 
 
-MANY = settings(max_examples=180, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=180, suppress_health_check=list(HealthCheck))
 
 
 @MANY

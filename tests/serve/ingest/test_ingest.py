@@ -268,7 +268,7 @@ def test_a_signal_to_every_process_is_one_signal(folder: Path, number: signal.Si
     with ingesting(folder) as server:
         found = processes(server)
         with ThreadPoolExecutor(16) as pool:
-            bodies = [b"0.3", b"0.30", b"0.300"]
+            bodies = [b"2", b"2.0", b"2.00"]  # so long that all are inside at once
             asked = [pool.submit(_ask_slowly, server, body) for body in bodies]
             server.wait_inside(3)
             for pid in (*found.all, server.process.pid):
