@@ -638,7 +638,8 @@ def test_a_file_that_fails_is_run_once(
     """However many operators it has: what it did before it failed may have taken long."""
     text = (
         f"import {shared.__name__} as shared\nshared.seen.append('run')\n"
-        "def f(x: int) -> int: return x\ndef g(x: int) -> int: return x\nraise ValueError('broken')\n"
+        "def f(x: int) -> int: return x\ndef g(x: int) -> int: return x\n"
+        "raise ValueError('broken')\n"
     )
     with pytest.raises(flowlang.EngineError, match="ValueError: broken"):
         load(text, "export flow a = p.f x2 -> p.g")
