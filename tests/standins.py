@@ -72,6 +72,11 @@ def part(image: np.ndarray, *, side: int) -> str:
 def both(left: str, right: str) -> str:
     return left + right
 
+class Counter:
+    def count(self, item: str) -> int: ...
+
+count = Counter().count
+
 def mirror(image: "image<rgb>") -> "image<rgb>":
     return image[:, ::-1]
 """,

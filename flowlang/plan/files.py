@@ -90,7 +90,8 @@ def _check_names(plans: Sequence[Plan]) -> None:
             file = plan.source.name
             if flow.name in owners:
                 both = f"{shown(owners[flow.name])} and {shown(file)}"
-                raise FlowError(f"{both} both serve a flow named `{flow.name}`: rename one")
+                mend = "give one another name, `flow NAME = ...`"
+                raise FlowError(f"{both} both serve a flow named `{flow.name}`: {mend}")
             owners[flow.name] = file
 
 

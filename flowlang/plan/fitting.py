@@ -199,13 +199,12 @@ class ModelFitter:
         sizer = _sizer(item, *found.sides) if found.sides else None
         if sizer is not None and found.sides:
             given = sizer.param_spans
-            place = given.get("size", sizer.span)
             mended = with_sides(OPS[sizer.op], sizer.params, given, *found.sides)
             self.report(
                 Diagnostic(
                     found.slug,
                     found.message or "",
-                    Label(place),
+                    Label(given.get("size", sizer.span)),
                     (Label(node.span, found.wants),),
                     help=mended,
                     fix=sizer.span,
@@ -215,11 +214,17 @@ class ModelFitter:
         message = f"`{model.name}` cannot take what {called(item)} gives"
         call = one_line(node.span)
         mend = f"{found.mend} -> {call}" if found.mend else None
-        is_behind = found.slug == "type-mismatch" and item.op != graph.INPUT
-        if mend and is_behind:
-            mend = f"{one_line(item.span)} -> {mend}"
+        place: Span | None = node.span
         if isinstance(item.type, ListOf) and _is_element(item.type.item, model):
-            mend, is_behind = f"map({call})", False
+            mend = f"map({call})"
+        elif mend and found.slug == "type-mismatch" and item.op != graph.INPUT:
+            if isinstance(item.type, Image) and item.type.dtype == "f32":
+                # Levels are resized, and floats are not.
+                is_here = item.op == "normalize"
+                mend = f"{found.mend} -> {one_line(item.span)}" if is_here else None
+                place = item.span
+            else:
+                mend, place = f"{one_line(item.span)} -> {mend}", None
         mismatch(
             self.report,
             node.span,
@@ -228,7 +233,7 @@ class ModelFitter:
             found.wants,
             slug=found.slug,
             help=mend,
-            fix=node.span if mend and not is_behind else None,
+            fix=place if mend else None,
         )
 
     def check_batch(self, model: Model, given: Given | None) -> None:

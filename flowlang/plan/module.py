@@ -33,14 +33,15 @@ class ParamValue:
 class PythonFile:
     """A Python file's operators and record types by name, read without running it.
 
-    `problems` say of the others of either kind why they cannot be read; `imports` are the files
-    beside it that it imports.
+    `problems` say of the others of either kind why they cannot be read; `others` are the names at
+    its top that are no functions of its own; `imports` are the files beside it that it imports.
     """
 
     path: Path
     operators: dict[str, Op]
     types: dict[str, Type]
     problems: dict[str, Diagnostic]
+    others: frozenset[str] = frozenset()
     imports: tuple[str, ...] = ()
 
 

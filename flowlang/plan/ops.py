@@ -151,7 +151,7 @@ TABLE: tuple[Op, ...] = (
             Param(
                 "multiple",
                 "int",
-                "make both sides multiples of it, where the picture decides them",
+                "make both sides multiples of it, where the picture decides one or both",
                 is_named=True,
                 low=1,
                 high=4096,

@@ -81,8 +81,7 @@ def resize(given: Type, params: Params) -> Type:
     image = u8_image(given, "resize")
     size, h, w = params["size"], params["h"], params["w"]
     if size is None and (h is None or w is None):  # one side named: the other follows
-        is_free = params["multiple"] is not None or params["most"] is not None
-        return sized(image, None, None) if is_free else sized(image, h, w)
+        return sized(image, *(_named_side(side, params) for side in (h, w)))
     h, w = sides_of(params)
     if params["fit"] not in ("shorter", "least"):
         return sized(image, h, w)
@@ -95,6 +94,15 @@ def sides_of(params: Params) -> tuple[Any, Any]:
     """Height and width that an operator is told, by `size` or each by itself: None where not."""
     size = params["size"]
     return (size, size) if size is not None else (params["h"], params["w"])
+
+
+def _named_side(side: int | None, params: Params) -> int | None:
+    """What a side becomes that may be named where the other is not; None where pictures differ."""
+    most, step = params["most"], params["multiple"]
+    if side is None or step is None:
+        return side if most is None else None
+    steps = max(1, round(side / step))
+    return steps * step if most is None or steps == 1 else None  # one step is the least there is
 
 
 def free_size(rows: int, columns: int, params: Params) -> tuple[int, int]:

@@ -156,7 +156,8 @@ class _Reader:
                 gives[name] = op.function.gives
         imports = imported_files(os.path.realpath(self.path), parsed)
         types = {**gives, **self.types}
-        return PythonFile(self.path, operators, types, problems, tuple(imports))
+        others = frozenset(_named(parsed)) - operators.keys()
+        return PythonFile(self.path, operators, types, problems, others, tuple(imports))
 
     def _span(self, node: ast.AST) -> Span:
         """The place of a piece of Python; of a function or class, its first line."""
@@ -481,6 +482,16 @@ def _aliases(parsed: ast.Module) -> Iterator[tuple[str, ast.expr]]:
                 yield node.targets[0].id, node.value
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
             yield node.target.id, node.value
+
+
+def _named(parsed: ast.Module) -> Iterator[str]:
+    """The names at the top of a file of what is no function of its own."""
+    yield from dict(_aliases(parsed))
+    for node in parsed.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (a.asname or a.name for a in node.names)
 
 
 def _rule(function: PythonFunction) -> Callable[[Type, Any], Type]:

@@ -9,6 +9,7 @@ from flowlang.diagnostics import Diagnostic, Label
 from flowlang.plan.arguments import did_you_mean
 from flowlang.plan.expression import field_type
 from flowlang.plan.graph import Node
+from flowlang.plan.module import PythonFile
 from flowlang.plan.ops import OPS
 from flowlang.plan.scope import Scope
 from flowlang.plan.values import nearest
@@ -68,6 +69,10 @@ def unknown_stage(call: tree.Call, item: Node, scope: Scope) -> Diagnostic:
     message = f"there is no operator or flow named `{name}`"
     file, _, last = name.rpartition(".")
     if file in scope.module.uses:  # what its names have in common makes none of them like it
+        used = scope.module.uses[file]
+        if isinstance(used, PythonFile) and last in used.others:
+            note = f"`{used.path.name}` has a `{last}`, but operators are what it writes with `def`"
+            return Diagnostic("unknown-operator", message, place, note=note)
         inside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == file]
         near = nearest(last, inside)
         meant = f"did you mean `{file}.{near}`?" if near else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from flowlang.diagnostics import EngineError
 from flowlang.plan import graph
 from flowlang.plan.physical import PhysicalPlan, StagePlan
 from flowlang.runtime.stage import Instance
@@ -41,7 +42,9 @@ class Instances:
         self._sessions: Sessions | None = None
         self._plans: Plans | None = None
         self._resources: dict[int, GpuResources] = {}
+        self._importing = threading.Lock()
         self._modules: dict[tuple[Path, str], ModuleType] = {}  # by the operator in it
+        self._failed: dict[Path, str] = {}  # why a file cannot be run, which it is once
 
     def make(self, stage: StagePlan, number: int) -> Instance:
         """The instance of a stage with this number (from 0). Raises EngineError."""
@@ -70,9 +73,16 @@ class Instances:
         from flowlang.runtime.python import module_of
 
         key = (wanted.path, wanted.name)
-        if key not in self._modules:
-            self._modules[key] = module_of(wanted)
-        return self._modules[key]
+        with self._importing:
+            if wanted.path in self._failed:
+                raise EngineError(self._failed[wanted.path])
+            if key not in self._modules:
+                try:
+                    self._modules[key] = module_of(wanted)
+                except EngineError as error:
+                    self._failed[wanted.path] = str(error)
+                    raise
+            return self._modules[key]
 
     def _resources_of(self, gpu: int) -> GpuResources:
         with self._lock:

@@ -86,7 +86,7 @@ def _open(model: Model, content: bytes | None, threads: int) -> Any:
     # The threads of a call spin while it runs, which is worth 0.3 of the 1.6 ms that a small model
     # takes on two cores. They stop with it, or they would take the cores from decoding.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # an error is raised too, and told with its request
     try:
         given = str(model.path) if content is None else content
         return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])

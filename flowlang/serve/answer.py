@@ -208,17 +208,23 @@ def takes_bytes(kind: Type) -> bool:
     return isinstance(kind, Unknown) or kind == BYTES
 
 
-def reader_of(kind: Type) -> Callable[[bytes], Any] | None:
-    """What makes a flow's item of a body, JSON that has been checked; None where the body is it."""
+def reader_of(kind: Type, parts: Collection[str] = ()) -> Callable[[bytes], Any] | None:
+    """What makes a flow's item of a body, JSON that has been checked; None where the body is it.
+
+    `parts` are those of a form that might have been sent instead.
+    """
     if takes_bytes(kind):
         return None
+    otherwise = f", or a form with the parts {', '.join(parts)}" if parts else ""
 
     def read(body: bytes) -> Any:
         try:
             value = from_json(body)
         except (ValueError, RecursionError) as error:
             coded = " with bytes in base64" if _has_bytes(kind) else ""
-            raise BadRequest(f"this flow takes JSON, {kind}{coded}: {_reason(error)}") from None
+            raise BadRequest(
+                f"this flow takes JSON, {kind}{coded}{otherwise}: {_reason(error)}"
+            ) from None
         return _item(value, kind)
 
     return read
@@ -240,8 +246,15 @@ def _item(value: Any, kind: Type) -> Any:
         return [_item(part, kind.item) for part in value] if _has_bytes(kind.item) else value
     if isinstance(kind, Record) and isinstance(value, dict):
         fields = dict(kind.fields)
-        return {n: _item(v, fields[n]) if n in fields else v for n, v in value.items()}
+        return {n: _field(n, v, fields[n]) if n in fields else v for n, v in value.items()}
     return _bytes(value) if kind == BYTES else value
+
+
+def _field(name: str, value: Any, kind: Type) -> Any:
+    try:
+        return _item(value, kind)
+    except BadRequest as error:
+        raise BadRequest(f"`{name}`: {error.message}") from None
 
 
 def _bytes(text: Any) -> bytes:

@@ -191,12 +191,7 @@ class Service:
 
     def open(self, flows: Mapping[str, Called]) -> None:
         """Let in calls of these flows."""
-        doors = {
-            f"/flows/{name}": _Door(
-                flow, reader_of(flow.input), ParameterReader(flow.parameters, flow.input)
-            )
-            for name, flow in flows.items()
-        }
+        doors = {f"/flows/{name}": _door(flow) for name, flow in flows.items()}
         self.names = list(flows)
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
@@ -520,6 +515,11 @@ def _deadline_in(found: dict[bytes, bytes]) -> Deadline | None:
 def _is_open(method: str, path: str) -> bool:
     """Whether a request is answered without a token."""
     return method in ("GET", "HEAD") and (path in OPEN or is_health(path))
+
+
+def _door(flow: Called) -> _Door:
+    parts = form_fields(flow.input, [p.name for p in flow.parameters])
+    return _Door(flow, reader_of(flow.input, parts), ParameterReader(flow.parameters, flow.input))
 
 
 def _listed(path: str, door: _Door) -> dict[str, Any]:

@@ -20,6 +20,10 @@ from PIL import Image
 import flowlang
 from flowlang.diagnostics import BadRequest, InternalError
 from flowlang.plan.graph import Node
+from flowlang.plan.ops import OPS
+from flowlang.plan.rules import Mismatch
+from flowlang.plan.types import Image as Kind
+from flowlang.plan.types import Type
 from flowlang.runtime.frame import (
     Frame,
     frame_of,
@@ -102,8 +106,9 @@ STEPS = st.one_of(
               st.sampled_from(["stretch", "shorter", "least", "letterbox", "pad"])),
     st.builds(lambda h, w, f: ("resize", {"h": h, "w": w, "fit": f}), st.integers(30, 260),
               st.integers(30, 260), st.sampled_from(["stretch", "letterbox", "pad"])),
-    st.builds(lambda n, m, k: ("resize", {n: m, "multiple": k}), st.sampled_from(["h", "w"]),
-              st.integers(30, 260), st.sampled_from([None, 8, 32])),
+    st.builds(lambda n, m, k, t: ("resize", {n: m, "multiple": k, "most": t}),
+              st.sampled_from(["h", "w"]), st.integers(30, 260), st.sampled_from([None, 8, 32]),
+              st.sampled_from([None, 60, 300])),
     st.builds(lambda n, f, m, k: ("resize", {"size": n, "fit": f, "most": m, "multiple": k}),
               st.integers(30, 260), st.sampled_from(["shorter", "least"]), st.integers(60, 300),
               st.sampled_from([None, 32])),
@@ -144,6 +149,46 @@ def test_a_frame_tells_where_each_pixel_came_from(
         return
     assume(min(result.shape[:2]) >= 4 and result.size < 3_000_000)
     check_places(nodes, picture, result, through(nodes, picture))
+
+
+def typed(steps: Sequence[tuple[str, dict[str, Any]]]) -> tuple[int | None, int | None]:
+    """Height and width that the type has after the operators, None for those that may vary."""
+    kind: Type = Kind("bgr")
+    for op, params in steps:
+        kind = OPS[op].rule(kind, made(op, **params).params)
+    assert isinstance(kind, Kind)
+    return kind.height, kind.width
+
+
+@PROPERTY
+@given(height=SIDES, width=SIDES, steps=st.lists(STEPS, min_size=1, max_size=3))
+def test_a_side_that_a_type_names_is_that_of_each_picture(
+    height: int, width: int, steps: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """What a model is promised by the check is what arrives at it."""
+    try:
+        sides = typed(steps)
+        shape = worked(nodes_of(steps), ramp(height, width)).shape
+    except (Mismatch, BadRequest):
+        return
+    assert all(wanted in (None, got) for wanted, got in zip(sides, shape, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("params", "sides"),
+    [
+        ({"h": 32, "multiple": 32}, (32, None)),
+        ({"w": 50, "multiple": 32}, (None, 64)),
+        ({"h": 32, "multiple": 32, "most": 640}, (32, None)),
+        ({"h": 64, "multiple": 32, "most": 640}, (None, None)),
+        ({"h": 32, "most": 640}, (None, None)),
+    ],
+)
+def test_a_side_is_known_where_all_pictures_have_it(
+    params: dict[str, Any], sides: tuple[int | None, int | None]
+) -> None:
+    """Of lines as high as a recogniser takes the height is known, though steps bound the width."""
+    assert typed([("resize", params)]) == sides
 
 
 @pytest.mark.parametrize("height", [180, 250])

@@ -11,7 +11,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper, save_model
 
+import flowlang
 from examples import models
 from flowlang.plan.physical import StagePlan
 from flowlang.runtime.cpu import CpuInstance
@@ -109,3 +111,26 @@ def test_the_crowd_never_shows_in_an_answer(folder: Path) -> None:
         answers.append(session.run(feeds))
     for answer in answers[1:]:
         np.testing.assert_allclose(answer[0], answers[0][0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_model_fails_with_is_raised_and_not_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A server's log is its own: a request's bad number puts no coloured text between its lines."""
+    words = numpy_helper.from_array(np.zeros((4, 2), np.float32), "words")
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["words", "ids"], ["rows"])],
+        "embedding",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["N", "S"])],
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["N", "S", 2])],
+        initializer=[words],
+    )
+    opsets = [helper.make_opsetid("", models.OPSET)]
+    model = helper.make_model(graph, ir_version=models.IR_VERSION, opset_imports=opsets)
+    save_model(model, tmp_path / "embedding.onnx")
+    (tmp_path / "app.flow").write_text('trt("embedding.onnx")\n')
+    with flowlang.load(tmp_path / "app.flow", device="cpu") as app:
+        with pytest.raises(flowlang.StageFailed, match="idx=4 must be within"):
+            app(np.array([1, 4], np.int64))
+        assert app(np.array([1, 3], np.int64)).shape == (2, 2)
+    assert capfd.readouterr() == ("", "")

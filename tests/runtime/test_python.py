@@ -634,6 +634,21 @@ def test_a_file_is_run_once(load: Load, shared: ModuleType, tmp_path: Path) -> N
     assert shared.seen == ["run", "run"]
 
 
+def test_a_file_that_fails_is_run_once(
+    load: Load, shared: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many operators it has: what it did before it failed may have taken long."""
+    text = (
+        f"import {shared.__name__} as shared\nshared.seen.append('run')\n"
+        "def f(x: int) -> int: return x\ndef g(x: int) -> int: return x\n"
+        "raise ValueError('broken')\n"
+    )
+    with pytest.raises(flowlang.EngineError, match="ValueError: broken"):
+        load(text, "export flow a = p.f x2 -> p.g")
+    assert shared.seen == ["run"]
+    assert [r.getMessage() for r in caplog.records] == ["`p.py` cannot be imported"]
+
+
 def test_a_file_finds_those_beside_it(load: Load, tmp_path: Path) -> None:
     """Operators may import their own modules, and dataclasses find their own."""
     name = f"beside_{time.monotonic_ns()}"

@@ -120,7 +120,7 @@ def test_the_only_flow_is_served_at_the_root(folder: Path, echo: Path) -> None:
 
 def test_two_flows_of_one_name_are_refused(echo: Path) -> None:
     """No flow hides another behind the same path."""
-    with pytest.raises(FlowError, match="both serve a flow named `main`"):
+    with pytest.raises(FlowError, match="flow named `main`: give one another name, `flow NAME"):
         flowlang.load(echo, echo)
 
 

@@ -20,15 +20,24 @@ from tests.serve.asking import NUMBERS, PICTURES, ask_application, error_of
 from tests.serve.server import Server, head, running, serving, write
 
 
-@pytest.mark.parametrize("flow", ["parts", "hinted"])
-def test_who_sends_a_picture_where_json_is_meant_is_told_of_base64(
-    server: Server, flow: str
+@pytest.mark.parametrize(
+    ("flow", "form"), [("parts", ""), ("hinted", ", or a form with the parts data, hint")]
+)
+def test_who_sends_a_picture_where_json_is_meant_is_told_what_brings_one(
+    server: Server, flow: str, form: str
 ) -> None:
     """That the body is no text is no help to somebody who sends what is none."""
     reply = server.client.post(f"/flows/{flow}", content=b"\xff\xd8\xff")
     assert reply.status_code == 400
     message = reply.json()["error"]["message"]
-    assert message.endswith(" with bytes in base64: the body is not UTF-8")
+    assert message.endswith(f" with bytes in base64{form}: the body is not UTF-8")
+
+
+def test_which_field_is_no_base64_is_told(server: Server) -> None:
+    """Of several pictures in JSON one may be left as it was."""
+    reply = server.client.post("/flows/hinted", json={"data": "aGk=", "hint": "no base64"})
+    assert (reply.status_code, error_of(reply)["code"]) == (400, "bad-request")
+    assert error_of(reply)["message"].startswith("`hint`: bytes inside JSON are given as a string")
 
 
 def test_json_has_a_largest_size(server: Server) -> None:
