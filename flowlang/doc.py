@@ -252,7 +252,8 @@ def defaults() -> dict[str, str]:
         "priority": "`normal`",
         "slo": "none",
         "queue": str(physical.QUEUE),
-        COPIES: f"one a core on a CPU, {physical.GPU_LANES} a GPU; in Python one",
+        COPIES: f"one a core on a CPU, {physical.GPU_LANES} on a GPU, "
+        f"{physical.LANES_OF_EACH_GPU} on each of several; in Python one",
     }
 
 

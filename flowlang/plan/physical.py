@@ -39,6 +39,7 @@ QUEUE = 256
 LIGHT_BATCH = 64  # stages without a model share out what waits; this bounds one hand-over
 PYTHON_TIMEOUT_S = 30.0  # of an operator in Python, which may well never come back
 GPU_LANES = 3  # each decodes a batch while its last one is in the model
+LANES_OF_EACH_GPU = 2  # where there are several: all lanes share one interpreter
 GPU_BATCH = 56  # a multiple of the seven JPEG engines that large GPUs have
 HOST_OPS = frozenset(op.name for op in OPS.values() if op.kind == "host")
 
@@ -328,7 +329,8 @@ def _instances(
 ) -> int:
     if device == "gpu":
         first, last = settings.get("gpu", (0, 0))
-        return int(settings.get(COPIES, GPU_LANES * (last - first + 1)))
+        several = last - first + 1
+        return int(settings.get(COPIES, LANES_OF_EACH_GPU * several if several > 1 else GPU_LANES))
     if chain[0].op == graph.PYTHON:
         return int(settings.get(COPIES, 1))
     if all(n.op in HOST_OPS for n in chain):

@@ -123,7 +123,7 @@ def test_the_same_program_always_gives_the_same_text() -> None:
         ("", (1,), "gpu:1 x3"),
         (", gpu=1", (0, 1), "gpu:1 x3"),
         (", gpu=1..1", (1,), "gpu:1 x3"),
-        (", gpu=1..3", (0, 1, 2, 3), "gpu:1..3 x9"),
+        (", gpu=1..3", (0, 1, 2, 3), "gpu:1..3 x6"),
     ],
 )
 def test_a_stage_says_which_gpus_it_runs_on(
