@@ -133,13 +133,20 @@ def _corrupt_row(server: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def gpu_table() -> str:
-    """What one GPU reached, with the ceilings of the same run."""
+    """What one GPU reached, with the ceilings of the same run, and an earlier run of all else."""
     found = _found("h200")
-    machine = found["machine"]
-    rows = [
-        (r["what"], str(r["clients"]), *(_number(r[n]) for n in ("qps", "p50_ms", "p99_ms")))
-        for r in found["results"]
-    ]
+    machine, earlier = found["machine"], found["earlier_run"]
+    names = ("job", "C", "pictures a second", "p50 ms", "p99 ms")
+
+    def table_of(results: Sequence[Mapping[str, Any]]) -> str:
+        numbers = ("qps", "p50_ms", "p99_ms")
+        return _table(
+            names,
+            [(r["what"], str(r["clients"]), *(_number(r[n]) for n in numbers)) for r in results],
+        )
+
+    same = {r["what"] for r in found["results"]}
+    rest = [r for r in earlier["results"] if r["what"] not in same]
     gpu, driver = (part.strip() for part in machine["gpu"].split(",")[:2])
     head = (
         f"On one {gpu} (driver {driver}, {machine['cores']} cores, DALI {machine['dali']}, "
@@ -148,7 +155,12 @@ def gpu_table() -> str:
         f"{max(found['engine'].values()):,}; the best below is {found['share_of_ceiling']:.2f} of "
         "the lesser. [docs/gpu.md](docs/gpu.md) says how and why."
     )
-    return head + "\n\n" + _table(("job", "C", "pictures a second", "p50 ms", "p99 ms"), rows)
+    share = f"{earlier['share_of_ceiling']:.2f}"
+    then = (
+        "Without the GPU's decoders, without flowlang and over HTTP, in an earlier run on another "
+        f"machine of that kind, where the best of the jobs above was {share} of the lesser ceiling:"
+    )
+    return "\n\n".join((head, table_of(found["results"]), then, table_of(rest)))
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
