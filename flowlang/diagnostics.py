@@ -288,13 +288,18 @@ class RequestError(FlowError):
     """One request was not answered with a result.
 
     `code` is a stable word for clients; `http_status` the HTTP status code (RFC 9110);
-    `stage` the stage's name and `place` its `file:line:column`, where one is to blame.
+    `stage` the stage's name and `place` its `file:line:column`, where one is to blame. `otherwise`
+    is the message of one that is made without.
     """
 
     code = "request-failed"
     http_status = 500
+    otherwise = "no result"
 
-    def __init__(self, message: str, *, stage: str | None = None, place: str | None = None) -> None:
+    def __init__(
+        self, message: str | None = None, *, stage: str | None = None, place: str | None = None
+    ) -> None:
+        message = self.otherwise if message is None else message
         super().__init__(message)
         self.message = message
         self.stage = stage
@@ -324,15 +329,7 @@ class DeadlineExceeded(RequestError):
 
     code = "deadline-exceeded"
     http_status = 504
-
-    def __init__(
-        self,
-        message: str = "not answered by its deadline",
-        *,
-        stage: str | None = None,
-        place: str | None = None,
-    ) -> None:
-        super().__init__(message, stage=stage, place=place)
+    otherwise = "not answered by its deadline"
 
 
 class Draining(RequestError):
@@ -340,6 +337,7 @@ class Draining(RequestError):
 
     code = "draining"
     http_status = 503
+    otherwise = "the app is stopping and takes no more requests"
 
 
 class Cancelled(RequestError):

@@ -388,24 +388,31 @@ class Scheduler:
     def close(self) -> None:
         """Answer whatever is left with Draining. Nothing runs afterwards."""
         after = _Afterwards()
-        with self._lock:
-            self._is_draining = self._is_closed = True
-            left = [i.request for s in self.stages for i in s.batcher.waiting]
-            left += [r for e in self.entrances.values() for r in e.backlog]
-            for entrance in self.entrances.values():
-                entrance.backlog.clear()
-            now = self.clock()
-            for request in left:
-                if not request.is_answered:
-                    error = Draining("the app stopped before it came to this")
-                    self._answer(request, error, now, after)
-            self._expiries.clear()  # or answers, errors among them, would hold who asked
-            after.bells = [b for s in self.stages for b in s.bells]
-            for stage in self.stages:
-                stage.batcher.waiting.clear()
-                stage.rung.update(stage.idle)
-                stage.idle.clear()
-        after.run()
+        try:
+            with self._lock:
+                self._is_draining = self._is_closed = True
+                after.bells = [b for s in self.stages for b in s.bells]
+                self._let_go(after)
+        finally:
+            after.run()
+
+    def _let_go(self, after: _Afterwards) -> None:
+        """Answer all that is neither done nor in an instance, and keep nothing of it."""
+        left = [i.request for s in self.stages for i in s.batcher.waiting]
+        left += [r for e in self.entrances.values() for r in e.backlog]
+        for entrance in self.entrances.values():
+            entrance.backlog.clear()
+        now = self.clock()
+        for request in left:
+            if not request.is_answered:
+                self._answer(
+                    request, Draining("the app stopped before it came to this"), now, after
+                )
+        self._expiries.clear()  # or answers, errors among them, would hold who asked
+        for stage in self.stages:
+            stage.batcher.waiting.clear()
+            stage.rung.update(stage.idle)
+            stage.idle.clear()
 
     def abandon(self, items: Sequence[Item]) -> None:
         """Answer items whose instance did not come back in time."""
@@ -460,7 +467,7 @@ class Scheduler:
                     "threads: load them in this process, or start it by `spawn`"
                 )
             entrance.counts.fail(Draining.code)
-            raise Draining("the app is stopping and takes no more requests")
+            raise Draining()
         if entrance.outstanding >= entrance.limit:
             entrance.counts.fail(Overloaded.code)
             raise Overloaded(
@@ -499,9 +506,13 @@ class Scheduler:
         request.is_under_way = True
         # The parameters of such a flow are used by nothing.
         item = Item(request, 0, request.value[0] if entrance.has_parameters else request.value, now)
-        if door.plan.timeout_s is not None:
-            self._expire_at(now + door.plan.timeout_s, request, item, after)
-        bell = door.put(item)
+        self._line_up(door, item, now, after)
+
+    def _line_up(self, stage: Stage, item: Item, now: float, after: _Afterwards) -> None:
+        """Have an item wait for a stage, no longer than that allows."""
+        if stage.plan.timeout_s is not None:
+            self._expire_at(now + stage.plan.timeout_s, item.request, item, after)
+        bell = stage.put(item)
         if bell is not None:
             after.bells.append(bell)
 
@@ -618,12 +629,7 @@ class Scheduler:
 
     def _queue(self, work: Work, now: float, after: _Afterwards) -> None:
         item = Item(work.walk.request, work.unit, work.value, now, work.walk)
-        stage = self._stage_of(item)
-        if stage.plan.timeout_s is not None:
-            self._expire_at(now + stage.plan.timeout_s, item.request, item, after)
-        bell = stage.put(item)
-        if bell is not None:
-            after.bells.append(bell)
+        self._line_up(self._stage_of(item), item, now, after)
 
     def _answer(self, request: Request, outcome: Any, now: float, after: _Afterwards) -> None:
         after.settled.append(request)  # first: what has an outcome is told of by whoever gave it

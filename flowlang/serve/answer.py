@@ -148,6 +148,10 @@ def refusing(error: RequestError, told: Mapping[str, Any]) -> Answer:
     return Answer(error.http_status, to_json(told), JSON, headers, error)
 
 
+def loading() -> Refusal:
+    return Refusal("loading", 503, "the flows are not loaded yet")
+
+
 def wrong_method(method: str, allowed: str) -> Refusal:
     message = f"{method} is not possible at this path; {allowed} is"
     return Refusal("wrong-method", 405, message, headers=((b"allow", allowed.encode()),))

@@ -275,7 +275,7 @@ class Engine:
     def _gone(self) -> RequestError:
         """Why nothing can be asked: who stops lets go of the engine too, and it does not fail."""
         if self._is_held:
-            return Draining("the app is stopping and takes no more requests")
+            return Draining()
         return Refusal("restarting", 503, "the engine has stopped, and is being started again")
 
     def _fail_all(self, error: RequestError) -> None:

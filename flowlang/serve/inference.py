@@ -19,7 +19,7 @@ from flowlang import __version__
 from flowlang.diagnostics import BadRequest, Draining, RequestError
 from flowlang.plan.types import Scalar, without_null
 from flowlang.runtime.conform import PLAIN
-from flowlang.serve.answer import Refusal, check_json, reason_of, told
+from flowlang.serve.answer import Refusal, check_json, loading, reason_of, told
 from flowlang.serve.form import ParameterReader
 from flowlang.serve.log import tell_broken, tell_refused, tell_unanswered
 from flowlang.serve.port import Port, Ports, port_of
@@ -424,9 +424,9 @@ class Inference:
     def check_open(self) -> None:
         """Raises Refusal or Draining where no request is let in."""
         if self.state == "loading":
-            raise Refusal("loading", 503, "the flows are not loaded yet")
+            raise loading()
         if self.state == "draining":
-            raise Draining("the app is stopping and takes no more requests")
+            raise Draining()
 
     def model(self, name: str, version: str = "") -> Model:
         """A model by its name. Raises Refusal where there is none, or not in this version."""

@@ -28,6 +28,7 @@ from flowlang.serve.answer import (
     deadline_of,
     encode,
     error_answer,
+    loading,
     priority_of,
     reader_of,
     request_id_of,
@@ -472,11 +473,11 @@ class Service:
 
     def _refusal_of_call(self, method: str, path: str) -> RequestError:
         if self.state == "loading" and method == "POST":
-            return Refusal("loading", 503, "the flows are not loaded yet")
+            return loading()
         if path in self._doors:
             if method != "POST":
                 return wrong_method(method, "POST")
-            return Draining("the app is stopping and takes no more requests")
+            return Draining()
         paths = ", ".join(f"/flows/{name}" for name in self.names)
         if path == "/":
             return Refusal("not-found", 404, f"there are several flows, so POST to one: {paths}")
@@ -485,7 +486,7 @@ class Service:
 
     def _once_loaded(self, body: bytes) -> Answer:
         if not body:
-            raise Refusal("loading", 503, "the flows are not loaded yet")
+            raise loading()
         return Answer(200, body)
 
     def _show_metrics(self) -> Answer:
