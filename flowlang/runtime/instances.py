@@ -18,8 +18,8 @@ from flowlang.plan.physical import PhysicalPlan, StagePlan
 from flowlang.runtime.stage import Instance
 
 if TYPE_CHECKING:
-    from flowlang.plan.signature import PythonFunction
     from flowlang.runtime.gpu import GpuResources
+    from flowlang.runtime.modules import Keeper
     from flowlang.runtime.ort import Sessions
     from flowlang.runtime.seal import Key
     from flowlang.runtime.trt import Plans
@@ -43,7 +43,8 @@ class Instances:
         self._plans: Plans | None = None
         self._resources: dict[int, GpuResources] = {}
         self._importing = threading.Lock()
-        self._modules: dict[tuple[Path, str], ModuleType] = {}  # by the operator in it
+        self._kept: dict[str, Keeper] = {}  # by path, the folders of operators, as they were first
+        self._modules: dict[Path, ModuleType] = {}  # the files of operators, run
         self._failed: dict[Path, str] = {}  # why a file cannot be run, which it is once
 
     def make(self, stage: StagePlan, number: int) -> Instance:
@@ -56,7 +57,9 @@ class Instances:
         if stage.nodes[0].op == graph.PYTHON:
             from flowlang.runtime.python import PythonInstance
 
-            return PythonInstance(stage, self._module_of(stage.nodes[0].params[graph.FUNCTION]))
+            return PythonInstance(
+                stage, self._module_of(stage.nodes[0].params[graph.FUNCTION].path)
+            )
         from flowlang.runtime.cpu import CpuInstance
         from flowlang.runtime.ort import Sessions
 
@@ -65,24 +68,23 @@ class Instances:
                 self._sessions = Sessions(self._plan.machine.cores, self._plan.stages)
         return CpuInstance(stage, self._sessions)
 
-    def _module_of(self, wanted: PythonFunction) -> ModuleType:
-        """The file an operator is in, as it was when the operator was first asked for.
+    def _module_of(self, path: Path) -> ModuleType:
+        """A file of operators, as it was when the first of them was asked for.
 
-        It may change while the app runs, or go away, and an instance be made anew.
+        It may change while the app starts or runs, or go away, and an instance be made anew.
         """
         from flowlang.runtime.python import module_of
 
-        key = (wanted.path, wanted.name)
         with self._importing:
-            if wanted.path in self._failed:
-                raise EngineError(self._failed[wanted.path])
-            if key not in self._modules:
+            if path in self._failed:
+                raise EngineError(self._failed[path])
+            if path not in self._modules:
                 try:
-                    self._modules[key] = module_of(wanted)
+                    self._modules[path] = module_of(path, self._kept)
                 except EngineError as error:
-                    self._failed[wanted.path] = str(error)
+                    self._failed[path] = str(error)
                     raise
-            return self._modules[key]
+            return self._modules[path]
 
     def _resources_of(self, gpu: int) -> GpuResources:
         with self._lock:

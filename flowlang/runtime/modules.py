@@ -3,8 +3,8 @@
 Layer 3. Two folders may each have a `helper.py`, so what stands beside an operator's file is no
 module of the whole program: a folder is a package of its own, `flowlang_1`, and an import in one of
 its files looks there first. That is decided where the import stands, so it holds for one inside a
-function as well, which runs later and in another thread. Packages of a folder that has changed are
-left to those who still use them, and a new one is made.
+function as well, which runs later and in another thread. Once a folder has changed it is another
+package for who comes then; the one before goes with the last of those who keep it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import os
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
@@ -23,7 +24,19 @@ from types import CodeType, ModuleType
 from typing import Any
 
 _numbers = itertools.count(1)
-_packages: dict[str, Folder] = {}  # by name, every one that was made
+# By name. Code of a folder holds its folder, so one is here for as long as there is any to run.
+_packages: weakref.WeakValueDictionary[str, Folder] = weakref.WeakValueDictionary()
+
+
+class Keeper:
+    """What those who use a folder have: when it goes, the modules leave `sys.modules`.
+
+    It is not the folder itself, which its modules hold, and `sys.modules` them.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.folder = Folder(path)
+        weakref.finalize(self, self.folder.leave).atexit = False
 
 
 class Folder:
@@ -36,9 +49,7 @@ class Folder:
         self.builtins = {**vars(builtins), "__import__": self._import}
         self._times: dict[str, int] = {}
         self._is_own: dict[str, bool] = {}
-        package = ModuleType(self.name)
-        package.__path__ = [path]
-        sys.modules[self.name] = package
+        self._left: dict[str, ModuleType] = {}
         _packages[self.name] = self
         importlib.invalidate_caches()  # or files made a moment ago are not found
 
@@ -62,11 +73,35 @@ class Folder:
             spec.loader.exec_module(module)  # type: ignore[union-attr]
         except BaseException:
             self._is_own.clear()
-            for each in [n for n in sys.modules if n not in before]:
-                if each.startswith(f"{self.name}."):
+            for each in self._modules():
+                if each not in before:
                     del sys.modules[each]
             raise
         return module
+
+    def leave(self) -> None:
+        """Take the modules out of `sys.modules`: they go once nothing refers to their code.
+
+        It may be the garbage collector that calls, so this waits for nothing.
+        """
+        self._left.update((name, sys.modules.pop(name)) for name in self._modules())
+        sys.modules.pop(self.name, None)
+
+    def package(self) -> ModuleSpec:
+        """The folder as a package, which Python looks for before it imports a module from it.
+
+        What outlives all keepers, a thread that an operator began, makes it look once more, and has
+        the modules that left. They stay then: nobody would say when they may go.
+        """
+        sys.modules.update(self._left)
+        self._left.clear()
+        spec = ModuleSpec(self.name, None, is_package=True)
+        spec.submodule_search_locations = [self.path]
+        return spec
+
+    def _modules(self) -> list[str]:
+        """The names of those that are imported; of a copy, for others may import meanwhile."""
+        return [name for name in list(sys.modules) if name.startswith(f"{self.name}.")]
 
     def spec(self, name: str, path: str, inside: list[str] | None = None) -> ModuleSpec:
         """How a file is made a module; `inside` is where a package's own modules are."""
@@ -112,7 +147,7 @@ class Folder:
         """Whether a name is that of a module of the folder, rather than of the whole program."""
         if top == "flowlang" or top in sys.stdlib_module_names:
             return False
-        spec = PathFinder.find_spec(f"{self.name}.{top}", [self.path])
+        spec = PathFinder.find_spec(top, [self.path])
         if spec is None:
             return False
         if spec.origin is None:  # a folder without `__init__.py` gives way to any real package
@@ -151,6 +186,8 @@ class _Finder:
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         folder = _packages.get(name.partition(".")[0])
+        if folder is not None and name == folder.name:
+            return folder.package()
         spec = PathFinder.find_spec(name, path) if folder is not None else None
         if folder is None or spec is None or not isinstance(spec.loader, SourceFileLoader):
             return spec

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,42 +23,47 @@ from flowlang.plan.physical import StagePlan
 from flowlang.plan.signature import PythonFunction
 from flowlang.plan.types import Type
 from flowlang.runtime.conform import Conform, NotOfType, building, conforming
-from flowlang.runtime.modules import Folder
+from flowlang.runtime.modules import Keeper
 from flowlang.runtime.request import in_words
 
 log = logging.getLogger("flowlang.python")
 
 _loading = threading.RLock()
-_folders: dict[str, Folder] = {}  # by path, as they were when they were last asked for
+# By path, the folders that somebody keeps, as they were when they were last asked for.
+_keepers: weakref.WeakValueDictionary[str, Keeper] = weakref.WeakValueDictionary()
 
 
-def module_of(wanted: PythonFunction) -> ModuleType:
-    """The file an operator is in, run. Raises EngineError where it cannot be, or lacks it."""
-    with _loading:
-        module = _module_of(wanted.path)
-    if not callable(getattr(module, wanted.name, None)):
-        raise EngineError(f"`{wanted.path.name}` was run and has no function `{wanted.name}`")
-    return module
+def module_of(path: Path, kept: dict[str, Keeper]) -> ModuleType:
+    """A file of operators, run. Raises EngineError where it cannot be.
 
-
-def _module_of(path: Path) -> ModuleType:
+    Its folder is that of `kept`, by path. One that is not among them is as it is now, shared with
+    whoever else keeps it so, and kept from then on.
+    """
     real = os.path.realpath(path)
     place = os.path.dirname(real)
-    folder = _folders.get(place)
-    if folder is None or not folder.is_current():
-        folder = _folders[place] = Folder(place)
-    if place not in sys.path:
-        sys.path.append(place)  # for names that come as text: those in pickles, plugins
-    try:
-        return folder.module(real)
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
-            raise
-        log.error("`%s` cannot be imported", path.name, exc_info=error)
-        reason = str(error).replace(f"{folder.name}.", "")
-        raise EngineError(
-            f"`{path.name}` cannot be imported: {type(error).__name__}: {reason}"
-        ) from error
+    with _loading:
+        if place not in kept:
+            kept[place] = _keeper_of(place)
+        folder = kept[place].folder
+        if place not in sys.path:
+            sys.path.append(place)  # for names that come as text: those in pickles, plugins
+        try:
+            return folder.module(real)
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
+                raise
+            log.error("`%s` cannot be imported", path.name, exc_info=error)
+            reason = str(error).replace(f"{folder.name}.", "")
+            raise EngineError(
+                f"`{path.name}` cannot be imported: {type(error).__name__}: {reason}"
+            ) from error
+
+
+def _keeper_of(place: str) -> Keeper:
+    keeper = _keepers.get(place)
+    if keeper is None or not keeper.folder.is_current():
+        keeper = _keepers[place] = Keeper(place)
+    return keeper
 
 
 class PythonInstance:
@@ -66,7 +72,11 @@ class PythonInstance:
     def __init__(self, plan: StagePlan, module: ModuleType) -> None:
         node = plan.nodes[0]
         self._wanted: PythonFunction = node.params[graph.FUNCTION]
-        self._function: Callable[..., Any] = getattr(module, self._wanted.name)
+        function = getattr(module, self._wanted.name, None)
+        if not callable(function):
+            file, name = self._wanted.path.name, self._wanted.name
+            raise EngineError(f"`{file}` was run and has no function `{name}`")
+        self._function: Callable[..., Any] = function
         self._build = self._building(self._wanted.takes, module)
         self._told = {n: self._building(kind, module) for n, kind in self._wanted.arguments}
         self._place = str(node.span)

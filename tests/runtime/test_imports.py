@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, TypeAlias
 import pytest
 
 import flowlang
+from tests.waiting import eventually
 
 Write: TypeAlias = Callable[[str, str], None]
 
@@ -48,6 +51,17 @@ def answer(folder: Path, item: Any = 0) -> Any:
     """What the operator of a folder gives now."""
     with flowlang.load(flow(folder), device="cpu") as app:
         return app(item)
+
+
+def is_gone(what: Callable[[], Any]) -> bool:
+    """Whether the object of a weak reference goes once it is garbage."""
+    return eventually(lambda: gc.collect() >= 0 and what() is None)
+
+
+def imported(folder: Path) -> list[str]:
+    """The files of a folder that are modules."""
+    files = [str(getattr(module, "__file__", None)) for module in list(sys.modules.values())]
+    return sorted(f[len(f"{folder}{os.sep}") :] for f in files if f.startswith(f"{folder}{os.sep}"))
 
 
 def test_folders_do_not_share_their_helpers(tmp_path: Path, write: Write) -> None:
@@ -165,3 +179,131 @@ def test_objects_of_a_folder_can_be_pickled(tmp_path: Path, write: Write) -> Non
         "    return [type(b) for b in both] == [Own, Kind] and old.__name__ == 'Kind'\n",
     )
     assert answer(tmp_path) is True
+
+
+HOLDS = """import weakref
+from typing import Any
+class Table: pass
+table = Table()
+def f(x: int) -> Any: return weakref.ref(table)
+"""
+
+
+def test_modules_go_with_the_last_app_that_has_them(tmp_path: Path, write: Write) -> None:
+    """Two apps share them; once the first has gone the second has them as they were."""
+    write("pack/__init__.py", HOLDS + "count = [0]\n")
+    write("helper.py", "import pack\n")
+    write(
+        "ops.py",
+        "from typing import Any\nimport helper\ndef f(x: int) -> Any:\n"
+        "    helper.pack.count[0] += 1\n    return helper.pack.count[0], helper.pack.f(x)\n",
+    )
+    first = flowlang.load(flow(tmp_path), device="cpu")
+    assert first(0)[0] == 1
+    second = flowlang.load(flow(tmp_path), device="cpu")
+    assert second(0)[0] == 2
+    gone = weakref.ref(first)
+    first.close()
+    del first
+    assert is_gone(gone)
+    count, table = second(0)
+    assert count == 3
+    assert imported(tmp_path) == ["helper.py", "ops.py", "pack/__init__.py"]
+    second.close()
+    del second
+    assert is_gone(table)
+    assert imported(tmp_path) == []
+    assert answer(tmp_path)[0] == 1
+
+
+def test_each_state_of_a_changed_folder_goes(tmp_path: Path, write: Write) -> None:
+    """While the app of the next one runs, and where a file fails to run too."""
+    write("helper.py", HOLDS)
+    write("ops.py", "import helper\ndef f(x: int) -> helper.Any: return helper.f(x)\n")
+    running = flowlang.load(flow(tmp_path), device="cpu")
+    for number in range(3):
+        table = running(0)
+        write("helper.py", HOLDS + f"raise ValueError({number})\n")
+        with pytest.raises(flowlang.EngineError, match="ValueError"):
+            answer(tmp_path)
+        write("helper.py", HOLDS)
+        following = flowlang.load(flow(tmp_path), device="cpu")
+        assert running(0) is table
+        running.close()
+        running = following
+        assert is_gone(table)
+        assert running(0)() is not None
+        assert imported(tmp_path) == ["helper.py", "ops.py"]
+    running.close()
+
+
+def test_a_running_app_keeps_what_it_may_look_for_later(tmp_path: Path, write: Write) -> None:
+    """Though its folder has changed and others have come and gone: imports in any thread, of any
+    form and for the first time, pickles, and what annotations name.
+    """
+    write("late.py", "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+          "@dataclass\nclass Late:\n    of: list[Late]\n")  # fmt: skip
+    write("pack/__init__.py", "def late():\n    from . import inner\n    return inner.VALUE\n")
+    write("pack/inner.py", "from .circle import VALUE\n")
+    write("pack/circle.py", "from . import inner\nVALUE = 7\n")
+    write(
+        "ops.py",
+        "import pickle, threading, typing\n"
+        "def look(found):\n"
+        "    import late, pack\n"
+        "    one = pickle.loads(pickle.dumps(late.Late([late.Late([])])))\n"
+        "    hints = typing.get_type_hints(late.Late)\n"
+        "    found += [one == late.Late([late.Late([])]), hints['of'] == list[late.Late]]\n"
+        "    found += [pack.late() == 7]\n"
+        "def f(x: int) -> list[bool]:\n"
+        "    found = []\n"
+        "    thread = threading.Thread(target=look, args=(found,))\n"
+        "    thread.start()\n    thread.join()\n    look(found)\n    return found\n",
+    )
+    with flowlang.load(flow(tmp_path), device="cpu") as old:
+        write("ops.py", HOLDS)
+        assert is_gone(answer(tmp_path))
+        assert old(0) == [True] * 6
+
+
+def test_what_outlives_its_app_still_imports(tmp_path: Path, write: Write) -> None:
+    """A thread that an operator began finds the modules of its folder, which are not run again."""
+    write("helper.py", "from collections import Counter\nseen = Counter()\n")
+    write("later.py", "import helper\nhelper.seen['later'] += 1\n")
+    write(
+        "ops.py",
+        "import queue, threading\nfrom typing import Any\nimport helper\n"
+        "helper.seen['run'] += 1\n"
+        "def work(asked, told):\n"
+        "    asked.get()\n"
+        "    try:\n"
+        "        from . import later\n"
+        "        import helper, ops\n"
+        "        told.put((dict(helper.seen), ops.work is work))\n"
+        "    except BaseException as error:\n"
+        "        told.put(error)\n"
+        "def f(x: int) -> Any:\n"
+        "    asked, told = queue.Queue(), queue.Queue()\n"
+        "    threading.Thread(target=work, args=(asked, told), daemon=True).start()\n"
+        "    return asked, told\n",
+    )
+    asked, told = answer(tmp_path)
+    assert eventually(lambda: gc.collect() >= 0 and imported(tmp_path) == [])
+    asked.put(None)
+    assert told.get(timeout=20) == ({"run": 1, "later": 1}, True)
+
+
+def test_an_app_has_one_state_of_a_folder(tmp_path: Path, write: Write) -> None:
+    """Though files of it change while its lanes start: what has been run is not run once more."""
+    write("helper.py", "K = 1\n")
+    change = "import pathlib\npathlib.Path(__file__).with_name('helper.py').write_text('K = 22')\n"
+    for name in ("a", "b"):
+        text = f"import helper\nM = []\n{change}pathlib.Path(__file__).write_text('broken')\n"
+        write(f"{name}.py", text + "def f(x: int) -> int: return x + helper.K\n"
+              "def g(x: int) -> int:\n    M.append(x)\n    return x + len(M)\n")  # fmt: skip
+    path = tmp_path / "all.flow"
+    path.write_text(
+        'use "a.py" as a\nuse "b.py" as b\nexport flow f = a.f x2 -> b.f -> a.g x2 -> b.g\n'
+    )
+    with flowlang.load(path, device="cpu") as app:
+        assert app(0) == 4

@@ -168,6 +168,45 @@ def test_a_change_of_a_file_that_operators_import_counts(tmp_path: Path) -> None
         wait_until(lambda: server.client.post("/", content=b"").json() == 2)
 
 
+def test_old_operators_go_once_new_ones_have_taken_over(tmp_path: Path) -> None:
+    """They answer until then, with what they import only now, and nothing of them is left."""
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    text = """
+import gc, pathlib, time
+
+class Table: pass
+
+table = Table()
+{waits}
+def tell(item: bytes) -> list[int]:
+    import late
+    return [{version}, late.K, sum(type(o).__name__ == "Table" for o in gc.get_objects())]
+"""
+    waits = f"""
+pathlib.Path({str(begun)!r}).touch()
+while not pathlib.Path({str(gate)!r}).exists():
+    time.sleep(0.01)
+"""
+    (tmp_path / "late.py").write_text("K = 5\n")
+    (tmp_path / "post.py").write_text(text.format(version=1, waits=""))
+    flow = tmp_path / "tell.flow"
+    flow.write_text('use "post.py" as post\nexport flow tell = post.tell\n')
+    with serving(tmp_path, str(flow), "--device", "cpu", "--watch") as server:
+        server.wait_ready()
+
+        def told() -> list[int]:
+            answer: list[int] = server.client.post("/", content=b"").json()
+            return answer
+
+        (tmp_path / "post.py").write_text(text.format(version=2, waits=waits))
+        wait_until(begun.exists)
+        assert told() == [1, 5, 2]
+        gate.touch()
+        for version in (2, 3, 4):
+            (tmp_path / "post.py").write_text(text.format(version=version, waits=""))
+            wait_until(lambda v=version: told() == [v, 5, 1])  # type: ignore[misc]
+
+
 def test_a_change_of_a_word_list_counts(tmp_path: Path) -> None:
     """Also of one that an operator inside a `map` is given; one that is no text is not taken."""
     names, flow = tmp_path / "names.txt", tmp_path / "tell.flow"
