@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from flowlang.diagnostics import BadRequest, FlowError, RequestError
-from flowlang.items import Arguments, accept_bytes, acceptor
+from flowlang.items import Arguments, accept_bytes, flow_acceptor
 from flowlang.plan.files import PathLike, compile_files
 from flowlang.plan.physical import FlowProgram, PhysicalPlan, lower
 from flowlang.runtime import seal
@@ -84,8 +84,8 @@ class Flow:
         self._scheduler = app.scheduler
         self._entrance = app.scheduler.entrances[program.name]
         self.parameters = program.plan.parameters
-        self._accept = acceptor(program.input)
-        self._arguments = Arguments(self.parameters)
+        self._accept = flow_acceptor(program.plan)
+        self._arguments = Arguments(program.plan)
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopReply] = (
             weakref.WeakKeyDictionary()
         )

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flowlang.diagnostics import BadRequest
 from flowlang.plan.expression import known_value
-from flowlang.plan.graph import Parameter
+from flowlang.plan.graph import FlowPlan
+from flowlang.plan.ties import Side, differing, placed, ties_of
 from flowlang.plan.types import (
     ANY_ARRAY,
     BYTES,
@@ -28,7 +30,7 @@ from flowlang.plan.types import (
     shape_fits,
     without_null,
 )
-from flowlang.runtime.conform import PLAIN
+from flowlang.runtime.conform import PLACES, PLAIN
 
 
 def acceptor(kind: Type) -> Callable[[Any], Any]:
@@ -37,6 +39,8 @@ def acceptor(kind: Type) -> Callable[[Any], Any]:
         return accept_bytes
     if isinstance(kind, Scalar) and kind.name in PLAIN:
         return lambda item: _accept_plain(item, kind)
+    if isinstance(kind, Scalar) and kind.name in PLACES:
+        return lambda item: _accept_place(item, kind)
     if isinstance(kind, (Image, Tensor)):
         return lambda item: _accept_array(item, kind)
     if isinstance(kind, Optional):
@@ -47,6 +51,46 @@ def acceptor(kind: Type) -> Callable[[Any], Any]:
     if isinstance(kind, Record):
         return _record_acceptor(kind)
     return lambda item: item
+
+
+def flow_acceptor(plan: FlowPlan) -> Callable[[Any], Any]:
+    """What checks the item of a flow at the door; with what comes beside it, Arguments do."""
+    accept, ties = acceptor(plan.input.type), Ties(plan)
+    if plan.parameters or not ties:
+        return accept
+
+    def accept_tied(item: Any) -> Any:
+        found = accept(item)
+        ties.check((found,))
+        return found
+
+    return accept_tied
+
+
+class Ties:
+    """Holds the lengths of what a request brings against each other, where a model ties them."""
+
+    def __init__(self, plan: FlowPlan) -> None:
+        self._all = ties_of(plan)
+        self._names = ("the item", *(f"`{p.name}`" for p in plan.parameters))
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def check(self, values: Sequence[Any]) -> None:
+        """The item, and behind it the parameters. Raises BadRequest."""
+        for tie in self._all:
+            lengths = [self._length(side, values) for side in tie.sides]
+            if (wanted := differing(tie.symbol, lengths)) is not None:
+                raise BadRequest(f"this flow takes {wanted}")
+
+    def _length(self, side: Side, values: Sequence[Any]) -> tuple[int, str]:
+        value, name = values[side.slot], self._names[side.slot]
+        for field in side.fields:
+            value = value[field]
+        if side.fields:
+            name = f"`{'.'.join(side.fields)}`"
+        return value.shape[side.axis], placed(name, side.axis, value.ndim)
 
 
 def _list_acceptor(kind: ListOf) -> Callable[[Any], Any]:
@@ -131,11 +175,28 @@ def _accept_plain(item: Any, kind: Scalar) -> Any:
         raise BadRequest(f"this flow takes {kind}, and this number is too large") from None
 
 
+def _accept_place(item: Any, kind: Scalar) -> Any:
+    import numpy as np
+
+    shape, words = PLACES[kind.name]
+    try:
+        given = np.asarray(item)
+    except ValueError:  # lists of different lengths
+        given = np.empty(0)
+    is_place = given.shape == shape and given.dtype.kind in "iuf" and not _has_truth(item)
+    if not is_place or not np.isfinite(given).all():
+        shown = "null" if item is None else reprlib.repr(item)
+        raise BadRequest(f"this flow takes {kind} ({words}), not {shown}")
+    return given.tolist()
+
+
 def _accept_array(item: Any, kind: Image | Tensor) -> Any:
     import numpy as np
 
     if kind == ANY_ARRAY:
         return _any_array(item)
+    if item is None:
+        raise BadRequest(f"this flow takes {kind}, not null")
     dtype = numpy_dtype(kind.dtype)
     array = item
     if not isinstance(item, np.ndarray):
@@ -182,12 +243,16 @@ def _any_array(item: Any) -> Any:
 def _check_shape(shape: tuple[int, ...], kind: Image | Tensor) -> None:
     if not shape_fits(shape, kind.shape):
         raise BadRequest(f"this flow takes {kind}, not an array of shape {shape}")
+    if isinstance(kind, Image) and 0 in shape:
+        raise BadRequest(f"this flow takes {kind}, and one of shape {shape} has no pixels")
 
 
 class Arguments:
     """The values a request brings for the parameters of its flow, checked at the door."""
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    def __init__(self, plan: FlowPlan) -> None:
+        parameters = plan.parameters
+        self._ties = Ties(plan)
         self._accept = {p.name: acceptor(p.type) for p in parameters}
         self._defaults: dict[str, Any] = {
             p.name: None for p in parameters if isinstance(p.type, Optional)
@@ -210,6 +275,7 @@ class Arguments:
                 found.append(accept(given[name]) if name in given else self._defaults[name])
             except BadRequest as error:
                 raise BadRequest(f"`{name}`: {error.message}") from None
+        self._ties.check((item, *found))
         return (item, *found)
 
 

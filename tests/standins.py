@@ -36,6 +36,10 @@ MODELS: dict[str, tuple[list[Port], list[Port]]] = {
     "gray.onnx": ([("data", "f32", ("N", 1, 28, 28))], [("digits", "f32", ("N", 10))]),
     "levels.onnx": ([("picture", "u8", ("N", None, None, 3))], [LOGITS]),
     "ids.onnx": ([("ids", "i64", ("N", 16))], [("vector", "f32", ("N", 64))]),
+    "tokens.onnx": (
+        [("ids", "i64", ("N", "seq")), ("mask", "i64", ("N", "seq"))],
+        [("vector", "f32", ("N", 64))],
+    ),
     "vector.onnx": ([("vector", "f32", ("N", 1000))], [("score", "f32", ("N", 2))]),
     "det.onnx": (
         [("images", "f32", ("N", 3, 480, 640))],

@@ -156,7 +156,7 @@ def test_values_of_every_type(app: flowlang.App) -> None:
         ("needs", 1, {"a": 1, "b": {"x": 1}}, "`b`: this flow takes list<where>, not a record"),
         ("needs", 1, {"a": 1, "b": [], "c": "c"}, "`c`: this flow takes bytes, not str"),
         ("part", 0, {"box": [1, 2, 3, 4], "picture": 3}, "`picture`: this flow takes image<rgb"),
-        ("part", 0, {"box": [1, 2], "picture": np.zeros((4, 4, 3), np.uint8)}, "neither a box"),
+        ("part", 0, {"box": [1, 2], "picture": np.zeros((4, 4, 3), np.uint8)}, "`box`: this"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -16,12 +16,13 @@ from flowlang.plan import graph
 from flowlang.plan.arguments import Bound, with_sides
 from flowlang.plan.expression import EMPTY
 from flowlang.plan.graph import Node
-from flowlang.plan.model import Misfit, Packing, fit, gives, input_type
+from flowlang.plan.model import Misfit, Packing, fit, gives, input_type, layout_of
 from flowlang.plan.onnx import Model, NotAModel, Opener, Port, read_model
 from flowlang.plan.ops import OPS, Op
 from flowlang.plan.rules import Mismatch
 from flowlang.plan.schedule import Given
-from flowlang.plan.types import Image, ListOf, Optional, Record, Type, Unknown
+from flowlang.plan.ties import differing, placed
+from flowlang.plan.types import Image, ListOf, Optional, Record, Shape, Tensor, Type, Unknown
 from flowlang.syntax.wording import one_line
 
 Report = Callable[[Diagnostic], None]
@@ -148,6 +149,7 @@ class ModelFitter:
                 f"`{model.name}` has {len(model.inputs)} inputs, so it takes a record",
                 f"wants {input_type(model)}",
             )
+        self._check_ties(node, item, model)
         self.check_batch(model, bound.settings.get("batch"))
         return node
 
@@ -172,6 +174,21 @@ class ModelFitter:
                     severity="hint",
                 )
             )
+
+    def _check_ties(self, node: Node, item: Node, model: Model) -> None:
+        """Sides of one name in the model are of one length, as far as theirs are known."""
+        several = item.type.fields if isinstance(item.type, Record) else ()
+        kinds = dict(several) if len(model.inputs) > 1 else {model.inputs[0].name: item.type}
+        shapes = {p.name: _shape_at(kinds.get(p.name), p) for p in model.inputs}
+        for tie in model.ties:
+            lengths = [
+                (length, placed(f"`{name}`", axis, len(shapes[name])))
+                for name, axis in tie.sides
+                if (length := dict(enumerate(shapes[name])).get(axis)) is not None
+            ]
+            if (wanted := differing(tie.symbol, lengths)) is not None:
+                message, label = f"`{model.name}` takes {wanted}", f"wants {input_type(model)}"
+                mismatch(self.report, node.span, item, message, label, slug="size-mismatch")
 
     def _check_levels(
         self, node: Node, item: Node, model: Model, port: Port, levels: list[str]
@@ -250,6 +267,14 @@ class ModelFitter:
                 note="export the model with a dynamic first dimension to batch it freely",
             )
         )
+
+
+def _shape_at(kind: Type | None, port: Port) -> Shape:
+    """The shape that an item has as a model's input; nothing where that is not known."""
+    if isinstance(kind, Image):
+        sides = (kind.height, kind.width)
+        return (None, *sides) if layout_of(port) == "chw" else (*sides, None)
+    return (kind.shape or ()) if isinstance(kind, Tensor) else ()
 
 
 def _is_element(kind: Type, model: Model) -> bool:

@@ -36,6 +36,9 @@ HOLDERS: Mapping[str, Mapping[int, str]] = {
 }
 LOCATION = b"location"
 
+# What some exporters write for the name of a dimension that is free, and has none.
+NAMELESS = frozenset(("", "?", "*", "-1", "None"))
+
 # onnx.TensorProto.DataType
 DTYPE = {
     1: "f32", 2: "u8", 3: "i8", 4: "u16", 5: "i16", 6: "i32", 7: "i64", 9: "bool", 10: "f16",
@@ -54,16 +57,32 @@ class NotAModel(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A model's input or output; `shape` includes the batch dimension where there is one."""
+    """A model's input or output; `shape` includes the batch dimension where there is one.
+
+    `symbols` are the names of its dimensions, None for those without: ONNX has it that dimensions
+    of one name are of one length.
+    """
 
     name: str
     dtype: str
     shape: Shape | None
+    symbols: tuple[str | None, ...] = ()
 
     @property
     def item(self) -> Tensor:
         """The type of one item of the batch."""
         return Tensor(self.dtype, self.shape[1:] if self.shape else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """Sides of a model's inputs that have one length in each item: ports by name, and their axes.
+
+    Axes are those of an item, which has no batch dimension.
+    """
+
+    symbol: str
+    sides: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +127,16 @@ class Model:
         """The batch dimension all inputs are fixed to, or None where it is free."""
         sizes = {p.shape[0] for p in self.inputs if p.shape}
         return sizes.pop() if len(sizes) == 1 else None
+
+    @property
+    def ties(self) -> tuple[Tie, ...]:
+        """What the names of dimensions say of the lengths of an item."""
+        sides: dict[str, list[tuple[str, int]]] = {}
+        for port in self.inputs:
+            for axis, symbol in enumerate(port.symbols[1:]):
+                if symbol is not None:
+                    sides.setdefault(symbol, []).append((port.name, axis))
+        return tuple(Tie(s, tuple(each)) for s, each in sides.items() if len(each) > 1)
 
     @property
     def output(self) -> Type:
@@ -301,7 +330,9 @@ def _model(path: Path, header: _Header, opener: Opener | None) -> Model:
             if kind.HasField("shape")
             else None
         )
-        return Port(value.name, DTYPE[kind.elem_type], shape)
+        names = (d.dim_param for d in kind.shape.dim)
+        symbols = tuple(None if name in NAMELESS else name for name in names)
+        return Port(value.name, DTYPE[kind.elem_type], shape, symbols)
 
     # Before IR version 4 a graph lists its weights among its inputs.
     inputs = tuple(port(v) for v in model.graph.input if v.name not in header.initializers)

@@ -36,7 +36,8 @@ PLAIN: Mapping[str, tuple[type, ...]] = {
     "bool": (bool,),
     "duration": (float, int),
 }
-_PLACES: Mapping[str, tuple[tuple[int, ...], str]] = {
+# Boxes and quads: the shape of their numbers, and what those are.
+PLACES: Mapping[str, tuple[tuple[int, ...], str]] = {
     "box": ((4,), "left, top, right and bottom"),
     "quad": ((4, 2), "four points"),
 }
@@ -61,7 +62,7 @@ def conforming(kind: Type) -> Conform:
         return _bytes
     if isinstance(kind, Scalar) and kind.name in PLAIN:
         return _scalar(kind)
-    if isinstance(kind, Scalar) and kind.name in _PLACES:
+    if isinstance(kind, Scalar) and kind.name in PLACES:
         return _place(kind)
     return _plain
 
@@ -136,7 +137,7 @@ def _scalar(kind: Scalar) -> Conform:
 
 
 def _place(kind: Scalar) -> Conform:
-    shape, words = _PLACES[kind.name]
+    shape, words = PLACES[kind.name]
 
     def conform(value: Any) -> Any:
         import numpy as np
@@ -217,6 +218,8 @@ def _array(kind: Tensor | Image) -> Conform:
         if not shape_fits(array.shape, kind.shape):
             sides = f", which is {shape_text(kind.shape)}" if isinstance(kind, Image) else ""
             raise NotOfType(f"an array of shape {shape_text(array.shape)} is not {kind}{sides}")
+        if isinstance(kind, Image) and not array.size:
+            raise NotOfType(f"an array of shape {shape_text(array.shape)} is no image")
         return converted(array, dtype, kind)
 
     return conform

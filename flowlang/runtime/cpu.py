@@ -10,12 +10,13 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flowlang.diagnostics import EngineError, StageFailed
+from flowlang.diagnostics import BadRequest, EngineError, StageFailed
 from flowlang.plan import graph
 from flowlang.plan.graph import Node
 from flowlang.plan.onnx import Model, Port
 from flowlang.plan.physical import StagePlan
-from flowlang.plan.types import Image, Shape, numpy_dtype
+from flowlang.plan.ties import differing, placed
+from flowlang.plan.types import Image, Record, Shape, Tensor, numpy_dtype, shape_fits
 from flowlang.runtime.frame import run_framed
 from flowlang.runtime.host import Work, row_work_of, work_of
 from flowlang.runtime.ort import Sessions
@@ -198,6 +199,18 @@ class _Room:
         return None
 
 
+def _loose(node: Node, model: Model) -> list[tuple[str, Tensor]]:
+    """The inputs whose arrays are of any rank as far as is known, though the model's are of one."""
+    given = node.inputs[0].type
+    kinds = given.fields if isinstance(given, Record) else ((model.inputs[0].name, given),)
+    wanted = {port.name: port.item for port in model.inputs}
+    return [
+        (name, wanted[name])
+        for name, kind in kinds
+        if isinstance(kind, Tensor) and kind.shape is None and wanted[name].shape is not None
+    ]
+
+
 class _ModelStep:
     """A model run on batches of items whose shapes may differ."""
 
@@ -207,6 +220,8 @@ class _ModelStep:
         self.session = sessions.of(model)
         self.room: _Room | None = None
         self.name, self.place = model.name, str(node.span)
+        self.ties = model.ties
+        self.loose = _loose(node, model)
 
     def warm(self, size: int) -> None:
         import numpy as np
@@ -230,9 +245,13 @@ class _ModelStep:
     def run(self, items: Sequence[Any]) -> list[Any]:
         """The outcome of each item. Items of one shape share a run of the model."""
         groups: dict[Any, list[int]] = {}
-        for index, item in enumerate(items):
-            groups.setdefault(self._shape(item), []).append(index)
         outcomes: list[Any] = [None] * len(items)
+        for index, item in enumerate(items):
+            if (self.ties or self.loose) and (wanted := self._misfit(item)) is not None:
+                message = f"`{self.name}` takes {wanted}"
+                outcomes[index] = BadRequest(message, stage=self.name, place=self.place)
+            else:
+                groups.setdefault(self._shape(item), []).append(index)
         for members in groups.values():
             for index, result in zip(members, self._run([items[i] for i in members]), strict=True):
                 outcomes[index] = result
@@ -242,6 +261,19 @@ class _ModelStep:
         if len(self.ports) == 1:
             return item.shape
         return tuple(item[name].shape for name in self._names())
+
+    def _misfit(self, item: Any) -> str | None:
+        """What the model wants of an item that is not so, of all that its type leaves open."""
+        arrays = {self.ports[0].name: item} if len(self.ports) == 1 else item
+        for name, kind in self.loose:
+            if not shape_fits(arrays[name].shape, kind.shape):
+                return f"`{name}` as {kind}, not an array of shape {arrays[name].shape}"
+        for tie in self.ties:
+            sides = [(arrays[name], name, axis) for name, axis in tie.sides]
+            lengths = [(a.shape[axis], placed(f"`{n}`", axis, a.ndim)) for a, n, axis in sides]
+            if (wanted := differing(tie.symbol, lengths)) is not None:
+                return wanted
+        return None
 
     def _run(self, items: list[Any]) -> list[Any]:
         """A batch; where it fails, its items one by one, so that only the guilty one fails."""

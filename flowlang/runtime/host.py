@@ -102,6 +102,8 @@ def _live_work(node: Node, settings: Mapping[str, Any], lives: Sequence[tuple[Pa
     # Files are read now: later they may be gone, and a request is not the time to read them.
     known = {n: lines_of(v) if isinstance(v, Path) else v for n, v in node.params.items()}
     others = _others(node, lives)
+    # Who sends a value knows it by the name that the flow has for it.
+    named = [(param, index, node.inputs[index].params.get("called")) for param, index in lives]
 
     @functools.lru_cache(maxsize=MAX_WORKS)
     def work_with(values: tuple[Any, ...]) -> Work:
@@ -109,7 +111,7 @@ def _live_work(node: Node, settings: Mapping[str, Any], lives: Sequence[tuple[Pa
         return make(replace(node, params={**known, **live}), settings)
 
     def work(value: Any, *extras: Any) -> Any:
-        values = tuple(_checked(param, extras[index - 1]) for param, index in lives)
+        values = tuple(_checked(p, extras[index - 1], called) for p, index, called in named)
         return work_with(values)(value, *(extras[index - 1] for index in others))
 
     return work
@@ -136,7 +138,7 @@ _KINDS: Mapping[str, tuple[type, str]] = {
 }
 
 
-def _checked(param: Param, value: Any) -> Any:
+def _checked(param: Param, value: Any, called: str | None) -> Any:
     """A value that a request brings, as the parameter's kind. Raises BadRequest."""
     kind, wanted = _KINDS.get(param.kind, (tuple, "fixed in the flow"))
     low, high = param.low, param.high
@@ -150,7 +152,9 @@ def _checked(param: Param, value: Any) -> Any:
     too_low = is_kind and low is not None and not value >= low  # `not`, for NaN is neither
     too_high = is_kind and high is not None and not value <= high
     if not is_kind or too_low or too_high:
-        raise BadRequest(f"`{param.name}` must be {wanted}, and is {reprlib.repr(value)}")
+        own = f"`{param.name}`"
+        which = "" if called in (None, own) else f"{called} "
+        raise BadRequest(f"{own} must be {wanted}, and {which}is {reprlib.repr(value)}")
     return int(value) if kind is Integral else float(value) if kind is Real else value
 
 

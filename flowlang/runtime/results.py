@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from flowlang.diagnostics import EngineError, StageFailed
+from flowlang.diagnostics import BadRequest, EngineError, StageFailed
 from flowlang.plan.graph import Node
 from flowlang.plan.lines import read_lines
 from flowlang.runtime import boxes
@@ -40,6 +40,8 @@ def _softmax(node: Node, settings: Mapping[str, Any]) -> Work:
     import numpy as np
 
     def work(values: Array) -> Array:
+        if not values.size:  # and no greatest
+            return values.astype(np.float32)
         values = np.exp(values.astype(np.float32) - values.max(-1, keepdims=True))
         shares: Array = values / values.sum(-1, keepdims=True)
         return shares
@@ -96,10 +98,17 @@ def top_places(values: Array, count: int) -> Array:
     return last_first[by_rank][::-1][:count]
 
 
+def _check_choice(values: Array) -> None:
+    """Raises BadRequest where there is no value to choose: none came, or none came of it."""
+    if values.ndim and not values.shape[-1]:
+        raise BadRequest(f"there is no greatest value in an array of shape {values.shape}")
+
+
 def _argmax(node: Node, settings: Mapping[str, Any]) -> Work:
     import numpy as np
 
     def work(values: Array) -> Any:
+        _check_choice(values)
         places = ranked(values).argmax(-1)
         return int(places) if values.ndim == 1 else np.asarray(places, np.int64)
 
@@ -157,6 +166,7 @@ def _best(node: Node, settings: Mapping[str, Any]) -> Work:
     names = lines_of(node.params["names"])
 
     def work(values: Array) -> dict[str, Any]:
+        _check_choice(values)
         index = int(ranked(values).argmax())
         return label(index, float(values[index]), names)
 
@@ -168,6 +178,7 @@ def _ctc(node: Node, settings: Mapping[str, Any]) -> Work:
     is_scored = node.params.get("scored", False)
 
     def work(steps: Array) -> Any:
+        _check_choice(steps)
         if steps.shape[-1] > len(keys):
             raise StageFailed(
                 f"the model knows {steps.shape[-1]} classes and `keys` names {len(keys) - 1}"

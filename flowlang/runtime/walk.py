@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from flowlang.diagnostics import RequestError, StageFailed
+from flowlang.diagnostics import BadRequest, RequestError, StageFailed
 from flowlang.plan import graph
 from flowlang.plan.expression import compute, failure, function_of, is_plain
 from flowlang.plan.physical import Steps, Unit
@@ -214,11 +214,13 @@ def _captured(track: Track, values: Sequence[Any]) -> list[Any]:
 def _scatter(
     walk: Walk, index: int, unit: Unit, values: Sequence[Any], arrivals: _Arrivals
 ) -> None:
-    """Start the body of a `map` for each element. Raises StageFailed where there are too many."""
+    """Start the body of a `map` for each element. Raises BadRequest where there are too many."""
     elements, most = values[0], unit.node.params["max"]
     if len(elements) > most:
-        message = f"map failed: a list of {len(elements):,} elements, and `max` is {most:,}"
-        raise StageFailed(message, stage="map", place=str(unit.node.span))
+        source = unit.node.inputs[0]
+        of = f"`{source.params['name']}` is " if source.op == graph.FIELD else ""
+        message = f"map failed: {of}a list of {len(elements):,} elements, and `max` is {most:,}"
+        raise BadRequest(message, stage="map", place=str(unit.node.span))
     track = walk.track.bodies[index][0]
     captured = _captured(track, values)
     results = _computed(walk.track.plain[index], elements, captured)

@@ -224,6 +224,7 @@ def reader_of(kind: Type, parts: Collection[str] = ()) -> Callable[[bytes], Any]
     def read(body: bytes) -> Any:
         try:
             value = from_json(body)
+            _check_texts(body, value)
         except (ValueError, RecursionError) as error:
             coded = " with bytes in base64" if _has_bytes(kind) else ""
             raise BadRequest(
@@ -234,7 +235,15 @@ def reader_of(kind: Type, parts: Collection[str] = ()) -> Callable[[bytes], Any]
     return read
 
 
+def _check_texts(body: bytes, value: Any) -> None:
+    """Raises UnicodeEncodeError where a string of JSON is no text, which no answer could repeat."""
+    if b"\\ud" in body or b"\\uD" in body:  # half a pair can only come as an escape
+        json.dumps(value, ensure_ascii=False).encode()
+
+
 def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return "a string in it is no text (a lone surrogate)"
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at line {error.lineno}, column {error.colno}"
     return "the body is not UTF-8" if isinstance(error, UnicodeError) else "it cannot be read"

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from flowlang.plan.onnx import Model, NotAModel, Port, file_sha256, read_model
+from flowlang.plan.onnx import Model, NotAModel, Port, Tie, file_sha256, read_model
 from flowlang.plan.types import Record, Tensor
+from tests import standins
 from tests.standins import DTYPES, MODELS, write_model
 
 LARGE_BYTES = 50 << 20
@@ -51,13 +52,14 @@ def read_bytes(path: Path, data: bytes) -> Model:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_inputs_and_outputs_are_read_as_declared(name: str, tmp_path: Path) -> None:
-    """Names, dtypes and shapes come out as written; named dimensions are of any length."""
+    """Names, dtypes and shapes come out as written; dimensions with a name are of any length."""
     inputs, outputs = MODELS[name]
     model = read_model(write_model(tmp_path / name, inputs, outputs))
 
     def port(name: str, dtype: str, dims: Sequence[int | str | None] | None) -> Port:
         shape = None if dims is None else tuple(d if isinstance(d, int) else None for d in dims)
-        return Port(name, dtype, shape)
+        symbols = tuple(d if isinstance(d, str) else None for d in dims or ())
+        return Port(name, dtype, shape, symbols)
 
     assert model.inputs == tuple(port(*p) for p in inputs)
     assert model.outputs == tuple(port(*p) for p in outputs)
@@ -84,6 +86,21 @@ def test_dimensions_that_are_no_length_are_of_any(tmp_path: Path) -> None:
     model = read_model(path)
     assert model.inputs[0].shape == (None, 3, None)
     assert model.fixed_batch is None
+
+
+def test_dimensions_of_one_name_are_tied(tmp_path: Path) -> None:
+    """Those of an item, of one input or of several; not what exporters write for no name."""
+    inputs: list[standins.Port] = [
+        ("a", "f32", ("N", "seq", "N")),
+        ("b", "f32", ("N", 3, "seq", "side", "side")),
+        ("c", "f32", ("N", "alone", "None", "?")),
+        ("d", "f32", ("N", "None", "?", None)),
+    ]
+    model = read_model(write_model(tmp_path / "m.onnx", inputs, [("y", "f32", ("N",))]))
+    assert model.ties == (
+        Tie("seq", (("a", 0), ("b", 1))),
+        Tie("side", (("b", 2), ("b", 3))),
+    )
 
 
 @pytest.mark.parametrize(("first", "size"), [(4, 4), ("N", None), (None, None)])
@@ -113,7 +130,7 @@ def test_weights_are_not_loaded(tmp_path: Path) -> None:
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert model.inputs == (Port("x", "f32", (None, LARGE_BYTES // 40)),)
+    assert model.inputs == (Port("x", "f32", (None, LARGE_BYTES // 40), ("N", None)),)
     assert peak_bytes < 1 << 20
 
 

@@ -312,7 +312,7 @@ def test_a_list_that_is_too_long_says_so(load: Load) -> None:
     assert len(app["plain"](list(range(256)))) == 256
     assert len(app["model"](UNITS * 64)) == 256
     for name, item in (("plain", list(range(257))), ("model", UNITS * 65)):
-        with pytest.raises(flowlang.StageFailed, match="and `max` is 256"):
+        with pytest.raises(flowlang.BadRequest, match="and `max` is 256"):
             app[name](item)
     assert app["mended"](list(range(257))) == []
 

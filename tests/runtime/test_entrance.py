@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowlang.diagnostics import Draining, Overloaded, StageFailed
+from flowlang.diagnostics import BadRequest, Draining, Overloaded
 from flowlang.plan.physical import StagePlan
 from flowlang.runtime.entrance import Entrance
 from flowlang.runtime.request import Request
@@ -221,7 +221,7 @@ def test_a_backlog_of_requests_that_need_no_stage_empties_at_once() -> None:
     behind = [simulation.submit("f", [0, 1, 2]) for _ in range(5000 - width)]
     simulation.run()
     assert all(isinstance(request.outcome, dict) for request in inside)
-    assert all(isinstance(request.outcome, StageFailed) for request in behind)
+    assert all(isinstance(request.outcome, BadRequest) for request in behind)
     assert simulation.scheduler.outstanding == 0
 
 
