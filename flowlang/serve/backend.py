@@ -19,6 +19,8 @@ from flowlang.serve.watch import reload_on_change
 if TYPE_CHECKING:
     from flowlang.app import App
 
+COLLECT_S = (0.0, 0.1, 0.5, 2.0, 5.0)  # pauses between what the collector does after a reload
+
 
 class Backend(Protocol):
     """The flows behind a server. All methods belong to one event loop."""
@@ -157,13 +159,21 @@ class Local:
 
 
 def _let_go(before: list[App], within_s: float) -> bool:
-    """Close flows that nothing else holds any more, and have back what they held.
-
-    The collector would leave it until there are many new objects, and a table of an operator's is
-    one, however large. It looks three times: the app is garbage first, then what its threads were
-    made with, and then the modules of its operators.
-    """
+    """Close flows that nothing else holds any more, and have back what they held."""
     in_time = before.pop().close(within_s)
-    for _ in range(3):
-        gc.collect()
+    with contextlib.suppress(RuntimeError):  # no thread to be had: the collector comes by itself
+        threading.Thread(target=_collect, name="flowlang-collect", daemon=True).start()
     return in_time
+
+
+def _collect() -> None:
+    """Have the collector come for flows that were replaced.
+
+    By itself it waits until there are many new objects, and a table of an operator's is one,
+    however large. It comes several times, for one thing goes after another: the app, what its
+    threads were made with, the modules of its operators; and an answer on its way or a thread at
+    its end may hold them for a while.
+    """
+    for pause_s in COLLECT_S:
+        time.sleep(pause_s)
+        gc.collect()
