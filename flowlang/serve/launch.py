@@ -41,7 +41,8 @@ def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
             reuse_port=is_shared,
         )
     except OSError as error:
-        raise FlowError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        reason = (error.strerror or "").partition(" (while ")[0]  # Python repeats the address
+        raise FlowError(f"cannot listen on {host}:{port}: {reason}") from error
     except UnicodeError:
         raise FlowError(f"cannot listen on {host}:{port}: this is no name of a host") from None
 
