@@ -30,6 +30,7 @@ HEARD = (*STOPS, signal.SIGCHLD)
 # A process that lived no longer is started again after a pause, as is an engine without flows.
 SHORT_S = 1.0
 PAUSES_S = (0.1, 5.0)  # the first, and the longest
+LONGEST_BYTES = 80  # of a path to the folder: a socket's has 107 at most
 
 
 class Reins:
@@ -92,7 +93,7 @@ class Supervisor:
     """
 
     def __init__(self, engine: Work, fronts: Sequence[Work], held: Sequence[socket.socket]) -> None:
-        self._folder = tempfile.mkdtemp(prefix="flowlang-")  # for its owner alone
+        self._folder = _own_folder()
         self._path = os.path.join(self._folder, "engine")
         self._engine = engine
         self._fronts = fronts
@@ -270,6 +271,18 @@ class _Signals:
         for stop in STOPS:
             signal.signal(stop, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _own_folder() -> str:
+    """A new folder for its owner alone. Raises OSError.
+
+    The usual place may be full, read-only as in many a container, or too long for a socket's path.
+    """
+    with contextlib.suppress(OSError):
+        usual = tempfile.gettempdir()
+        if len(os.fsencode(usual)) <= LONGEST_BYTES:
+            return tempfile.mkdtemp(prefix="flowlang-", dir=usual)
+    return tempfile.mkdtemp(prefix="flowlang-", dir="/dev/shm")
 
 
 def _note(number: int, frame: object) -> None:

@@ -97,6 +97,30 @@ main(["serve", "--ingest", "2", "--port", "0", {str(folder / "light.flow")!r}])
         assert set(map(int, asked.read_text().split())) == {processes(server).engine}
 
 
+@pytest.mark.parametrize("is_writable", [False, True])
+def test_it_needs_no_place_for_temporary_files(
+    folder: Path, tmp_path: Path, is_writable: bool
+) -> None:
+    """Nor one whose path is short enough for a socket's; and nothing is left where it goes."""
+    place = tmp_path / ("x" * 90)
+    place.mkdir()
+    code = f"""
+import tempfile
+tempfile.tempdir = {str(place) if is_writable else "/proc"!r}
+from flowlang.cli import main
+main(["serve", "--ingest", "2", "--port", "0", {str(folder / "light.flow")!r}])
+"""
+    with running(folder, "-c", code) as server:
+        server.wait_ready()
+        sockets = psutil.Process(processes(server).engine).net_connections("unix")
+        (path,) = {Path(connected.laddr) for connected in sockets if connected.laddr}
+        assert path.is_relative_to("/dev/shm")
+        assert server.client.post("/flows/echo", content=b"x").content == b"x"
+        server.signal()
+        assert server.wait() == 0
+        assert not path.parent.exists()
+
+
 def test_a_port_in_use_is_told(folder: Path, server: Server) -> None:
     """A port that another has is not shared with it, even if that shares it among its own."""
     command = [sys.executable, "-m", "flowlang", "serve", "--ingest", "2", "--port"]
