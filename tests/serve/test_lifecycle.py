@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,31 @@ def test_a_port_in_use_is_told(folder: Path, echo: Path) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert serve(lambda: flowlang.load(echo), "127.0.0.1", taken.getsockname()[1]) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_before_it_listens_is_heard(tmp_path: Path, kind: tuple[str, ...]) -> None:
+    """While files are checked, too: the first process of a container would not hear it."""
+    flow = tmp_path / "slow.flow"
+    os.mkfifo(flow)
+    program = [sys.executable, "-m", "flowlang", "serve", "--port", "0", *kind, str(flow)]
+    written: list[int] = []
+
+    def is_read() -> bool:
+        with suppress(OSError):  # nobody reads it yet
+            written.append(os.open(flow, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(written)
+
+    with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            wait_until(is_read)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_S) == 0
+            assert process.stdout is not None
+            assert process.stdout.read() == b""
+        finally:
+            process.kill()
+            os.close(*written)
 
 
 @pytest.mark.parametrize("kind", KINDS)
