@@ -142,6 +142,8 @@ def serve(
     # what a process has begun with CUDA is of no use to those that it forks.
     plans = check()
     first = [] if fronts else [lower(plans, this_machine(device))]
+    if watches:  # read it again once that has begun: a change until then would not be seen
+        first.clear()
     names = [flow.name for plan in plans for flow in plan.flows]
     if thrift_flow is not None and thrift_flow not in names:
         there = ", ".join(f"`{name}`" for name in names)
