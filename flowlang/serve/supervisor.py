@@ -30,6 +30,7 @@ HEARD = (*STOPS, signal.SIGCHLD)
 # A process that lived no longer is started again after a pause, as is an engine without flows.
 SHORT_S = 1.0
 PAUSES_S = (0.1, 5.0)  # the first, and the longest
+TOUCH_S = 3600.0  # between looks at the folder, for whoever removes what is old
 LONGEST_BYTES = 80  # of a path to the folder: a socket's has 107 at most
 
 
@@ -122,15 +123,23 @@ class Supervisor:
                         self._be_told_to_stop()
                 self._reap()
                 self._start_due()
+                self._touch()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
         return self._status
 
-    def _pause_s(self) -> float | None:
-        """How long to wait for a signal; None for as long as it takes."""
-        if not self._due:
-            return None
-        return max(0.0, min(self._due.values()) - time.monotonic())
+    def _pause_s(self) -> float:
+        """How long to wait for a signal."""
+        now_s = time.monotonic()
+        return max(0.0, min(self._due.values(), default=now_s + TOUCH_S) - now_s)
+
+    def _touch(self) -> None:
+        """Have the socket look young: what lies there untouched for days may be removed, and no
+        front that begins would find the engine any more.
+        """
+        for path in (self._folder, self._path):
+            with contextlib.suppress(OSError):  # the engine does not listen yet
+                os.utime(path, follow_symlinks=False)
 
     # Beginning
 
@@ -255,7 +264,7 @@ class _Signals:
         for number in HEARD:
             signal.signal(number, _note)
 
-    def wait(self, within_s: float | None) -> bytes:
+    def wait(self, within_s: float) -> bytes:
         """The numbers of those that have come, at least one unless it takes longer."""
         select.select([self._heard], [], [], within_s)
         try:
