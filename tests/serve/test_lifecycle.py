@@ -229,10 +229,18 @@ def unread(
     program = [sys.executable, "-m", "flowlang", "serve", *options, str(flow)]
     if output == "closed":
         program = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *program]
+    read, written = os.pipe()
     if output == "gone":
-        read, written = os.pipe()
         os.close(read)
+    elif output == "stalled":
+        os.set_blocking(written, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(written, b"all that there is room for\n")
+        os.set_blocking(written, True)
     else:
+        os.close(read)
+        os.close(written)
         written = os.open("/dev/full", os.O_WRONLY)
     process = subprocess.Popen(program, cwd=ROOT, stdout=written, stderr=written)
     os.close(written)
@@ -243,6 +251,8 @@ def unread(
     finally:
         process.kill()
         process.wait()
+        if output == "stalled":
+            os.close(read)
 
 
 def flows_of(client: httpx.Client) -> list[str]:
@@ -253,7 +263,7 @@ def flows_of(client: httpx.Client) -> list[str]:
         return []
 
 
-OUTPUTS = ["gone", "full", "closed"]
+OUTPUTS = ["gone", "full", "closed", "stalled"]
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
