@@ -489,9 +489,9 @@ def test_engines_of_an_encrypted_model_are_encrypted_wherever_the_key_is_from(
     sealed = seal.seal(plain, seal.read_key(text), header=seal.MODEL_HEADER)
     (folder / "same.onnx.encrypted").write_bytes(sealed)
     monkeypatch.setenv("FLOWLANG_KEY", text)
-    assert open_app('trt("same.onnx")').instances._key is None
+    assert open_app('trt("same.onnx")')._instances._key is None
     for options in ({}, {"key": text}):
-        key = open_app('trt("same.onnx.encrypted")', **options).instances._key
+        key = open_app('trt("same.onnx.encrypted")', **options)._instances._key
         assert key is not None
         assert key.secret == bytes(range(32))
 

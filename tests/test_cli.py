@@ -148,6 +148,24 @@ def test_check_of_bytes_that_are_no_text(folder: Path) -> None:
     assert " --> picture.flow:1:11\n" in done.stdout
 
 
+def test_nothing_is_kept_where_there_is_no_home(folder: Path) -> None:
+    """A cache that is no absolute path is none: what lies in a working folder is anybody's."""
+    before = set(folder.iterdir())
+    done = flowlang(folder, "check", "app.flow", HOME="home", XDG_CACHE_HOME="cache")
+    assert (done.returncode, done.stdout) == (0, "app.flow: ok\n")
+    assert set(folder.iterdir()) == before
+
+
+def test_a_run_of_a_model_keeps_nothing_but_the_parser(folder: Path) -> None:
+    """ONNX Runtime would keep what it is to tell Microsoft of the models, and a number for that."""
+    home = folder / "home"
+    arguments = ("run", "app.flow", "--device", "cpu", "pictures/a.jpg")
+    done = flowlang(folder, *arguments, HOME=str(home), XDG_CACHE_HOME="", CI="")
+    assert done.returncode == 0
+    (kept,) = (path for path in home.rglob("*") if path.is_file())
+    assert kept.match(".cache/flowlang/tables-*.lark")
+
+
 # fmt
 
 

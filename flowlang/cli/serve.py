@@ -6,6 +6,8 @@ Layer 4.
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -120,6 +122,9 @@ def serve(
     key: Key | None,
 ) -> None:
     """Serve the flows of FILES over HTTP: POST a picture, get JSON."""
+    # The first process of a container is sent no signal that it does not ask for: what comes while
+    # files are checked would be lost, and it would serve until it is killed. Nobody is served yet.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     from flowlang.app import App
     from flowlang.plan.files import compile_files
     from flowlang.plan.physical import lower
@@ -137,6 +142,8 @@ def serve(
     # what a process has begun with CUDA is of no use to those that it forks.
     plans = check()
     first = [] if fronts else [lower(plans, this_machine(device))]
+    if watches:  # read it again once that has begun: a change until then would not be seen
+        first.clear()
     names = [flow.name for plan in plans for flow in plan.flows]
     if thrift_flow is not None and thrift_flow not in names:
         there = ", ".join(f"`{name}`" for name in names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -78,6 +79,9 @@ class Session:
 
 
 def _open(model: Model, content: bytes | None, threads: int) -> Any:
+    # From 1.29 on it sends Microsoft the names, hashes and run times of models unless told not to,
+    # when it is imported, and keeps a database for that in the user's cache.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
-from flowlang.diagnostics import BadRequest, RequestError
+from flowlang.diagnostics import BadRequest, FlowError, RequestError
 from flowlang.serve.access import tell
 from flowlang.serve.answer import Refusal, is_request_id, request_id_of
 from flowlang.serve.inference import (
@@ -95,7 +95,7 @@ class GrpcServer:
         self._server: Any = None
 
     async def start(self) -> int:
-        """Begin to listen. Returns the port. Raises OSError where it cannot be had."""
+        """Begin to listen. Returns the port. Raises FlowError where it cannot be had."""
         import grpc
 
         inference = read_protocol("inference.proto")
@@ -129,7 +129,7 @@ class GrpcServer:
         except RuntimeError:
             port = 0
         if not port:
-            raise OSError(f"cannot listen on {self._address} for gRPC")
+            raise FlowError(f"cannot listen on {self._address} for gRPC")
         await server.start()
         self._server = server
         return port

@@ -431,7 +431,7 @@ class Server(uvicorn.Server):
             urls = [url_of(face.scheme, host, await face.start()) for face in self._faces]
             if metrics is not None:
                 urls.append(await self._listen_for_metrics(metrics))
-        except OSError as error:
+        except (FlowError, OSError) as error:
             self._fail(error)
             return
         self._url = ", ".join([*urls, self._url])

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ from flowlang.diagnostics import CompileError, FlowError
 
 BACKLOG = 2048  # connections that nobody has taken yet
 STOPS = (signal.SIGTERM, signal.SIGINT)
+READER_S = 1.0  # for so long a reader of what is written may stand still, before it is left out
 KEPT_BYTES = 64 << 20  # at the top of a heap; what is larger than half of it lies in none
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -41,7 +43,8 @@ def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
             reuse_port=is_shared,
         )
     except OSError as error:
-        raise FlowError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        reason = (error.strerror or "").partition(" (while ")[0]  # Python repeats the address
+        raise FlowError(f"cannot listen on {host}:{port}: {reason}") from error
     except UnicodeError:
         raise FlowError(f"cannot listen on {host}:{port}: this is no name of a host") from None
 
@@ -84,16 +87,57 @@ def keep_freed_memory() -> None:
 
 def say(line: str) -> None:
     """Say a line on stdout. Who reads that may be gone, and the server goes on all the same."""
-    with _unread(sys.stdout):
-        print(line, flush=True)
+    if sys.stdout is not None and _takes(sys.stdout, READER_S):
+        with _unread(sys.stdout):
+            print(line, flush=True)
 
 
 def flush() -> None:
     """Have what was said and logged written."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # it was closed when the process began
+        if stream is not None and _takes(stream):  # None if closed when the process began
             with _unread(stream):
                 stream.flush()
+
+
+class Outlet:
+    """Where the log is written to: a stream of the process, as long as somebody reads it.
+
+    A reader may stand still and not be gone: a terminal after Ctrl-S, a shipper of logs that hangs.
+    It is waited for once, for READER_S; then, until it goes on, what is logged is left out. No
+    request would be answered otherwise, and no signal heard.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._is_stalled = False
+        self._is_cut = False  # the last line written has no end
+
+    def write(self, text: str) -> None:
+        stream = self._stream
+        if stream is None:
+            return
+        line = ("\n" if self._is_cut else "") + text
+        left = memoryview(line.encode(stream.encoding, "backslashreplace"))
+        while left:
+            self._is_stalled = not _takes(stream, 0.0 if self._is_stalled else READER_S)
+            if self._is_stalled:
+                return
+            try:
+                left = left[os.write(stream.fileno(), left[: select.PIPE_BUF]) :]
+            except OSError:  # the reader is gone, or a disk is full
+                return
+            self._is_cut = bool(left)
+
+
+def _takes(stream: TextIO, within_s: float = 0.0) -> bool:
+    """Whether a stream takes PIPE_BUF bytes without waiting for its reader."""
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), select.POLLOUT)
+    except OSError:  # none of the system's, as in a notebook
+        return True
+    return bool(poll.poll(within_s * 1e3))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from flowlang.diagnostics import RequestError, StageFailed
+from flowlang.serve.launch import Outlet
 
 FIELDS = (
     *("request_id", "flow", "stage", "instance", "gpu", "code", "place"),
@@ -60,7 +61,7 @@ def _rfc3339(when_s: float) -> str:
 
 def write_log(form: Form, level: str, trace_id: Callable[[], str | None] | None = None) -> None:
     """Have all that is logged in this process written to stderr, from `level` on."""
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(Outlet(sys.stderr))
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

@@ -23,7 +23,7 @@ class Face(Protocol):
     scheme: str
 
     async def start(self) -> int:
-        """Begin to listen. Returns the port. Raises OSError where it cannot be had."""
+        """Begin to listen. Returns the port. Raises FlowError where it cannot be had."""
 
     async def stop(self, grace_s: float) -> bool:
         """Answer what is inside, then stop. Returns whether that was done in time."""

@@ -30,6 +30,8 @@ HEARD = (*STOPS, signal.SIGCHLD)
 # A process that lived no longer is started again after a pause, as is an engine without flows.
 SHORT_S = 1.0
 PAUSES_S = (0.1, 5.0)  # the first, and the longest
+TOUCH_S = 3600.0  # between looks at the folder, for whoever removes what is old
+LONGEST_BYTES = 80  # of a path to the folder: a socket's has 107 at most
 
 
 class Reins:
@@ -92,7 +94,7 @@ class Supervisor:
     """
 
     def __init__(self, engine: Work, fronts: Sequence[Work], held: Sequence[socket.socket]) -> None:
-        self._folder = tempfile.mkdtemp(prefix="flowlang-")  # for its owner alone
+        self._folder = _own_folder()
         self._path = os.path.join(self._folder, "engine")
         self._engine = engine
         self._fronts = fronts
@@ -121,15 +123,23 @@ class Supervisor:
                         self._be_told_to_stop()
                 self._reap()
                 self._start_due()
+                self._touch()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
         return self._status
 
-    def _pause_s(self) -> float | None:
-        """How long to wait for a signal; None for as long as it takes."""
-        if not self._due:
-            return None
-        return max(0.0, min(self._due.values()) - time.monotonic())
+    def _pause_s(self) -> float:
+        """How long to wait for a signal."""
+        now_s = time.monotonic()
+        return max(0.0, min(self._due.values(), default=now_s + TOUCH_S) - now_s)
+
+    def _touch(self) -> None:
+        """Have the socket look young: what lies there untouched for days may be removed, and no
+        front that begins would find the engine any more.
+        """
+        for path in (self._folder, self._path):
+            with contextlib.suppress(OSError):  # the engine does not listen yet
+                os.utime(path, follow_symlinks=False)
 
     # Beginning
 
@@ -254,7 +264,7 @@ class _Signals:
         for number in HEARD:
             signal.signal(number, _note)
 
-    def wait(self, within_s: float | None) -> bytes:
+    def wait(self, within_s: float) -> bytes:
         """The numbers of those that have come, at least one unless it takes longer."""
         select.select([self._heard], [], [], within_s)
         try:
@@ -270,6 +280,18 @@ class _Signals:
         for stop in STOPS:
             signal.signal(stop, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _own_folder() -> str:
+    """A new folder for its owner alone. Raises OSError.
+
+    The usual place may be full, read-only as in many a container, or too long for a socket's path.
+    """
+    with contextlib.suppress(OSError):
+        usual = tempfile.gettempdir()
+        if len(os.fsencode(usual)) <= LONGEST_BYTES:
+            return tempfile.mkdtemp(prefix="flowlang-", dir=usual)
+    return tempfile.mkdtemp(prefix="flowlang-", dir="/dev/shm")
 
 
 def _note(number: int, frame: object) -> None:

@@ -26,7 +26,7 @@ from flowlang.plan.types import ListOf, Record, Tensor, Type
 from flowlang.serve.access import tell
 from flowlang.serve.answer import request_id_of, takes_bytes, to_json
 from flowlang.serve.inference import Inference, Unanswered, asked_again, emptied
-from flowlang.serve.launch import BACKLOG
+from flowlang.serve.launch import BACKLOG, listen
 from flowlang.serve.log import tell_broken, tell_refused, tell_unanswered
 from flowlang.serve.setup import Setup
 from flowlang.serve.thrift_wire import Extent, Malformed, find_message
@@ -105,15 +105,15 @@ class ThriftServer:
         self._methods: dict[str, _Method] = {}
 
     async def start(self) -> int:
-        """Begin to listen. Returns the port. Raises OSError where it cannot be had."""
+        """Begin to listen. Returns the port. Raises FlowError where it cannot be had."""
         self._methods = _methods(self._calls)
         loop = asyncio.get_running_loop()
-        host, port = self._address
+        listener = listen(*self._address)
+        port: int = listener.getsockname()[1]
         self._server = await loop.create_server(
-            lambda: _Connection(self), host, port, backlog=BACKLOG, ssl=self._context
+            lambda: _Connection(self), sock=listener, backlog=BACKLOG, ssl=self._context
         )
-        found: int = self._server.sockets[0].getsockname()[1]
-        return found
+        return port
 
     async def stop(self, grace_s: float) -> bool:
         """Answer what is inside, then stop. Returns whether that was done in time.

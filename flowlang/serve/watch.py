@@ -22,19 +22,35 @@ LOOK_S = 0.5
 
 log = logging.getLogger("flowlang.serve")
 
-Seen: TypeAlias = "dict[str, tuple[int, int] | None]"
+Seen: TypeAlias = "dict[str, tuple[str, int, int] | None]"
 
 
 def look(files: Iterable[str]) -> Seen:
-    """When each file was changed last and how long it is; None where it is not there."""
+    """Where each file lies, when it was changed last, how long it is; None where it is not there.
+
+    A link may lead to another release, all of whose files have the same time as those before.
+    """
     found: Seen = {}
     for file in files:
         try:
             status = os.stat(file)
-            found[file] = (status.st_mtime_ns, status.st_size)
+            found[file] = (os.path.realpath(file), status.st_mtime_ns, status.st_size)
         except OSError:
             found[file] = None
     return found
+
+
+def _has_stood(file: str, since_ns: int) -> bool:
+    """Whether a file, and a link that is one, is what it was then.
+
+    What is moved to a place was changed long before, but for its status.
+    """
+    try:
+        status = os.stat(file)
+        changes_ns = (status.st_mtime_ns, status.st_ctime_ns, os.lstat(file).st_ctime_ns)
+    except OSError:
+        return False
+    return max(changes_ns) < since_ns
 
 
 async def reload_on_change(
@@ -48,7 +64,7 @@ async def reload_on_change(
     The old flows go on while it loads; `change` gets what it gave. Where it fails the old flows
     stay, and the log says why. A change while it loads counts as another.
     """
-    seen: Seen = {f: state for f, state in look(files()).items() if state and state[0] < since_ns}
+    seen = {file: state for file, state in look(files()).items() if _has_stood(file, since_ns)}
     while True:
         await asyncio.sleep(LOOK_S)
         now = look(files())

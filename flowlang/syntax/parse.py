@@ -40,7 +40,11 @@ def grammar_text() -> str:
 
 def _cache_file(grammar: str) -> str | None:
     """Where lark keeps its parse tables, or None where nothing can be written."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(root):  # the XDG specification has relative paths ignored
+        root = os.path.expanduser("~/.cache")
+    if not os.path.isabs(root):  # a user without a home: whoever has written here is not known
+        return None
     folder = FilePath(root) / "flowlang"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -108,8 +108,24 @@ def test_a_port_in_use_ends_the_server(folder: Path, face: str) -> None:
             timeout=60,
         )
     assert done.returncode == 1
-    assert str(port) in done.stderr
+    (told,) = (line for line in done.stderr.splitlines() if line.startswith("flowlang: "))
+    assert told.startswith(f"flowlang: cannot listen on 127.0.0.1:{port}")
+    assert told.count(str(port)) == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_port_takes_both_kinds_of_addresses(folder: Path, kind: tuple[str, ...]) -> None:
+    """With `--host ::` whoever comes by IPv4 is taken too, by whatever protocol."""
+    ports = ("--grpc-port", "0", "--thrift-port", "0", "--metrics-port", "0")
+    flow = str(write(folder / "echo.flow", "pass\n"))
+    with serving(folder, "--host", "::", *ports, *kind, flow) as server:
+        server.wait_ready()
+        there = [int(url.removesuffix("/metrics").rpartition(":")[2]) for url in server.urls]
+        assert len(there) == 4
+        for port in there:
+            for address in ("127.0.0.1", "::1"):
+                socket.create_connection((address, port), PATIENCE_S).close()
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 70, "[::1]"])

@@ -611,7 +611,7 @@ server = GrpcServer(Inference(), setup, port={server.port})
 asyncio.run(server.start())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert f"OSError: cannot listen on 127.0.0.1:{server.port}" in done.stderr
+    assert f"FlowError: cannot listen on 127.0.0.1:{server.port}" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("perf_analyzer") is None, reason="perf_analyzer is not installed")

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,31 @@ def test_a_port_in_use_is_told(folder: Path, echo: Path) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert serve(lambda: flowlang.load(echo), "127.0.0.1", taken.getsockname()[1]) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_before_it_listens_is_heard(tmp_path: Path, kind: tuple[str, ...]) -> None:
+    """While files are checked, too: the first process of a container would not hear it."""
+    flow = tmp_path / "slow.flow"
+    os.mkfifo(flow)
+    program = [sys.executable, "-m", "flowlang", "serve", "--port", "0", *kind, str(flow)]
+    written: list[int] = []
+
+    def is_read() -> bool:
+        with suppress(OSError):  # nobody reads it yet
+            written.append(os.open(flow, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(written)
+
+    with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            wait_until(is_read)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_S) == 0
+            assert process.stdout is not None
+            assert process.stdout.read() == b""
+        finally:
+            process.kill()
+            os.close(*written)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,10 +229,18 @@ def unread(
     program = [sys.executable, "-m", "flowlang", "serve", *options, str(flow)]
     if output == "closed":
         program = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *program]
+    read, written = os.pipe()
     if output == "gone":
-        read, written = os.pipe()
         os.close(read)
+    elif output == "stalled":
+        os.set_blocking(written, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(written, b"all that there is room for\n")
+        os.set_blocking(written, True)
     else:
+        os.close(read)
+        os.close(written)
         written = os.open("/dev/full", os.O_WRONLY)
     process = subprocess.Popen(program, cwd=ROOT, stdout=written, stderr=written)
     os.close(written)
@@ -218,6 +251,8 @@ def unread(
     finally:
         process.kill()
         process.wait()
+        if output == "stalled":
+            os.close(read)
 
 
 def flows_of(client: httpx.Client) -> list[str]:
@@ -228,7 +263,7 @@ def flows_of(client: httpx.Client) -> list[str]:
         return []
 
 
-OUTPUTS = ["gone", "full", "closed"]
+OUTPUTS = ["gone", "full", "closed", "stalled"]
 
 
 @pytest.mark.parametrize("output", OUTPUTS)

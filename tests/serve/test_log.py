@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import re
 import struct
 import subprocess
@@ -26,6 +28,7 @@ from thriftpy2.rpc import client_context
 from thriftpy2.thrift import TApplicationException
 from tritonclient.utils import InferenceServerException
 
+from flowlang.serve.launch import Outlet
 from flowlang.serve.log import JsonFormatter
 from tests.serve.asking import bytes_by_grpc
 from tests.serve.collector import collecting
@@ -734,3 +737,18 @@ def test_a_line_of_the_access_log_belongs_to_the_trace(flow: Path) -> None:
             wait_until(lambda: len(traces()) == 4)
     for line in lines:
         assert line.get("trace_id") == traces().get(line.get("request_id", ""))
+
+
+def test_a_reader_that_goes_on_has_what_is_logged_from_then_on() -> None:
+    """What came while it stood still is left out, and a line cut by that ends before the next."""
+    read, written = os.pipe()
+    with open(read, "rb", buffering=0) as reader, open(written, "w") as stream:
+        outlet = Outlet(stream)
+        fcntl.fcntl(written, fcntl.F_SETPIPE_SZ, 4 << 12)  # pages
+        os.write(written, bytes(2 << 12))
+        outlet.write("long" * 5000 + "\n")
+        outlet.write("lost\n")
+        assert reader.read(1 << 20) == bytes(2 << 12) + b"long" * 2048
+        for word in ("one", "two"):
+            outlet.write(f"{word}\n")
+        assert reader.read(1 << 20) == b"\none\ntwo\n"

@@ -168,6 +168,52 @@ def test_a_change_of_a_file_that_operators_import_counts(tmp_path: Path) -> None
         wait_until(lambda: server.client.post("/", content=b"").json() == 2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_links_that_lead_elsewhere_are_a_change(tmp_path: Path, kind: tuple[str, ...]) -> None:
+    """As Kubernetes changes what it mounts, though all files of a release have the same time."""
+    for version in (1, 2):
+        release = tmp_path / f"..{version}"
+        release.mkdir()
+        write(release, version)
+        (release / "tell.flow").write_text(FLOW.format(name="tell"))
+        for file in release.iterdir():
+            os.utime(file, (0, 0))
+    (tmp_path / "..data").symlink_to("..1")
+    for name in ("tell.flow", "post.py"):
+        (tmp_path / name).symlink_to(f"..data/{name}")
+    flow = str(tmp_path / "tell.flow")
+    with serving(tmp_path, flow, *kind, "--device", "cpu", "--watch") as server:
+        server.wait_ready()
+        assert version_of(server) == 1
+        (tmp_path / "..next").symlink_to("..2")
+        (tmp_path / "..next").rename(tmp_path / "..data")
+        server.line("reloaded: tell")
+        assert version_of(server) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_moved_there_while_flows_load_counts(tmp_path: Path, kind: tuple[str, ...]) -> None:
+    """It was written long before, and is new all the same."""
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    slow = f"""
+import pathlib, time
+pathlib.Path({str(begun)!r}).touch()
+while not pathlib.Path({str(gate)!r}).exists():
+    time.sleep(0.01)
+"""
+    (tmp_path / "post.py").write_text(slow + POST.format(name="tell", version=1))
+    flow, later = tmp_path / "tell.flow", tmp_path / "later"
+    flow.write_text(FLOW.format(name="tell"))
+    later.write_text(FLOW.format(name="tell").replace("flow tell", "flow told"))
+    os.utime(later, (0, 0))
+    with serving(tmp_path, str(flow), *kind, "--device", "cpu", "--watch") as server:
+        wait_until(begun.exists)
+        later.rename(flow)
+        gate.touch()
+        server.line("serving tell on ")
+        server.line("reloaded: told")
+
+
 def test_old_operators_go_once_new_ones_have_taken_over(tmp_path: Path) -> None:
     """They answer until then, with what they import only now, and nothing of them is left."""
     begun, gate = tmp_path / "begun", tmp_path / "gate"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -95,6 +96,56 @@ main(["serve", "--ingest", "2", "--port", "0", {str(folder / "light.flow")!r}])
     with running(folder, "-c", code) as server:
         server.wait_ready()
         assert set(map(int, asked.read_text().split())) == {processes(server).engine}
+
+
+@pytest.mark.parametrize("is_writable", [False, True])
+def test_it_needs_no_place_for_temporary_files(
+    folder: Path, tmp_path: Path, is_writable: bool
+) -> None:
+    """Nor one whose path is short enough for a socket's; and nothing is left where it goes."""
+    place = tmp_path / ("x" * 90)
+    place.mkdir()
+    code = f"""
+import tempfile
+tempfile.tempdir = {str(place) if is_writable else "/proc"!r}
+from flowlang.cli import main
+main(["serve", "--ingest", "2", "--port", "0", {str(folder / "light.flow")!r}])
+"""
+    with running(folder, "-c", code) as server:
+        path = _socket_of(server.wait_ready())
+        assert path.is_relative_to("/dev/shm")
+        assert server.client.post("/flows/echo", content=b"x").content == b"x"
+        server.signal()
+        assert server.wait() == 0
+        assert not path.parent.exists()
+
+
+def test_what_it_needs_does_not_grow_old(folder: Path) -> None:
+    """Or whoever tidies up the folder of temporary files would take the socket away."""
+    code = f"""
+from flowlang.serve import supervisor
+supervisor.TOUCH_S = 0.05
+from flowlang.cli import main
+main(["serve", "--ingest", "2", "--port", "0", {str(folder / "light.flow")!r}])
+"""
+    with running(folder, "-c", code) as server:
+        path = _socket_of(server.wait_ready())
+        for old in (path, path.parent):
+            os.utime(old, (0, 0))
+            wait_until(partial(_is_young, old))
+        server.signal()
+        assert server.wait() == 0
+
+
+def _is_young(path: Path) -> bool:
+    return path.stat().st_mtime > 0
+
+
+def _socket_of(server: Server) -> Path:
+    """Where the engine listens to the fronts."""
+    sockets = psutil.Process(processes(server).engine).net_connections("unix")
+    (path,) = {Path(connected.laddr) for connected in sockets if connected.laddr}
+    return path
 
 
 def test_a_port_in_use_is_told(folder: Path, server: Server) -> None:
@@ -302,16 +353,12 @@ def test_without_its_supervisor_all_end(folder: Path) -> None:
         found = processes(server)
         asked = pool.submit(_ask_slowly, server, b"0.5")
         server.wait_inside(1)
-        folders = {
-            Path(connected.laddr).parent
-            for connected in psutil.Process(found.engine).net_connections("unix")
-            if connected.laddr
-        }
-        assert all(folder.exists() for folder in folders)
+        place = _socket_of(server).parent
+        assert place.exists()
         server.process.kill()
         assert asked.result() == b"0.5"
         wait_gone(*found.all)
-        assert not any(folder.exists() for folder in folders)
+        assert not place.exists()
 
 
 def test_all_protocols_are_refused_at_once_and_answered_to_the_end(folder: Path) -> None:
