@@ -215,7 +215,9 @@ while not pathlib.Path({str(gate)!r}).exists():
 
 
 def test_old_operators_go_once_new_ones_have_taken_over(tmp_path: Path) -> None:
-    """They answer until then, with what they import only now, and nothing of them is left."""
+    """They answer until then, with what they import only now, and do not pile up: what a thread
+    still held when the collector came for it goes with the next.
+    """
     begun, gate = tmp_path / "begun", tmp_path / "gate"
     text = """
 import gc, pathlib, time
@@ -248,9 +250,10 @@ while not pathlib.Path({str(gate)!r}).exists():
         wait_until(begun.exists)
         assert told() == [1, 5, 2]
         gate.touch()
-        for version in (2, 3):
+        for version in (3, 4, 5):
             (tmp_path / "post.py").write_text(text.format(version=version, waits=""))
-            wait_until(lambda v=version: told() == [v, 5, 1])  # type: ignore[misc]
+            wait_until(lambda v=version: told()[:2] == [v, 5])  # type: ignore[misc]
+        wait_until(lambda: told()[2] <= 2)
 
 
 def test_a_change_of_a_word_list_counts(tmp_path: Path) -> None:
