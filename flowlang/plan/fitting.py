@@ -184,7 +184,7 @@ class ModelFitter:
             lengths = [
                 (length, placed(f"`{name}`", axis, len(shapes[name])))
                 for name, axis in tie.sides
-                if (length := dict(enumerate(shapes[name])).get(axis)) is not None
+                if axis < len(shapes[name]) and (length := shapes[name][axis]) is not None
             ]
             if (wanted := differing(tie.symbol, lengths)) is not None:
                 message, label = f"`{model.name}` takes {wanted}", f"wants {input_type(model)}"

@@ -92,7 +92,9 @@ class StagePlan:
     def place(self) -> str:
         """Where it runs, as `--device` would have it: `cpu`, `gpu:1`, or `gpu:0..1`."""
         used = sorted(set(self.gpus))
-        return f"gpu:{'..'.join(map(str, used[:1] + used[1:][-1:]))}" if used else self.device
+        if not used:
+            return self.device
+        return f"gpu:{used[0]}" if len(used) == 1 else f"gpu:{used[0]}..{used[-1]}"
 
     @property
     def at_once(self) -> int:

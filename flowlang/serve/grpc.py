@@ -23,6 +23,7 @@ from flowlang.serve.inference import (
     Inference,
     Model,
     Request,
+    check_no_region,
     class_count,
     emptied,
     known,
@@ -523,8 +524,7 @@ def read_request(model: Model, message: Message, timeout_s: float | None) -> Req
 def _tensor(model: Model, place: str, given: Message, raw: bytes | None) -> Tensor:
     datatype = check_datatype(place, given.datatype)
     shape = check_shape(place, list(given.shape))
-    if "shared_memory_region" in given.parameters:
-        raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
+    check_no_region(place, given.parameters, "send the tensor itself")
     model.port(place, given.name, datatype, shape)
     if raw is None:
         values = _contents(f"{place}.contents", datatype, shape, given.contents)

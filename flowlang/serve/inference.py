@@ -333,10 +333,15 @@ def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
     return given / 1e6 if given else None
 
 
+def check_no_region(place: str, parameters: Mapping[str, Any], instead: str) -> None:
+    """Raises BadRequest where a tensor is to lie in memory that a client shares."""
+    if parameters.get("shared_memory_region") is not None:
+        raise BadRequest(f"{place}: there is no shared memory; {instead}")
+
+
 def class_count(place: str, parameters: Mapping[str, Any]) -> int:
     """How many classes the parameters of an output ask for; 0 is the tensor. Raises BadRequest."""
-    if parameters.get("shared_memory_region") is not None:
-        raise BadRequest(f"{place}: there is no shared memory; the tensor comes in the answer")
+    check_no_region(place, parameters, "the tensor comes in the answer")
     return _whole(place, parameters, "classification", "number of classes")
 
 

@@ -24,7 +24,14 @@ from flowlang.serve.answer import (
     to_json,
     wrong_method,
 )
-from flowlang.serve.inference import VERSION, Inference, Model, Request, class_count
+from flowlang.serve.inference import (
+    VERSION,
+    Inference,
+    Model,
+    Request,
+    check_no_region,
+    class_count,
+)
 from flowlang.serve.tensor import (
     BYTES,
     Tensor,
@@ -353,8 +360,7 @@ class _Inputs:
         datatype = check_datatype(place, given.get("datatype"))
         shape = check_shape(place, given.get("shape"))
         parameters = _fields(f"{place}.parameters", given.get("parameters"))
-        if parameters.get("shared_memory_region") is not None:
-            raise BadRequest(f"{place}: there is no shared memory; send the tensor itself")
+        check_no_region(place, parameters, "send the tensor itself")
         self._model.port(place, name, datatype, shape)
         size = parameters.get("binary_data_size")
         if size is None:
