@@ -36,9 +36,11 @@ def write(tmp_path: Path) -> Iterator[Write]:
     paths = list(sys.path)
     yield put
     sys.path[:] = paths
-    for name, module in list(sys.modules.items()):
+    # A copy, which nothing interrupts: a list of pairs may let the garbage collector run, and so
+    # modules leave.
+    for name, module in sys.modules.copy().items():
         if str(getattr(module, "__file__", None)).startswith(f"{tmp_path}{os.sep}"):
-            del sys.modules[name]
+            sys.modules.pop(name, None)
 
 
 def flow(folder: Path, name: str = "f") -> Path:
