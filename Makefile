@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 MODELS := examples/models
 EXAMPLE := examples/read_text.flow
 # Tests wait a third of their time, for deadlines and for other processes.
-TESTERS := $(shell expr $$(nproc) \* 3 / 2)
+TESTERS := $(shell expr $$(nproc) \* 2)
 
 # Tests start hundreds of processes: what those import is compiled once, whatever is set outside.
 unexport PYTHONDONTWRITEBYTECODE

@@ -32,8 +32,7 @@ export flow told(mask: bytes, times: int, least: float = 0.5, item: str = "-", l
   see.tell(mask=mask, times=times, least=least, mark=item, loud=loud)
 export flow spell(mark: str = "-", loud: bool = true): bytes -> see.Spelling =
   see.spell(mark=mark, loud=loud)
-export flow narrow = decode -> resize(64) -> rgb -> normalize(imagenet)
-  -> trt("classifier.onnx") x1 -> best(names="classes.txt")
+export flow narrow = see.dwell x1
 export flow late = decode -> see.wait
 export flow echo = pass
 export flow same = trt("identity.onnx")
@@ -51,6 +50,10 @@ class Spelling(TypedDict):
 
 def spell(item: bytes, *, mark: str = "", loud: bool = False) -> Spelling:
     return {"mark": mark, "loud": loud}
+
+def dwell(content: bytes) -> str:
+    time.sleep(0.2)  # longer than a browser takes to send all that it sends at once
+    return f"seen {len(content)}"
 
 def tell(content: bytes, *, mask: bytes = b"", times: int = 0, least: float = 0, mark: str = "",
          loud: bool = False) -> Annotated[dict, "{ size: int, mask: str, told: str }"]:

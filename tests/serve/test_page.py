@@ -289,7 +289,7 @@ def test_a_full_queue_refuses_those_it_has_no_room_for(page: Browser, folder: Pa
     """Of more pictures than may wait, the first are answered, and each of the rest says why not."""
     ask(page, "narrow", *[folder / "0.jpg"] * 12)
     cards = page.evaluate(CARDS)
-    assert cards[0][1].startswith("class ")
+    assert cards[0][1].startswith("seen ")
     page.click("#gallery li:nth-child(12) button")
     told, which = page.evaluate(ERROR).split("\n")[::2]
     assert (told, which.split(",")[0]) == (cards[11][1], "overloaded")
