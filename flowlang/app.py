@@ -11,7 +11,7 @@ import importlib
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from flowlang.runtime import seal
 from flowlang.runtime.instances import Instances
 from flowlang.runtime.machine import this_machine
 from flowlang.runtime.observer import Observer
-from flowlang.runtime.request import FutureReply, LoopReply, Reply, Request, Waiter
+from flowlang.runtime.request import FutureReply, LoopReply, Reply, Request, Told, Waiter
 from flowlang.runtime.scheduler import Scheduler
 from flowlang.runtime.seal import KeySource
 from flowlang.runtime.stage import Lane, Lanes, Watch
@@ -123,10 +123,8 @@ class Flow:
     ) -> Any:
         """The answer for one item, without blocking the event loop."""
         loop = asyncio.get_running_loop()
-        last = self._last_loop
-        reply = last[1] if last is not None and last[0]() is loop else self._reply_of(loop)
         future = loop.create_future()
-        request = self.put(item, reply, future, deadline_s, priority, parameters)
+        request = self.put(item, self._reply_of(loop), future, deadline_s, priority, parameters)
         try:
             return await future
         except (asyncio.CancelledError, GeneratorExit):  # the latter where it is dropped
@@ -151,8 +149,19 @@ class Flow:
         finally:
             del future, request  # as in `acall`
 
+    def ask(self, item: Any, told: Told) -> Callable[[], object]:
+        """Have an answer told in the running event loop. Returns what gives the request up.
+
+        For those who answer in callbacks: a coroutine costs more than all else of a call.
+        """
+        reply = self._reply_of(asyncio.get_running_loop())
+        return partial(self.cancel, self.put(item, reply, told, None, 0, {}))
+
     def _reply_of(self, loop: asyncio.AbstractEventLoop) -> LoopReply:
-        """The reply of an event loop, noted as the last one used: `acall` looks there first."""
+        """The reply of an event loop. The last one used is looked at first."""
+        last = self._last_loop
+        if last is not None and last[0]() is loop:
+            return last[1]
         reply = self._loops.get(loop)
         if reply is None:
             reply = self._loops[loop] = LoopReply(loop)

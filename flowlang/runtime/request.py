@@ -191,6 +191,14 @@ class FutureReply:
                 future.set_running_or_notify_cancel()  # or `concurrent.futures.wait` never ends
 
 
+class Told(Protocol):
+    """What is told of one outcome in the thread of an event loop, as its futures are."""
+
+    def done(self) -> bool: ...
+    def set_result(self, result: Any, /) -> None: ...
+    def set_exception(self, error: BaseException, /) -> None: ...
+
+
 class LoopReply:
     """The reply of an event loop: answers pile up and are handed over in one wake-up."""
 
@@ -219,11 +227,11 @@ class LoopReply:
         answers = self._answers
         while answers:
             request = answers.popleft()
-            future: asyncio.Future[Any] = request.token
-            if future.done():
+            told: Told = request.token
+            if told.done():
                 continue
             outcome = request.outcome
             if isinstance(outcome, BaseException):
-                future.set_exception(outcome)
+                told.set_exception(outcome)
             else:
-                future.set_result(outcome)
+                told.set_result(outcome)

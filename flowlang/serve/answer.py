@@ -64,6 +64,12 @@ class Refusal(RequestError):
         self.headers = (*headers, CLOSE) if is_last else headers
 
 
+def result_answer(result: Any) -> Answer:
+    """The answer that tells a result."""
+    kind, body = encode(result)
+    return Answer(200, body, kind)
+
+
 def encode(result: Any) -> tuple[bytes, bytes]:
     """A result's content type and body: bytes as they are, anything else as JSON.
 

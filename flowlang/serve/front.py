@@ -14,6 +14,7 @@ import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import (
@@ -31,6 +32,7 @@ from flowlang.serve.routes import Service
 from flowlang.serve.v2 import is_below, is_health, refused
 
 if TYPE_CHECKING:
+    from flowlang.runtime.request import Told
     from flowlang.serve.trace import Tracer
 
 RETRY_S = 0.05  # between tries to connect
@@ -40,6 +42,17 @@ PROBE_S = 1.0  # between looks whether the engine reads
 STALLED_S = 3.0  # an engine that has read nothing for longer is stalled
 
 log = logging.getLogger("flowlang.serve")
+
+
+def _dumps(value: Any) -> bytes:
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+
+
+def _message(item: Any, priority: int, parameters: Mapping[str, Any]) -> tuple[Kind, bytes]:
+    """A call as it travels."""
+    if isinstance(item, bytes) and not priority and not parameters:
+        return Kind.CALL, item
+    return Kind.CALL_WITH, _dumps((item, priority, parameters))
 
 
 class RemoteFlow:
@@ -56,11 +69,13 @@ class RemoteFlow:
         self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
     ) -> Any:
         """See flowlang.app.Flow.acall."""
-        within_s = deadline_s or 0.0
-        if isinstance(item, bytes) and not priority and not parameters:
-            return await self._engine.call(Kind.CALL, item, self._number, within_s)
-        message = pickle.dumps((item, priority, parameters), pickle.HIGHEST_PROTOCOL)
-        return await self._engine.call(Kind.CALL_WITH, message, self._number, within_s)
+        message = _message(item, priority, parameters)
+        return await self._engine.call(*message, self._number, deadline_s or 0.0)
+
+    def ask(self, item: Any, told: Told) -> Callable[[], object]:
+        """See flowlang.app.Flow.ask."""
+        number = self._engine.begin(told, *_message(item, 0, {}), self._number)
+        return partial(self._engine.give_up, number)
 
     def count_refusal(self, code: str) -> None:
         """See flowlang.app.Flow.count_refusal."""
@@ -87,7 +102,7 @@ class Engine:
         self._tracer = tracer
         self._let_in = let_in
         self._shut = shut
-        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._calls: dict[int, Told] = {}
         self._refusals: Counter[tuple[int | None, str]] = Counter()  # not told yet
         self._is_connected = False
         self._numbers = itertools.count()
@@ -159,36 +174,54 @@ class Engine:
         """What the engine answers. Raises what it failed with, Refusal where it is gone,
         Overloaded where it is too far behind, and DeadlineExceeded where it is late.
         """
-        if not self.is_loaded:
-            raise self._refused(None, self._gone())
-        if self.channel.is_full:
-            raise self._refused(part, Overloaded("too much is on its way to the engine"))
-        number = next(self._numbers) & 0xFFFFFFFF
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        self._calls[number] = future
-        if self._tracer is not None:
-            self._tell_trace(self._tracer, kind)
-        timer, sent_s = None, 0.0
+        number = self.begin(future, kind, message, part, within_s)
+        timer = None
         if within_s:  # an engine that is stopped, or held up, does not look at any deadline
-            timer = loop.call_later(within_s + LATE_S, self._give_up, number)
-            sent_s = time.monotonic()
-        self.channel.send(number, kind, message, part or 0, within_s, sent_s)
+            timer = loop.call_later(within_s + LATE_S, self._expire, number)
         try:
             return await future
         except asyncio.CancelledError:
-            if self._calls.pop(number, None) is not None and self.channel.is_open:
-                self.channel.send(number, Kind.CANCEL, b"")
+            self.give_up(number)
             raise
         finally:
             if timer is not None:
                 timer.cancel()
 
-    def _give_up(self, number: int) -> None:
+    def begin(
+        self,
+        told: Told,
+        kind: Kind,
+        message: bytes,
+        part: int | None = None,
+        within_s: float = 0.0,
+    ) -> int:
+        """Ask the engine, and have its answer told. Returns the number of the call. Raises Refusal
+        and Overloaded, as `call` does.
+        """
+        if not self.is_loaded:
+            raise self._refused(None, self._gone())
+        if self.channel.is_full:
+            raise self._refused(part, Overloaded("too much is on its way to the engine"))
+        number = next(self._numbers) & 0xFFFFFFFF
+        self._calls[number] = told
+        if self._tracer is not None:
+            self._tell_trace(self._tracer, kind)
+        sent_s = time.monotonic() if within_s else 0.0
+        self.channel.send(number, kind, message, part or 0, within_s, sent_s)
+        return number
+
+    def give_up(self, number: int) -> None:
+        """Nobody waits for a call any more."""
+        if self._calls.pop(number, None) is not None and self.channel.is_open:
+            self.channel.send(number, Kind.CANCEL, b"")
+
+    def _expire(self, number: int) -> None:
         """The deadline of a call has passed, and the engine has not said so."""
-        future = self._calls.pop(number, None)
-        if future is not None and not future.done():
-            future.set_exception(DeadlineExceeded())
+        told = self._calls.pop(number, None)
+        if told is not None and not told.done():
+            told.set_exception(DeadlineExceeded())
             self.channel.send(number, Kind.CANCEL, b"")
 
     def _tell_trace(self, tracer: Tracer, kind: Kind) -> None:
@@ -198,11 +231,11 @@ class Engine:
         not; of a call whose trace is not followed it says nothing.
         """
         if (kind == Kind.ASK or tracer.current() is not None) and (headers := tracer.headers()):
-            self.channel.send(0, Kind.TRACE, pickle.dumps(headers, pickle.HIGHEST_PROTOCOL))
+            self.channel.send(0, Kind.TRACE, _dumps(headers))
 
     async def ask(self, question: str, *words: Any, within_s: float = 0.0) -> Any:
         """What the engine answers to a question that is no call of a flow."""
-        message = pickle.dumps((question, *words), pickle.HIGHEST_PROTOCOL)
+        message = _dumps((question, *words))
         return await self.call(Kind.ASK, message, within_s=within_s)
 
     @property
@@ -230,8 +263,7 @@ class Engine:
     def _tell_refusals(self) -> None:
         """Tell of them, if the engine can be told just now."""
         if self._refusals and self.is_loaded and not self.channel.is_full:
-            message = pickle.dumps(list(self._refusals.items()), pickle.HIGHEST_PROTOCOL)
-            self.channel.send(0, Kind.REFUSED, message)
+            self.channel.send(0, Kind.REFUSED, _dumps(list(self._refusals.items())))
             self._refusals.clear()
 
     # Hearing
@@ -239,13 +271,13 @@ class Engine:
     def receive(self, record: Record, message: bytes) -> None:
         if record.kind == Kind.ANSWERS:
             for number, outcome in pickle.loads(message):
-                future = self._calls.pop(number, None)
-                if future is None or future.done():
+                told = self._calls.pop(number, None)
+                if told is None or told.done():
                     continue
                 if isinstance(outcome, BaseException):
-                    future.set_exception(outcome)
+                    told.set_exception(outcome)
                 else:
-                    future.set_result(outcome)
+                    told.set_result(outcome)
         elif record.kind == Kind.PROBE:
             self._probed_s = None
         elif record.kind == Kind.FLOWS:
@@ -280,9 +312,9 @@ class Engine:
 
     def _fail_all(self, error: RequestError) -> None:
         calls, self._calls = self._calls, {}
-        for future in calls.values():
-            if not future.done():
-                future.set_exception(error)
+        for told in calls.values():
+            if not told.done():
+                told.set_exception(error)
 
 
 class FrontService(Service):

@@ -12,18 +12,25 @@ import math
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import httptools
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from flowlang.diagnostics import FlowError
 from flowlang.serve.access import REFUSED, AccessLog
+from flowlang.serve.answer import CLOSE
 from flowlang.serve.backend import Backend, Local
 from flowlang.serve.corked import Corked
+from flowlang.serve.direct import DirectCall, Headers, Respond
 from flowlang.serve.inference import emptied
 from flowlang.serve.launch import (
     BACKLOG,
@@ -56,6 +63,8 @@ LINGER_S = 0.2  # once all is answered: so that who writes just now is told, and
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers
 URL_BYTES = 16  # by so much of a URL the head that it belongs to is found
 MAX_WAITING = 16  # requests behind one that is not answered yet, before no more are read
+
+BeginCall: TypeAlias = Callable[["Scope", bytes, Respond], "DirectCall | None"]
 
 log = logging.getLogger("flowlang.serve")
 
@@ -171,6 +180,11 @@ class _Protocol(HttpToolsProtocol):
     _hosts = 0
     _answering: RequestResponseCycle | None = None  # `cycle` is the last: others may be before it
     _malformed: _Malformed | None = None  # to be answered once all before it is
+    _call: DirectCall | None = None  # that is under way without a task
+
+    def __init__(self, *options: Any, begin_call: BeginCall | None = None, **more: Any) -> None:
+        super().__init__(*options, **more)
+        self._begin_call = begin_call
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._corked = Corked(transport)
@@ -183,6 +197,8 @@ class _Protocol(HttpToolsProtocol):
         if answering is not None and not answering.response_complete:
             answering.disconnected = True
             answering.message_event.set()
+        if self._call is not None:
+            self._call.give_up()
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -244,6 +260,49 @@ class _Protocol(HttpToolsProtocol):
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as offer:
                 rest = data[offer.args[0] :]
+
+    # A call that is there as a whole goes past ASGI: a task costs more than all else of it
+
+    def _begin(self, cycle: RequestResponseCycle, application: Any) -> None:
+        """Begin to answer the request that is next: as a mere call, if it is there as a whole."""
+        if (
+            self._begin_call is not None
+            and not cycle.more_body
+            and not self.flow.write_paused
+            and not self._corked.is_closing()
+        ):
+            respond = partial(self._respond, cycle)
+            scope = cast("Scope", cycle.scope)
+            self._call = self._begin_call(scope, bytes(cycle.body), respond)
+            if self._call is not None:
+                self.flow.resume_reading()  # or a client that hangs up would not be noticed
+                return
+        super()._start_asgi_task(cycle, application)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        # Once all is read that has come: bodies are there then, and calls of many connections are
+        # batched together.
+        self.loop.call_soon(self._begin, cycle, app)
+
+    def _respond(
+        self, cycle: RequestResponseCycle, status: int, headers: Headers, body: bytes
+    ) -> None:
+        """Write a whole response, which is what uvicorn makes of two messages of an application."""
+        self._call = None
+        lines = [STATUS_LINE[status]]
+        for name, value in (*cycle.default_headers, *headers):
+            lines += (name, b": ", value, b"\r\n")
+        if CLOSE in headers:
+            cycle.keep_alive = False
+        elif not cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"\r\n")
+        cycle.response_started = cycle.response_complete = True
+        self.transport.write(b"".join(lines))
+        self.transport.write(body)
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
 
     # What is no request
 
@@ -426,7 +485,9 @@ class Server(uvicorn.Server):
         await self._backend.prepare()
         try:
             if self._listener is not None:
-                await self._listen(self._listener, self.config)
+                # A line in the log for each request is written around the application.
+                begin_call = None if self._setup.tells_requests else self._service.begin_call
+                await self._listen(self._listener, self.config, begin_call)
             host, metrics = self._setup.host, self._setup.metrics_listener
             urls = [url_of(face.scheme, host, await face.start()) for face in self._faces]
             if metrics is not None:
@@ -438,11 +499,18 @@ class Server(uvicorn.Server):
         (self._setup.on_listen or _say_where)(self._url)
         self._backend.start(self._tell_ready, self._fail)
 
-    async def _listen(self, listener: socket.socket, config: uvicorn.Config) -> None:
+    async def _listen(
+        self,
+        listener: socket.socket,
+        config: uvicorn.Config,
+        begin_call: BeginCall | None = None,
+    ) -> None:
         """Take connections. uvicorn itself would wait at the end for handshakes under way."""
 
         def connect() -> _Protocol:
-            return _Protocol(config, self.server_state, app_state={}, _loop=self._loop)
+            return _Protocol(
+                config, self.server_state, app_state={}, _loop=self._loop, begin_call=begin_call
+            )
 
         handshake_s = HANDSHAKE_S if self._context is not None else None
         self._listening.append(

@@ -498,8 +498,8 @@ class Inference:
                 model.flow.count_refusal(error.code)
             tell_unanswered(exchange.request_id, name, reason_of(error))
             raise
-        except Exception:
-            tell_broken(exchange.request_id, name)
+        except Exception as error:
+            tell_broken(exchange.request_id, name, error)
             raise Refusal("internal", 500, "internal error") from None
         else:
             input_ns, infer_ns, output_ns = clock.laps_ns

@@ -126,7 +126,7 @@ def tell_unanswered_part(request_id: str, flow: str, part: str, error: RequestEr
     log.info("request %s, `%s`: %s", *words, extra=fields)
 
 
-def tell_broken(request_id: str, flow: str) -> None:
-    """A request met an error of ours, the one now being handled."""
+def tell_broken(request_id: str, flow: str, error: BaseException) -> None:
+    """A request met an error of ours."""
     fields = {"request_id": request_id, "flow": flow, "code": "internal"}
-    log.exception("request %s of flow `%s` failed", request_id, flow, extra=fields)
+    log.error("request %s of flow `%s` failed", request_id, flow, exc_info=error, extra=fields)

@@ -7,10 +7,10 @@ everything here. Knows nothing of sockets, signals or the loading of models.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Mapping
+from dataclasses import replace
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import BadRequest, Cancelled, Draining, RequestError
 from flowlang.items import plain
@@ -26,12 +26,11 @@ from flowlang.serve.answer import (
     Refusal,
     check_json,
     deadline_of,
-    encode,
     error_answer,
     loading,
     priority_of,
-    reader_of,
     request_id_of,
+    result_answer,
     to_json,
     told,
     wrong_method,
@@ -46,8 +45,9 @@ from flowlang.serve.body import (
     Send,
     Watches,
 )
+from flowlang.serve.direct import DirectCall, Respond
+from flowlang.serve.door import Called, Door, door_of
 from flowlang.serve.form import (
-    ParameterReader,
     Part,
     form_fields,
     is_form,
@@ -69,8 +69,6 @@ from flowlang.serve.v2 import InferenceRoutes, is_below, is_health, refused
 
 if TYPE_CHECKING:
     from flowlang.app import App
-    from flowlang.plan.graph import Parameter
-    from flowlang.plan.types import Type
     from flowlang.serve.trace import Trace, Tracer
 
 MAX_BODY_BYTES = MAX_BYTES + (64 << 10)  # the largest picture, and room for what wraps it
@@ -78,6 +76,8 @@ BODY_S = 120.0  # a body that takes longer is cut off
 STALLED_S = 5.0  # when stopping, a body that takes longer is cut off
 # What is looked at without a token: health, by who cannot have one, and pages without any data.
 OPEN = frozenset(("/", "/docs", "/health/live", "/health/ready"))
+# Headers that ask for more than an answer to the body.
+ASKS_MORE = frozenset((b"content-encoding", b"x-deadline-ms", b"x-priority"))
 
 _PAGE_HEADERS = (
     (
@@ -89,51 +89,6 @@ _PAGE_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-cache"),
 )
-
-
-class Called(Protocol):
-    """What is asked of a flow here, wherever it runs."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def doc(self) -> str | None: ...
-    @property
-    def input(self) -> Type: ...
-    @property
-    def output(self) -> Type: ...
-    @property
-    def parameters(self) -> Sequence[Parameter]: ...
-
-    async def acall(
-        self, item: Any, /, *, deadline_s: float | None = None, priority: int = 0, **parameters: Any
-    ) -> Any: ...
-
-    def count_refusal(self, code: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Door:
-    """A flow that can be called, and what makes its item of a body."""
-
-    flow: Called
-    read: Callable[[bytes], Any] | None
-    parameters: ParameterReader
-
-    def item(self, body: bytes | dict[str, Any], *, is_checked: bool) -> Any:
-        """The flow's item, as a body brings it, or a form its fields. Raises BadRequest.
-
-        Of a body that is JSON, `is_checked` says that it is known to be within bounds.
-        """
-        if self.read is None or isinstance(body, dict):
-            return body
-        try:
-            if not is_checked:
-                check_json([body])
-            return self.read(body)
-        except RequestError as error:
-            self.flow.count_refusal(error.code)
-            raise
 
 
 class Service:
@@ -155,8 +110,8 @@ class Service:
         self._bodies = BodyReader(max_body_bytes, body_s)
         self._token = token
         self._tracer = tracer
-        self._doors: dict[str, _Door] = {}  # by path
-        self._open: dict[str, _Door] = {}  # the same while requests are let in, else empty
+        self._doors: dict[str, Door] = {}  # by path
+        self._open: dict[str, Door] = {}  # the same while requests are let in, else empty
         self.names: list[str] = []
         self._counts = Counts()
         self._drawn: dict[str, tuple[PhysicalPlan, FlowProgram]] = {}  # by path of the drawing
@@ -192,7 +147,7 @@ class Service:
 
     def open(self, flows: Mapping[str, Called]) -> None:
         """Let in calls of these flows."""
-        doors = {f"/flows/{name}": _door(flow) for name, flow in flows.items()}
+        doors = {f"/flows/{name}": door_of(flow) for name, flow in flows.items()}
         self.names = list(flows)
         if len(doors) == 1:
             doors["/"] = next(iter(doors.values()))
@@ -258,7 +213,7 @@ class Service:
                 trace.end()
 
     def _follow(
-        self, tracer: Tracer, scope: Scope, found: dict[bytes, bytes], door: _Door | None
+        self, tracer: Tracer, scope: Scope, found: dict[bytes, bytes], door: Door | None
     ) -> Trace:
         path: str = scope["path"]
         name = door.flow.name if door is not None else path.split("/")[3]
@@ -295,6 +250,11 @@ class Service:
         return None if door is None else door.flow
 
     async def _send(self, send: Send, answer: Answer, request_id: bytes) -> None:
+        headers = self._headers(answer, request_id)
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.body})
+
+    def _headers(self, answer: Answer, request_id: bytes) -> list[tuple[bytes, bytes]]:
         headers = [
             (b"content-type", answer.kind),
             (b"content-length", b"%d" % len(answer.body)),
@@ -303,8 +263,7 @@ class Service:
         ]
         if self._is_draining:  # who asks again over a new connection may be sent elsewhere
             headers.append(CLOSE)
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        await send({"type": "http.response.body", "body": answer.body})
+        return headers
 
     async def tell_metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application of a port for metrics alone, where nobody is asked for a token."""
@@ -335,7 +294,7 @@ class Service:
 
     async def _answer_call(
         self,
-        door: _Door,
+        door: Door,
         query: bytes,
         found: dict[bytes, bytes],
         request_id: bytes,
@@ -366,18 +325,61 @@ class Service:
                 call = self._call_each(door, items, asked | parameters, request_id)
             else:
                 call = self._call(door, body, asked | parameters)
-            kind, encoded = encode(await self._watches.unless_hung_up(call, receive))
-            return Answer(200, encoded, kind)
-        except RequestError as error:
-            if not is_read:
-                flow.count_refusal(error.code)
-            tell_unanswered(request_id.decode(), flow.name, error)
-            return error_answer(error, flow.name, request_id)
+            return result_answer(await self._watches.unless_hung_up(call, receive))
         except HungUp:
             raise
-        except Exception:
-            tell_broken(request_id.decode(), flow.name)
-            return error_answer(Refusal("internal", 500, "internal error"), flow.name, request_id)
+        except Exception as error:
+            if not is_read and isinstance(error, RequestError):
+                flow.count_refusal(error.code)
+            return self.unanswered(door, error, request_id)
+
+    def unanswered(self, door: Door, error: BaseException, request_id: bytes) -> Answer:
+        """The answer to a call that came to no result. It is told to the log too."""
+        name = door.flow.name
+        if not isinstance(error, RequestError):
+            tell_broken(request_id.decode(), name, error)
+            error = Refusal("internal", 500, "internal error")
+        else:
+            tell_unanswered(request_id.decode(), name, error)
+        return error_answer(error, name, request_id)
+
+    def begin_call(self, scope: Scope, body: bytes, respond: Respond) -> DirectCall | None:
+        """Begin a call of a flow whose body is there already, without a task.
+
+        None where it asks for more than an answer to its body, or is to be refused: then it goes
+        the way of all other requests.
+        """
+        door = self._open.get(scope["path"]) if scope["method"] == "POST" else None
+        headers = scope["headers"]
+        if door is None or scope["query_string"] or self._tracer is not None:
+            return None
+        found = dict(headers)
+        if (
+            len(found) != len(headers)
+            or not ASKS_MORE.isdisjoint(found)
+            or is_form(found.get(b"content-type"))
+            or not self._bodies.is_bounded(found)
+        ):
+            return None
+        if self._token is not None:
+            try:
+                self._token.check(found.get(b"authorization"))
+            except Refusal:
+                return None
+        self.under_way += 1
+        call = DirectCall(self, body, request_id_of(found.get(b"x-request-id")), respond)
+        call.begin(door)
+        return call
+
+    def leave(self, call: DirectCall, answer: Answer | None) -> None:
+        """A call that was begun is over, with an answer to be sent or without."""
+        self.under_way -= 1
+        if answer is not None:
+            call.respond(answer.status, self._headers(answer, call.request_id), answer.body)
+
+    def successor(self, door: Door) -> Door | None:
+        """The door that has taken over from one, or that one itself; None where none is open."""
+        return self._open.get(f"/flows/{door.flow.name}")
 
     async def _answer_inference(
         self, scope: Scope, found: dict[bytes, bytes], request_id: bytes, receive: Receive
@@ -408,18 +410,18 @@ class Service:
         return await self._inference_routes.infer(path, headers, body, request_id, timeout_s)
 
     def _call(
-        self, door: _Door, body: bytes | dict[str, Any], asked: dict[str, Any]
+        self, door: Door, body: bytes | dict[str, Any], asked: dict[str, Any]
     ) -> Awaitable[Any]:
         """The result of a call; of the flow that has taken over, where that happened meanwhile."""
 
-        async def call(now: _Door) -> Any:
+        async def call(now: Door) -> Any:
             item = now.item(body, is_checked=now is door)  # another may take JSON where it did not
             return await now.flow.acall(item, **asked)
 
-        return asked_again(door, lambda: self._open.get(f"/flows/{door.flow.name}"), call)
+        return asked_again(door, lambda: self.successor(door), call)
 
     async def _call_each(
-        self, door: _Door, items: list[Part], asked: dict[str, Any], request_id: bytes
+        self, door: Door, items: list[Part], asked: dict[str, Any], request_id: bytes
     ) -> dict[str, Any]:
         """Every item of a form through the flow: a result or an error for each, in order."""
 
@@ -518,12 +520,7 @@ def _is_open(method: str, path: str) -> bool:
     return method in ("GET", "HEAD") and (path in OPEN or is_health(path))
 
 
-def _door(flow: Called) -> _Door:
-    parts = form_fields(flow.input, [p.name for p in flow.parameters])
-    return _Door(flow, reader_of(flow.input, parts), ParameterReader(flow.parameters, flow.input))
-
-
-def _listed(path: str, door: _Door) -> dict[str, Any]:
+def _listed(path: str, door: Door) -> dict[str, Any]:
     flow = door.flow
     fields = form_fields(flow.input, [p.name for p in flow.parameters])
     return {

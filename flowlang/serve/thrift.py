@@ -297,8 +297,8 @@ class _Calls:
             except RequestError as error:
                 tell_unanswered(call.request_id, flow.name, error)
                 raise Unanswered(error) from error
-            except Exception:
-                tell_broken(call.request_id, flow.name)
+            except Exception as error:
+                tell_broken(call.request_id, flow.name, error)
                 raise _Refused("internal: internal error", _INTERNAL) from None
 
     def _flow(self, named: str, *, needs_label: bool) -> Flow:

@@ -303,11 +303,12 @@ def test_a_full_queue_says_so_at_once(folder: Path) -> None:
             assert json.loads(body)["error"]["code"] == "overloaded"
 
 
-def test_who_hangs_up_is_not_worked_for(server: Server) -> None:
+@pytest.mark.parametrize("headers", [(), ("X-Priority: 1",)])
+def test_who_hangs_up_is_not_worked_for(server: Server, headers: tuple[str, ...]) -> None:
     """A request whose client is gone leaves the queue, long before its batch would have run."""
     connections = [server.connect() for _ in range(10)]
     for connection in connections:
-        connection.post("/flows/held", b"[1, 2, 3]")
+        connection.post("/flows/held", b"[1, 2, 3]", *headers)
     server.wait_inside(10)
     for connection in connections[:7]:
         connection.close()

@@ -352,10 +352,14 @@ sys.exit(serve(lambda: flowlang.load({str(echo)!r}), "127.0.0.1", 0))
 """
     with running(folder, "-c", code) as server:
         server.wait_ready()
-        response = server.client.post("/", content=b"x", headers={"X-Request-Id": "look-here"})
-        assert response.status_code == 500
-        assert error_of(response)["message"] == "internal error"
+        ways: list[dict[str, str]] = [{"X-Request-Id": "here"}, {"X-Request-Id": "there"}]
+        ways[1]["X-Priority"] = "0"  # which has it go through ASGI
+        for headers in ways:
+            response = server.client.post("/", content=b"x", headers=headers)
+            assert response.status_code == 500
+            assert error_of(response)["message"] == "internal error"
         assert server.client.get("/health/ready").status_code == 200
         told = server.errors
-    assert "look-here" in told
-    assert "Traceback" in told
+    assert "request here of flow" in told
+    assert "request there of flow" in told
+    assert told.count("Traceback") == 2

@@ -1,0 +1,91 @@
+"""Calls of a flow that have come in one piece, answered without a task of their own.
+
+Layer 4. Most requests are a picture that is read in one go, for a flow that takes bytes and is told
+nothing else. A task, and the coroutines that take turns in it, cost more than all that is done for
+such a call. Knows nothing of sockets or headers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from flowlang.diagnostics import Draining, RequestError
+from flowlang.serve.answer import Answer, result_answer
+
+if TYPE_CHECKING:
+    from flowlang.serve.door import Door
+
+
+Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
+Respond: TypeAlias = Callable[[int, Headers, bytes], object]  # with a status, headers and a body
+
+
+class Hall(Protocol):
+    """Where the doors are: who has a call begun, and has it answered."""
+
+    def successor(self, door: Door) -> Door | None:
+        """The door that has taken over from one, or that one itself; None where none is open."""
+
+    def leave(self, call: DirectCall, answer: Answer | None) -> None:
+        """The call is over, with an answer to be sent or without."""
+
+    def unanswered(self, door: Door, error: BaseException, request_id: bytes) -> Answer:
+        """The answer to a call that came to no result."""
+
+
+class DirectCall:
+    """A call under way: the future that its flow settles, in the thread of the event loop."""
+
+    __slots__ = ("_body", "_door", "_give_up", "_hall", "_is_over", "request_id", "respond")
+
+    def __init__(self, hall: Hall, body: bytes, request_id: bytes, respond: Respond) -> None:
+        self._hall = hall
+        self._body = body
+        self._give_up: Callable[[], object] | None = None
+        self._is_over = False
+        self.request_id = request_id
+        self.respond = respond
+
+    def begin(self, door: Door) -> None:
+        """Ask a flow. The call is not over before this returns, nor anything that waits for it."""
+        self._door = door
+        try:
+            self._give_up = door.flow.ask(door.item(self._body, is_checked=False), self)
+        except Exception as error:
+            answer = self._hall.unanswered(door, error, self.request_id)
+            asyncio.get_running_loop().call_soon(self._end, answer)
+
+    def give_up(self) -> None:
+        """The client has hung up: there is nobody to answer."""
+        if self._give_up is not None:
+            self._give_up()
+        self._end(None)
+
+    def _end(self, answer: Answer | None) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self._give_up = None  # which holds the request, and that this call
+        self._hall.leave(self, answer)
+
+    # What a flow sees of it
+
+    def done(self) -> bool:
+        return self._is_over
+
+    def set_result(self, result: Any) -> None:
+        try:
+            answer = result_answer(result)
+        except Exception as error:
+            answer = self._hall.unanswered(self._door, error, self.request_id)
+        self._end(answer)
+
+    def set_exception(self, error: BaseException) -> None:
+        if isinstance(error, RequestError) and error.code == Draining.code:
+            successor = self._hall.successor(self._door)
+            if successor is not None and successor is not self._door:
+                self.begin(successor)
+                return
+        self._end(self._hall.unanswered(self._door, error, self.request_id))
