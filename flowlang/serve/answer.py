@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import orjson
+
 from flowlang.diagnostics import BadRequest, RequestError, StageFailed
 from flowlang.items import plain
 from flowlang.plan.types import BYTES, ListOf, Optional, Record, Type, Unknown
@@ -82,6 +84,10 @@ def encode(result: Any) -> tuple[bytes, bytes]:
 
 def to_json(value: Any) -> bytes:
     """Plain values as compact JSON in UTF-8."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # half a surrogate pair, more than 64 bits: Python's own takes those too
+        pass
     try:
         text = _encode(value)
     except ValueError:
