@@ -180,6 +180,9 @@ class _Protocol(HttpToolsProtocol):
     _hosts = 0
     _answering: RequestResponseCycle | None = None  # `cycle` is the last: others may be before it
     _malformed: _Malformed | None = None  # to be answered once all before it is
+    _silent_until_s = math.inf  # then it is closed, unless something has come
+    _timer: asyncio.TimerHandle | None = None
+    _timer_at_s = math.inf
     _call: DirectCall | None = None  # that is under way without a task
 
     def __init__(self, *options: Any, begin_call: BeginCall | None = None, **more: Any) -> None:
@@ -199,6 +202,8 @@ class _Protocol(HttpToolsProtocol):
             answering.message_event.set()
         if self._call is not None:
             self._call.give_up()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -229,13 +234,34 @@ class _Protocol(HttpToolsProtocol):
         if (self.cycle is None or self.cycle.response_complete) and not self._corked.is_closing():
             self._close_if_idle()
 
+    # Silence. A timer set and taken back for each request would be a fifteenth of what a small one
+    # costs: there is one, which looks again when it is due.
+
     def _close_if_idle(self) -> None:
         until_s = self.loop.time() + self.timeout_keep_alive
         if self._in_head:
             if not self._head_until_s:
                 self._head_until_s = self.loop.time() + HEAD_S
             until_s = self._head_until_s
-        self.timeout_keep_alive_task = self.loop.call_at(until_s, self.timeout_keep_alive_handler)
+        self._silent_until_s = until_s
+        if until_s < self._timer_at_s:
+            self._look_at(until_s)
+
+    def _look_at(self, when_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(when_s, self._close_if_silent)
+        self._timer_at_s = when_s
+
+    def _close_if_silent(self) -> None:
+        self._timer, self._timer_at_s = None, math.inf
+        if self._silent_until_s <= self.loop.time():
+            self.timeout_keep_alive_handler()
+        elif self._silent_until_s < math.inf:
+            self._look_at(self._silent_until_s)
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._silent_until_s = math.inf
 
     # An upgrade, to HTTP/2 for example, is offered: clients take no for an answer (RFC 9110, 7.8)
 
@@ -385,13 +411,18 @@ class _Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self._corked.flush()
+        if self.transport.is_closing():
+            return
         if self.pipeline:
-            self._answering = self.pipeline[-1][0]
-        elif self._malformed is not None and not self.transport.is_closing():
+            self._answering, application = self.pipeline.pop()
+            self._start_asgi_task(self._answering, application)
+        elif self._malformed is not None:
             self._answer(self._malformed)
-        super().on_response_complete()
-        if len(self.pipeline) >= MAX_WAITING:  # a packet may bring thousands: those go first
-            self.flow.pause_reading()
+            return
+        else:
+            self._close_if_idle()
+        if len(self.pipeline) < MAX_WAITING:  # a packet may bring thousands: those go first
+            self.flow.resume_reading()
 
     def shutdown(self) -> None:
         super().shutdown()
