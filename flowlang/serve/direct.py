@@ -1,8 +1,8 @@
 """Calls of a flow that have come in one piece, answered without a task of their own.
 
-Layer 4. Most requests are a picture that is read in one go, for a flow that takes bytes and is told
-nothing else. A task, and the coroutines that take turns in it, cost more than all that is done for
-such a call. Knows nothing of sockets or headers.
+Layer 4. Most requests are read in one go, and ask for nothing but a flow's answer to their body. A
+task, and the coroutines it passes through, cost more than all else that is done here for such a
+call. Knows nothing of sockets, and of headers only those of answers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class DirectCall:
         self.respond = respond
 
     def begin(self, door: Door) -> None:
-        """Ask a flow. The call is not over before this returns, nor anything that waits for it."""
+        """Ask a flow. Where it refuses, that is told a turn of the loop later.
+
+        Or of thousands of requests in one packet each would be begun within the one before it.
+        """
         self._door = door
         try:
             self._give_up = door.flow.ask(door.item(self._body, is_checked=False), self)
