@@ -57,14 +57,18 @@ class DirectCall:
         try:
             self._give_up = door.flow.ask(door.item(self._body, is_checked=False), self)
         except Exception as error:
-            answer = self._hall.unanswered(door, error, self.request_id)
-            asyncio.get_running_loop().call_soon(self._end, answer)
+            asyncio.get_running_loop().call_soon(self._end, self._unanswered(error))
 
     def give_up(self) -> None:
         """The client has hung up: there is nobody to answer."""
         if self._give_up is not None:
             self._give_up()
         self._end(None)
+
+    def _unanswered(self, error: BaseException) -> Answer:
+        # Never in a variable where the error was caught: it leads back there, and the ring would
+        # hold the body until the garbage is collected.
+        return self._hall.unanswered(self._door, error, self.request_id)
 
     def _end(self, answer: Answer | None) -> None:
         if self._is_over:
@@ -82,8 +86,9 @@ class DirectCall:
         try:
             answer = result_answer(result)
         except Exception as error:
-            answer = self._hall.unanswered(self._door, error, self.request_id)
-        self._end(answer)
+            self._end(self._unanswered(error))
+        else:
+            self._end(answer)
 
     def set_exception(self, error: BaseException) -> None:
         if isinstance(error, RequestError) and error.code == Draining.code:
@@ -91,4 +96,4 @@ class DirectCall:
             if successor is not None and successor is not self._door:
                 self.begin(successor)
                 return
-        self._end(self._hall.unanswered(self._door, error, self.request_id))
+        self._end(self._unanswered(error))

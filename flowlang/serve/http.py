@@ -11,7 +11,7 @@ import logging
 import math
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence, Sized
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import httptools
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -154,6 +155,10 @@ def _say_where(url: str) -> None:
     say(f"loading, on {url}")
 
 
+def _nothing() -> None:
+    pass
+
+
 class _Malformed(Exception):
     """What was sent is no request that could be served: it is answered with this, the last."""
 
@@ -164,6 +169,18 @@ class _Malformed(Exception):
 
 
 _TOO_LARGE = "Request headers are too large."
+
+
+class _Flow(FlowControl):
+    """Reads no more while too many requests wait: uvicorn would, whenever one asks for its body."""
+
+    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        if len(self._waiting) < MAX_WAITING:
+            super().resume_reading()
 
 
 class _Protocol(HttpToolsProtocol):
@@ -192,6 +209,7 @@ class _Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._corked = Corked(transport)
         super().connection_made(self._corked)  # type: ignore[arg-type]
+        self.flow = _Flow(transport, self.pipeline)
         self._close_if_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -200,8 +218,9 @@ class _Protocol(HttpToolsProtocol):
         if answering is not None and not answering.response_complete:
             answering.disconnected = True
             answering.message_event.set()
-        if self._call is not None:
+        if self._call is not None and answering is not None:
             self._call.give_up()
+            self._let_go(answering)
         if self._timer is not None:
             self._timer.cancel()
 
@@ -296,11 +315,13 @@ class _Protocol(HttpToolsProtocol):
             and not cycle.more_body
             and not self.flow.write_paused
             and not self._corked.is_closing()
+            and not cycle.disconnected  # over TLS that is all there is to be seen of it
         ):
             respond = partial(self._respond, cycle)
             scope = cast("Scope", cycle.scope)
             self._call = self._begin_call(scope, bytes(cycle.body), respond)
             if self._call is not None:
+                cycle.body = bytearray()  # or it would stay until the next request
                 self.flow.resume_reading()  # or a client that hangs up would not be noticed
                 return
         super()._start_asgi_task(cycle, application)
@@ -314,7 +335,6 @@ class _Protocol(HttpToolsProtocol):
         self, cycle: RequestResponseCycle, status: int, headers: Headers, body: bytes
     ) -> None:
         """Write a whole response, which is what uvicorn makes of two messages of an application."""
-        self._call = None
         lines = [STATUS_LINE[status]]
         for name, value in (*cycle.default_headers, *headers):
             lines += (name, b": ", value, b"\r\n")
@@ -328,7 +348,13 @@ class _Protocol(HttpToolsProtocol):
         self.transport.write(body)
         if not cycle.keep_alive:
             self.transport.close()
-        cycle.on_response()
+        self._let_go(cycle)
+        self.on_response_complete()
+
+    def _let_go(self, cycle: RequestResponseCycle) -> None:
+        """A call is over. Nothing may hold a connection that is: it would stay as garbage."""
+        self._call = None
+        cycle.on_response = _nothing  # as uvicorn does
 
     # What is no request
 
@@ -393,7 +419,7 @@ class _Protocol(HttpToolsProtocol):
         self._in_head = False
         if not self.pipeline:
             self._answering = self.cycle
-        elif len(self.pipeline) < MAX_WAITING:
+        else:
             self.flow.resume_reading()  # or a client that hangs up would not be noticed
 
     def _head_size(self) -> int:
@@ -421,8 +447,7 @@ class _Protocol(HttpToolsProtocol):
             return
         else:
             self._close_if_idle()
-        if len(self.pipeline) < MAX_WAITING:  # a packet may bring thousands: those go first
-            self.flow.resume_reading()
+        self.flow.resume_reading()
 
     def shutdown(self) -> None:
         super().shutdown()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import flowlang
@@ -14,7 +17,7 @@ from flowlang.serve.routes import Service
 from flowlang.serve.token import Token
 from tests.pictures import bad, photographs
 from tests.serve.faces import write_types
-from tests.serve.server import KINDS, Server, serving, write
+from tests.serve.server import KINDS, Raw, Server, head, serving, wait_until, write
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -26,6 +29,30 @@ export flow needs(count: int): bytes -> str = ops.needs(count=count)
 NEEDS_OPERATORS = """
 def needs(data: bytes, *, count: int) -> str:
     return str(count)
+"""
+# What Python has of a connection, but for what it would find as garbage.
+LEAN_OPERATORS = """
+import gc
+import time
+
+gc.disable()
+NAMES = ("_Protocol", "RequestResponseCycle", "DirectCall", "BadRequest")
+
+def there(data: bytes) -> list[int]:
+    gc.disable()
+    found = [type(thing).__name__ for thing in gc.get_objects()]
+    return [found.count(name) for name in NAMES]
+
+def slow(data: bytes) -> bytes:
+    time.sleep(0.2)
+    return data
+"""
+LEAN = """
+use "lean.py" as ops
+export flow there: bytes -> list<int> = ops.there
+export flow slow: bytes -> bytes = ops.slow
+export flow number: float -> float = pass
+export flow echo = pass
 """
 CALLS = {
     "picture": ("/flows/classes", PICTURE),
@@ -72,6 +99,70 @@ def test_both_ways_give_one_answer(server: Server, name: str) -> None:
             answers.append((status, list(headers.items()), told))
     assert answers[0] == answers[1]
     assert dict(answers[0][1])["x-request-id"] == "one"
+
+
+@pytest.fixture(scope="module")
+def lean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that collects no garbage."""
+    folder = tmp_path_factory.mktemp("lean")
+    write(folder / "lean.py", LEAN_OPERATORS)
+    with serving(folder, str(write(folder / "lean.flow", LEAN))) as server:
+        yield server.wait_ready()
+
+
+def there(server: Server) -> list[int]:
+    with server.connect() as connection:
+        connection.post("/flows/there", b"")
+        status, _, counts = connection.answer()
+    assert status == 200
+    found: list[int] = json.loads(counts)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/flows/echo", 200), ("/flows/number", 400), ("/flows/slow", None)]
+)
+def test_nothing_is_left_of_a_connection(lean: Server, path: str, status: int | None) -> None:
+    """Not even as garbage, which would be a body each: answered, refused, or hung up on."""
+    before = there(lean)
+    for _ in range(10):
+        with lean.connect() as connection:
+            connection.post(path, b"x")
+            if status is None:
+                lean.wait_inside(1)
+            else:
+                assert connection.answer()[0] == status
+    lean.wait_inside(0)
+    wait_until(lambda: max(map(int.__sub__, there(lean), before)) < 5)
+
+
+def test_a_connection_that_waits_holds_no_body(lean: Server) -> None:
+    """It may wait for a minute, and thousands of others beside it."""
+    body = bytes(40_000)
+    with contextlib.ExitStack() as stack:
+        before = psutil.Process(lean.process.pid).memory_info().rss
+        for _ in range(800):
+            connection = stack.enter_context(lean.connect())
+            connection.post("/flows/echo", body)
+            assert connection.answer()[0] == 200
+        after = psutil.Process(lean.process.pid).memory_info().rss
+    assert after - before < 400 * len(body)
+
+
+def flood(connection: Raw, requests: bytes) -> None:
+    """Send far more than the kernel keeps. Raises TimeoutError once a part of it is not taken."""
+    for _ in range(400):
+        connection.send(requests)
+
+
+@pytest.mark.parametrize("more", [(), ("X-Priority: 0",)])
+def test_no_more_is_read_ahead_than_a_packet(lean: Server, more: tuple[str, ...]) -> None:
+    """However fast a client sends, and though it takes its answers, each way."""
+    requests = (head("/flows/slow", 1, *more) + "x").encode() * 1000
+    with lean.connect() as connection:
+        connection.socket.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            flood(connection, requests)
 
 
 @pytest.mark.parametrize("protocol", ["HTTP/1.0", "HTTP/1.1"])
