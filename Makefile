@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 MODELS := examples/models
 EXAMPLE := examples/read_text.flow
-# Tests wait a third of their time, for deadlines and for other processes.
+# More than cores, for tests wait for deadlines and for other processes.
 TESTERS := $(shell expr $$(nproc) \* 2)
 
 # Tests start hundreds of processes: what those import is compiled once, whatever is set outside.
