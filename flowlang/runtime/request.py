@@ -199,6 +199,16 @@ class Told(Protocol):
     def set_exception(self, error: BaseException, /) -> None: ...
 
 
+def tell(told: Told, outcome: Any) -> None:
+    """Tell an outcome that is not told yet: a result, or the exception that it failed with."""
+    if told.done():
+        return
+    if isinstance(outcome, BaseException):
+        told.set_exception(outcome)
+    else:
+        told.set_result(outcome)
+
+
 class LoopReply:
     """The reply of an event loop: answers pile up and are handed over in one wake-up."""
 
@@ -227,11 +237,4 @@ class LoopReply:
         answers = self._answers
         while answers:
             request = answers.popleft()
-            told: Told = request.token
-            if told.done():
-                continue
-            outcome = request.outcome
-            if isinstance(outcome, BaseException):
-                told.set_exception(outcome)
-            else:
-                told.set_result(outcome)
+            tell(request.token, request.outcome)

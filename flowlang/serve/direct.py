@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from flowlang.diagnostics import Draining, RequestError
 from flowlang.serve.answer import Answer, result_answer
+from flowlang.serve.inference import taken_over
 
 if TYPE_CHECKING:
     from flowlang.serve.door import Door
@@ -91,9 +91,8 @@ class DirectCall:
             self._end(answer)
 
     def set_exception(self, error: BaseException) -> None:
-        if isinstance(error, RequestError) and error.code == Draining.code:
-            successor = self._hall.successor(self._door)
-            if successor is not None and successor is not self._door:
-                self.begin(successor)
-                return
-        self._end(self._unanswered(error))
+        successor = taken_over(self._door, lambda: self._hall.successor(self._door), error)
+        if successor is not None:
+            self.begin(successor)
+        else:
+            self._end(self._unanswered(error))

@@ -24,6 +24,7 @@ from flowlang.diagnostics import (
     Overloaded,
     RequestError,
 )
+from flowlang.runtime.request import Told, tell
 from flowlang.serve.answer import Answer, Refusal, error_answer
 from flowlang.serve.channel import Channel, Record, connect
 from flowlang.serve.desk import Card, Kind
@@ -32,7 +33,6 @@ from flowlang.serve.routes import Service
 from flowlang.serve.v2 import is_below, is_health, refused
 
 if TYPE_CHECKING:
-    from flowlang.runtime.request import Told
     from flowlang.serve.trace import Tracer
 
 RETRY_S = 0.05  # between tries to connect
@@ -272,12 +272,8 @@ class Engine:
         if record.kind == Kind.ANSWERS:
             for number, outcome in pickle.loads(message):
                 told = self._calls.pop(number, None)
-                if told is None or told.done():
-                    continue
-                if isinstance(outcome, BaseException):
-                    told.set_exception(outcome)
-                else:
-                    told.set_result(outcome)
+                if told is not None:
+                    tell(told, outcome)
         elif record.kind == Kind.PROBE:
             self._probed_s = None
         elif record.kind == Kind.FLOWS:
@@ -313,8 +309,7 @@ class Engine:
     def _fail_all(self, error: RequestError) -> None:
         calls, self._calls = self._calls, {}
         for told in calls.values():
-            if not told.done():
-                told.set_exception(error)
+            tell(told, error)
 
 
 class FrontService(Service):

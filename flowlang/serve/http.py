@@ -155,10 +155,6 @@ def _say_where(url: str) -> None:
     say(f"loading, on {url}")
 
 
-def _nothing() -> None:
-    pass
-
-
 class _Malformed(Exception):
     """What was sent is no request that could be served: it is answered with this, the last."""
 
@@ -354,7 +350,7 @@ class _Protocol(HttpToolsProtocol):
     def _let_go(self, cycle: RequestResponseCycle) -> None:
         """A call is over. Nothing may hold a connection that is: it would stay as garbage."""
         self._call = None
-        cycle.on_response = _nothing  # as uvicorn does
+        cycle.on_response = lambda: None  # as uvicorn does
 
     # What is no request
 

@@ -522,10 +522,17 @@ async def asked_again(
     try:
         return await ask(first)
     except RequestError as error:
-        successor = now() if error.code == Draining.code else None
-        if successor is None or successor is first:
+        successor = taken_over(first, now, error)
+        if successor is None:
             raise
     return await ask(successor)
+
+
+def taken_over(first: Asked, now: Callable[[], Asked | None], error: BaseException) -> Asked | None:
+    """What has taken over from the first `now`, where that is why it refused."""
+    is_refused = isinstance(error, RequestError) and error.code == Draining.code
+    successor = now() if is_refused else None
+    return None if successor is first else successor
 
 
 def known(name: str, flows: Container[str]) -> str:
